@@ -1,0 +1,1 @@
+"""Policies that need no training: bounds, and cheats that must not pay."""

@@ -1,0 +1,51 @@
+"""A language model as a policy: observation → layout → model → reply."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from agents.policy import Act
+from atommem_env.prompts import get_layout
+from atommem_env.types import EpisodeSettings, Message, Observation, Reply, Task
+
+
+class ChatModel(Protocol):
+    """A model back end (`agents/models/`)."""
+
+    name: str
+
+    async def complete(
+        self, messages: Sequence[Message], *, max_new_tokens: int, temperature: float, seed: int
+    ) -> Reply:
+        """The reply to a chat, sampled with `seed`; temperature 0 is greedy."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPolicy:
+    """A chat model that is shown each observation as a fresh chat, as in the AtomMem paper."""
+
+    model: ChatModel
+    settings: EpisodeSettings
+    layout: str = "shared_prefix"
+    temperature: float = 0.7  # the paper's at inference; 0 is greedy
+    max_new_tokens: int = 512
+    privileged: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.model.name
+
+    def begin(self, seed: int, task: Task | None) -> Act:
+        async def act(observation: Observation) -> Reply:
+            return await self.model.complete(
+                get_layout(self.layout)(observation, self.settings),
+                max_new_tokens=self.max_new_tokens,
+                temperature=self.temperature,
+                seed=zlib.crc32(f"{seed}/{observation['step']}".encode()),
+            )
+
+        return act

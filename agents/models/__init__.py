@@ -1,0 +1,1 @@
+"""Language models that run on this machine. Importing this package imports neither torch nor transformers."""

@@ -1,0 +1,113 @@
+"""A person as the policy, in the terminal."""
+
+from __future__ import annotations
+
+import gymnasium as gym
+import tyro
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+import atommem_env  # noqa: F401  (registers the environments)
+from agents.registry import POLICIES
+from agents.rollout import play_episode
+from atommem_env.dialects import Dialect, get_dialect
+from atommem_env.env import AtomMemEnv
+from atommem_env.types import Observation, Operation, OperationKind
+
+_SHORT = {
+    "c": OperationKind.CREATE,
+    "r": OperationKind.READ,
+    "u": OperationKind.UPDATE,
+    "d": OperationKind.DELETE,
+    "p": OperationKind.SCRATCHPAD,
+    "a": OperationKind.ANSWER,
+}
+_HELP = """\
+c TEXT  create an entry       u ID TEXT  update an entry     p TEXT  rewrite the scratchpad
+r TEXT  read: search memory   d ID       delete an entry     a TEXT  answer the question
+One operation a line, as many as you like; an empty line sends the reply. q leaves. Anything else is sent as it is."""
+
+
+def expand(line: str, dialect: Dialect) -> str:
+    """A line as typed, its short form written out in the dialect.
+
+    >>> expand("u m3 Ada moved to Rome.", get_dialect("tags"))
+    '<update_memory>m3: Ada moved to Rome.</update_memory>'
+    """
+    letter, _, rest = line.strip().partition(" ")
+    if letter not in _SHORT or not rest:
+        return line
+    kind = _SHORT[letter]
+    if kind is OperationKind.DELETE:
+        return dialect.write(Operation(kind, target=rest.strip()))
+    if kind is OperationKind.UPDATE:
+        target, _, text = rest.strip().partition(" ")
+        return dialect.write(Operation(kind, text, target))
+    return dialect.write(Operation(kind, rest))
+
+
+class _Left(Exception):
+    """The person left in mid-episode."""
+
+
+def main(
+    env_id: tyro.conf.Positional[str] = "AtomMem-Synthetic",
+    /,
+    *,
+    seed: int = 0,
+    num_docs: int | None = None,
+    questions: int | None = None,
+) -> None:
+    """Be the policy yourself: read, keep what matters, answer.
+
+    Args:
+        env_id: Environment.
+        seed: Draws the task.
+        num_docs: Documents in the context; the environment's own number where left out.
+        questions: Questions of the task; the environment's own number where left out.
+    """
+    console = Console()
+    options = {"num_docs": num_docs, "questions": questions}
+    env = gym.make(env_id, **{name: value for name, value in options.items() if value is not None})
+    inner = env.unwrapped
+    assert isinstance(inner, AtomMemEnv)
+    dialect = get_dialect(inner.settings.dialect)
+    console.print(Panel(_HELP, title="how to play"))
+
+    def person(observation: Observation) -> str:
+        for name, value in observation.items():
+            if value != "" and name not in ("phase", "step", "steps_left"):
+                console.print(Panel(Text(str(value)), title=name, title_align="left"))
+        console.print(f"step {observation['step'] + 1}, {observation['steps_left']} left ({observation['phase']})")
+        lines: list[str] = []
+        while True:
+            try:
+                line = console.input("[bold]> [/]")
+            except EOFError:
+                raise _Left from None
+            if line.strip() == "q":
+                raise _Left
+            if not line.strip():
+                return "\n".join(lines)
+            lines.append(expand(line, dialect))
+
+    try:
+        rollout = play_episode(env, person, seed=seed)
+    except _Left:
+        console.print(f"You left; what you stored is kept ({inner.store.folder}).")
+    else:
+        for question, outcome in zip(inner.episode.task.questions if inner.episode else (), rollout.questions, strict=True):
+            console.print(f"{question.text}  gold: [bold]{question.answers[0]}[/]  yours: {outcome.prediction}")
+        console.print(f"exact match: {rollout.reward:.2f}")
+    finally:
+        env.close()
+
+
+def list_policies() -> None:
+    """List the policies that are known by name."""
+    table = Table("policy", "what it does", title="--policy NAME, constant=TEXT, or module:attribute")
+    for name, (_, description) in POLICIES.items():
+        table.add_row(name, description)
+    Console().print(table)

@@ -1,0 +1,72 @@
+"""Policies by name."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from agents.baselines import cheats, oracle
+from agents.policy import Policy, as_policy
+from atommem_env.errors import PolicyError
+from atommem_env.types import EpisodeSettings
+
+
+def _smollm2(settings: EpisodeSettings) -> Policy:
+    from agents.chat_policy import ChatPolicy
+    from agents.models.download import find_model
+    from agents.models.transformers_model import TransformersModel
+
+    return ChatPolicy(TransformersModel(find_model("smollm2")), settings)
+
+
+# name → how it is made, and what it does; a star marks the privileged, which are given the golds.
+POLICIES: dict[str, tuple[Callable[[EpisodeSettings], Policy], str]] = {
+    "oracle": (
+        lambda settings: oracle.PerfectReader("oracle", settings, oracle.keep_evidence),
+        "* stores the evidence; gives the gold when all of it is in view: what a perfect memory reaches",
+    ),
+    "append-all": (
+        lambda settings: oracle.PerfectReader("append-all", settings, oracle.keep_everything),
+        "* stores every document; gives the gold when the evidence is in view: what storing blindly reaches",
+    ),
+    "fixed-position": (
+        lambda settings: oracle.PerfectReader("fixed-position", settings, oracle.keep_leaked_positions),
+        "* stores the documents at the ten positions that leak in the public code of AtomMem",
+    ),
+    "random-position": (
+        lambda settings: oracle.PerfectReader("random-position", settings, oracle.keep_random_positions),
+        "* stores the documents at ten random positions: what fixed-position is to be compared with",
+    ),
+    "silent": (cheats.Silent, "says nothing"),
+    "constant": (cheats.Constant, "answers 'yes' to everything; constant=TEXT answers TEXT"),
+    "random": (cheats.Random, "random operations with random words of what it sees"),
+    "spam": (cheats.Spam, "floods the memory and answers in every turn"),
+    "smollm2": (_smollm2, "SmolLM2-135M-Instruct on this machine (first: atommem models get smollm2)"),
+}
+
+
+def load_policy(name: str, settings: EpisodeSettings) -> Policy:
+    """The policy called `name`, for episodes with these settings.
+
+    Args:
+        name: one of `POLICIES`; `constant=TEXT`; or `module:attribute`, a function or `Policy` of yours, the module
+            being looked for in the working folder first.
+
+    Raises:
+        PolicyError: there is none of that name.
+    """
+    if name.startswith("constant="):
+        return cheats.Constant(settings, name.removeprefix("constant="))
+    if name in POLICIES:
+        return POLICIES[name][0](settings)
+    module_name, colon, attribute = name.partition(":")
+    if not colon:
+        raise PolicyError(f"No policy is called {name!r}. There are {', '.join(POLICIES)}, and module:attribute.")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    module = importlib.import_module(module_name)
+    if not hasattr(module, attribute):
+        raise PolicyError(f"Module {module_name!r} ({module.__file__}) has no {attribute!r}.")
+    return as_policy(getattr(module, attribute))

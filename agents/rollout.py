@@ -1,0 +1,169 @@
+"""The driver: plays episodes, many at a time, with embeddings batched over all that wait for some."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+
+from agents.batching import Batcher
+from agents.policy import Act, Policy, as_policy, reply_to
+from atommem_env.embedders import Embedder, embed
+from atommem_env.env import AtomMemEnv
+from atommem_env.episode import Episode
+from atommem_env.errors import SettingError
+from atommem_env.store import MemoryStore
+from atommem_env.types import EmbeddingRequest, EpisodeSettings, Rollout, TaskSource, Turn, Vector
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeSpec:
+    """Names an episode: the same spec is the same episode everywhere."""
+
+    index: int  # of the task in its source
+    task_seed: int  # draws and orders the documents
+    seed: int  # of the episode and of the policy
+
+
+@dataclass(frozen=True, slots=True)
+class Driver:
+    """Everything that the episodes of a run share."""
+
+    env_id: str  # what the store calls the environment
+    source: TaskSource
+    settings: EpisodeSettings
+    embedder: Embedder
+    store: MemoryStore
+
+    @classmethod
+    def of(cls, env: gym.Env[Any, Any]) -> Driver:
+        """The parts of an environment of ours, so that a run has the settings of `gym.make`."""
+        inner = env.unwrapped
+        if not isinstance(inner, AtomMemEnv):
+            raise SettingError(f"Expected an AtomMem environment, got {type(inner).__name__}.")
+        return cls(inner.env_id, inner.source, inner.settings, inner.embedder, inner.store)
+
+    async def run(
+        self,
+        specs: Sequence[EpisodeSpec],
+        policy: Policy | Act,
+        *,
+        in_flight: int = 64,
+        finished: Callable[[int, Rollout], None] = lambda index, rollout: None,
+    ) -> list[Rollout]:
+        """Plays all episodes, at most `in_flight` at a time.
+
+        Args:
+            finished: called with the position in `specs` and the rollout, in the order in which episodes end.
+
+        Returns:
+            The rollouts, in the order of `specs`.
+
+        Raises:
+            Exception: whatever policy, embedder or store raised first; the other episodes are stopped. A failure is never
+                scored, and what `finished` was told before stands.
+        """
+        policy = as_policy(policy)
+        batcher = Batcher(self._embed, max_batch=256)
+        gate = asyncio.Semaphore(in_flight)
+        rollouts: dict[int, Rollout] = {}
+
+        async def one(position: int, spec: EpisodeSpec) -> None:
+            async with gate:
+                rollouts[position] = await self._play(spec, policy, batcher)
+                finished(position, rollouts[position])
+
+        tasks = [asyncio.ensure_future(one(position, spec)) for position, spec in enumerate(specs)]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return [rollouts[position] for position in range(len(specs))]
+
+    async def _play(
+        self, spec: EpisodeSpec, policy: Policy, batcher: Batcher[tuple[EmbeddingRequest, ...], list[Vector]]
+    ) -> Rollout:
+        task = self.source.task(spec.index, spec.task_seed)
+        episode = Episode(task, self.settings, spec.seed)
+        recorder = self.store.begin(
+            env_id=self.env_id,
+            task_id=task.id,
+            index=spec.index,
+            task_seed=spec.task_seed,
+            episode_seed=spec.seed,
+            settings=dataclasses.asdict(self.settings),
+        )
+        act = policy.begin(spec.seed, task if policy.privileged else None)
+        turns: list[Turn] = []
+        try:
+            while episode.stop_reason is None:
+                observation = episode.observe()
+                reply = await reply_to(act, observation)
+                requests = episode.submit(reply.text)
+                result = episode.resolve(await batcher(requests) if requests else [])
+                recorder.record(episode.steps, reply.text, result)
+                turns.append(Turn(observation, reply, result.results))
+        except Exception as error:
+            error.add_note(f"in episode {spec} of {task.id}, reply {episode.steps + 1}, policy {policy.name}")
+            raise
+        recorder.commit(episode.stop_reason, episode.reward, episode.memory)
+        return _rollout(episode, turns)
+
+    def _embed(self, waiting: list[tuple[EmbeddingRequest, ...]]) -> list[list[Vector]]:
+        """The vectors of each waiting episode, by one batch for all of them."""
+        vectors = iter(embed(self.embedder, tuple(request for requests in waiting for request in requests)))
+        return [[next(vectors) for _ in requests] for requests in waiting]
+
+
+def play_episode(
+    env: gym.Env[Any, Any],
+    policy: Policy | Act,
+    *,
+    seed: int | None = None,
+    options: dict[str, Any] | None = None,
+) -> Rollout:
+    """Plays one episode of an environment of ours, wrappers and all, through `reset` and `step`.
+
+    >>> import gymnasium as gym, atommem_env
+    >>> env = gym.make("AtomMem-Synthetic", durability="off")
+    >>> play_episode(env, lambda observation: "", seed=0).reward
+    0.0
+    """
+    policy = as_policy(policy)
+
+    async def play() -> Rollout:
+        observation, _ = env.reset(seed=seed, options=options)
+        inner = env.unwrapped
+        if not isinstance(inner, AtomMemEnv) or inner.episode is None:
+            raise SettingError(f"Expected an AtomMem environment, got {type(inner).__name__}.")
+        episode = inner.episode
+        act = policy.begin(episode.seed, episode.task if policy.privileged else None)
+        turns: list[Turn] = []
+        ended = False
+        while not ended:
+            reply = await reply_to(act, observation)
+            seen = observation
+            observation, _, terminated, truncated, _ = env.step(reply.text)
+            turns.append(Turn(seen, reply, inner.results))
+            ended = terminated or truncated
+        return _rollout(episode, turns)
+
+    return asyncio.run(play())
+
+
+def _rollout(episode: Episode, turns: list[Turn]) -> Rollout:
+    assert episode.stop_reason is not None
+    return Rollout(
+        task_id=episode.task.id,
+        seed=episode.seed,
+        turns=tuple(turns),
+        reward=episode.reward,
+        stop_reason=episode.stop_reason,
+        questions=episode.outcomes,
+    )

@@ -1,0 +1,88 @@
+"""The command `atommem`. A subcommand's module is imported when it is called, so that help is quick."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import sys
+from pathlib import Path
+from typing import Any
+
+from atommem_env.errors import AtomMemError, ShadowedPackage
+
+# command → ("module:function", what it does). The only place where this package names those above it.
+COMMANDS = {
+    "eval": ("eval.run:main", "Evaluate a policy on an environment: a table, summary.json, every memory entry."),
+    "play": ("agents.play:main", "Be the policy yourself, in the terminal."),
+    "policies": ("agents.play:list_policies", "List the policies that are known by name."),
+    "quickstart": ("eval.quickstart:main", "Evaluate the built-in policies on the synthetic tasks; needs no data."),
+    "data import": ("atommem_env.tasks.catalogue_commands:import_command", "Make a dataset's file known to gym.make."),
+    "data list": ("atommem_env.tasks.catalogue_commands:list_command", "Show which datasets were imported."),
+    "data verify": ("atommem_env.tasks.catalogue_commands:verify_command", "Check imported data against their hashes."),
+    "models get": ("agents.models.download:get_command", "Fetch a model's weights and make them ready."),
+}
+_OURS = ("agents", "eval", "train")
+
+_EXAMPLES = """\
+examples:
+  atommem quickstart
+  atommem play AtomMem-Synthetic
+  atommem eval AtomMem-Synthetic --policy oracle --episodes 100 --out runs/oracle
+  atommem data import hotpotqa hotpot_dev_distractor_v1.json --split dev
+  atommem eval AtomMem-HotpotQA --num-docs 200 --policy my_module:policy --out runs/mine
+
+`atommem COMMAND --help` explains a command's options."""
+
+
+def main() -> None:
+    """Entry point of the command `atommem`."""
+    words = sys.argv[1:]
+    command = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else " ".join(words[:1])
+    if command not in COMMANDS:
+        asked_for_help = not words or words[0] in ("-h", "--help")
+        print(overview() if asked_for_help else f"atommem: no command {' '.join(words[:2])!r}\n\n{overview()}")
+        sys.exit(0 if asked_for_help else 2)
+    import tyro
+
+    try:
+        function = load(COMMANDS[command][0])
+        tyro.cli(function, prog=f"atommem {command}", args=words[len(command.split()) :])
+    except AtomMemError as error:
+        notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
+        print(f"atommem {command}: {error}{notes}", file=sys.stderr)
+        sys.exit(1)
+
+
+def overview() -> str:
+    """The text of `atommem --help`."""
+    lines = [f"  {command:<12} {purpose}" for command, (_, purpose) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: atommem COMMAND …", "", "Agents that manage their own memory: environment, policies, evaluation.", ""]
+        + ["commands:", *lines, "", _EXAMPLES]
+    )
+
+
+def load(target: str) -> Any:
+    """The object that "module:attribute" names.
+
+    Raises:
+        ShadowedPackage: another distribution's package stands where ours should.
+    """
+    module, _, attribute = target.partition(":")
+    package = module.partition(".")[0]
+    if package in _OURS:
+        _check_not_shadowed(package)
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _check_not_shadowed(package: str) -> None:
+    found = importlib.import_module(package)
+    ours = Path(__file__).resolve().parents[1] / package
+    where = Path(found.__file__ or next(iter(found.__path__), "")).resolve()
+    if where.parent != ours and where != ours:
+        owners = importlib.metadata.packages_distributions().get(package, [])
+        culprits = sorted(set(owners) - {"atommem"}) or ["a folder on sys.path"]
+        raise ShadowedPackage(
+            f"The package {package!r} of {', '.join(culprits)} ({where}) hides ours ({ours}). "
+            f"Uninstall it, or use a virtual environment of its own for atommem."
+        )

@@ -1,0 +1,268 @@
+"""The Gymnasium environment."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+from typing import Any, ClassVar
+
+import gymnasium as gym
+from gymnasium.utils import EzPickle
+
+from atommem_env.embedders import Embedder, embed, get_embedder
+from atommem_env.episode import Episode
+from atommem_env.errors import SettingError
+from atommem_env.paths import data_folder
+from atommem_env.spaces import Text
+from atommem_env.store import MemoryStore, Recorder
+from atommem_env.tasks import make_source, source_options
+from atommem_env.types import EpisodeSettings, Observation, OperationResult, TaskSource
+
+_MOST_STEPS = 2**31 - 1  # of the integer spaces; no episode comes near it
+SETTING_NAMES = frozenset(field.name for field in dataclasses.fields(EpisodeSettings))
+
+
+class AtomMemEnv(gym.Env[Observation, str], EzPickle):
+    """A reader that cannot turn back, and a memory that it manages itself.
+
+    ## Description
+    A long document is shown chunk by chunk. With each reply the policy may Create, Read, Update and Delete entries of an
+    external memory and rewrite a scratchpad; after the last chunk it answers questions from what it kept. The decision
+    process is that of AtomMem (arXiv 2601.08323), the tasks are multi-hop questions from HotpotQA, 2WikiMultiHopQA and
+    MuSiQue among distracting documents, or from a procedural world.
+
+    ## Action Space
+    `Text()`: any `str` at all. What counts are the operations in it, in the order written (dialect `tags`):
+
+    | text                                                | operation                                                |
+    |-----------------------------------------------------|----------------------------------------------------------|
+    | `<create_memory>text</create_memory>`               | a new entry                                              |
+    | `<read_memory>query</read_memory>`                  | what it finds is seen from the next observation on       |
+    | `<update_memory>m3: text</update_memory>`           | replaces an entry                                        |
+    | `<delete_memory>m3</delete_memory>`                 | removes an entry                                         |
+    | `<update_scratchpad>text</update_scratchpad>`       | replaces the scratchpad                                  |
+    | `<final_answer>text</final_answer>`                 | answers the question asked; `\\boxed{text}` may be inside |
+
+    ## Observation Space
+    A `Dict`; the keys are those of `atommem_env.types.Observation`: the texts `phase`, `questions`, `question`, `chunk`,
+    `scratchpad`, `query`, `retrieved` and `notice`, and the integers `step` and `steps_left`.
+
+    ## Starting State
+    The first chunk, an empty memory and an empty scratchpad. `reset(seed=…)` draws the task; `reset(options={"index": i})`
+    names it, and `options={"index": i, "seed": s}` also fixes the drawing of its documents. `options={"resume": id}` goes on
+    with an interrupted episode of the store.
+
+    ## Dynamics
+    Every reply turns the page. The observation after a reply shows what the query in force finds in the memory *after* that
+    reply's writes; the query stays in force until the next Read. After the last chunk the questions are asked one at a time;
+    a question is settled by an answer, or unanswered after `replies_per_question` replies. What cannot be carried out is a
+    fault: it is told in `notice`, counted in `info`, and changes nothing else.
+
+    ## Rewards
+    0 on every step but the last; there the mean exact match over the task's questions, by the dataset's own rule, in [0, 1].
+
+    ## Episode End
+    `terminated` when all questions are settled. `truncated` when `max_steps` replies were given first.
+
+    ## Information
+    After `reset`: `task_id`, `task_index`, `task_seed`. After `step`: `entries` (in memory), `operations` (carried out, by
+    kind) and `faults` (by kind) of this reply. At the end also `stop_reason`, `predictions`, `golds`, `supporting_facts`,
+    `em`, `f1` and `evidence` (passages, how many were stored, how many retrieved), each a tuple with an item a question.
+
+    ## Arguments
+    * `embedder` ("hashing"): "hashing", "minilm", or an object with the methods of `atommem_env.embedders.Embedder`.
+    * `store` (None): the LanceDB folder that keeps the memories; None is `memory` in the data folder.
+    * `durability` ("episode"): "off", or "episode": committed when the episode ends, is left or the environment is closed.
+    * `render_mode` (None): "ansi" or "human".
+    * any field of `atommem_env.EpisodeSettings`, for example `chunk_tokens`, `top_k`, `operations`, `capacity`.
+    * any option of the task source: `split`, `data`, `corpus`, `num_docs`, `questions` for the datasets
+      (`atommem_env.tasks.haystack`), `hops`, `corrections` and others for the synthetic one (`atommem_env.tasks.synthetic`).
+
+    ## Version History
+    * v0: first version.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi", "human"], "render_fps": 1}
+
+    def __init__(
+        self,
+        dataset: str | TaskSource,
+        *,
+        embedder: str | Embedder = "hashing",
+        store: str | Path | None = None,
+        durability: str = "episode",
+        render_mode: str | None = None,
+        **options: Any,
+    ) -> None:
+        EzPickle.__init__(
+            self,
+            dataset,
+            embedder=embedder,
+            store=store,
+            durability=durability,
+            render_mode=render_mode,
+            **options,
+        )
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise SettingError(f"render_mode must be None, 'ansi' or 'human', got {render_mode!r}.")
+        self.settings, source_kwargs = split_options(dataset, options)
+        self.source = make_source(dataset, **source_kwargs) if isinstance(dataset, str) else dataset
+        self.embedder = get_embedder(embedder) if isinstance(embedder, str) else embedder
+        self.store = MemoryStore(data_folder("memory") if store is None else store, durability)
+        self.render_mode = render_mode
+        self.episode: Episode | None = None
+        self.results: tuple[OperationResult, ...] = ()  # of the last reply
+        self._recorder: Recorder | None = None
+        count = gym.spaces.Discrete(_MOST_STEPS)
+        texts = [name for name, kind in Observation.__annotations__.items() if "str" in str(kind)]
+        self.action_space = Text()
+        self.observation_space = gym.spaces.Dict(
+            {name: Text() if name in texts else count for name in Observation.__annotations__}
+        )
+
+    @property
+    def env_id(self) -> str:
+        """The id that `gym.make` was called with, or the class's name."""
+        return self.spec.id if self.spec else type(self).__name__
+
+    @property
+    def episode_id(self) -> str:
+        """The name of the running episode in the store; "" before the first reset."""
+        return self._recorder.episode_id if self._recorder else ""
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        super().reset(seed=seed)
+        self._leave()
+        options = options or {}
+        unknown = sorted(set(options) - {"index", "seed", "resume"})
+        if unknown:
+            raise SettingError(f"reset has the options index, seed and resume, got {', '.join(unknown)}.")
+        # All three are drawn each time, so that naming one does not change the others.
+        draws = [int(self.np_random.integers(high)) for high in (len(self.source), 2**31, 2**31)]
+        if "resume" in options:
+            index, task_seed = self._resume(str(options["resume"]))
+        else:
+            index, task_seed = int(options.get("index", draws[0])), int(options.get("seed", draws[1]))
+            if not 0 <= index < len(self.source):
+                raise SettingError(f"index must be from 0 to {len(self.source) - 1}, got {index}.")
+            self._begin(index, task_seed, draws[2])
+        assert self.episode is not None
+        if self.render_mode == "human":
+            self.render()
+        info = {"task_id": self.episode.task.id, "task_index": index, "task_seed": task_seed}
+        return self.episode.observe(), info
+
+    def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        if self.episode is None or self._recorder is None:
+            raise gym.error.ResetNeeded("Call reset() before step().")
+        requests = self.episode.submit(action)
+        result = self.episode.resolve(embed(self.embedder, requests))
+        self.results = result.results
+        self._recorder.record(self.episode.steps, action, result)
+        info: dict[str, Any] = {"entries": len(self.episode.memory), **count_results(result.results)}
+        if self.episode.stop_reason is not None:
+            info |= outcome_info(self.episode)
+            self._recorder.commit(self.episode.stop_reason, self.episode.reward, self.episode.memory)
+        if self.render_mode == "human":
+            self.render()
+        return result.observation, result.reward, result.terminated, result.truncated, info
+
+    def render(self) -> str | None:  # type: ignore[override]
+        """The observation as text: returned with `ansi`, printed with `human`."""
+        if self.render_mode is None or self.episode is None:
+            return None
+        text = "\n".join(f"{name}: {value}" for name, value in self.episode.observe().items() if value != "")
+        if self.render_mode == "ansi":
+            return text
+        print(text, end="\n\n")
+        return None
+
+    def close(self) -> None:
+        self._leave()
+        self.store.close()
+
+    def _begin(self, index: int, task_seed: int, episode_seed: int) -> None:
+        self.episode = Episode(self.source.task(index, task_seed), self.settings, episode_seed)
+        self._recorder = self.store.begin(
+            env_id=self.env_id,
+            task_id=self.episode.task.id,
+            index=index,
+            task_seed=task_seed,
+            episode_seed=episode_seed,
+            settings=dataclasses.asdict(self.settings),
+        )
+
+    def _leave(self) -> None:
+        """Keeps what an episode that nobody will finish has in memory."""
+        if self.episode is not None and self._recorder is not None:
+            if self.episode.stop_reason is None and self.episode.steps:
+                self._recorder.commit("interrupted", 0.0, self.episode.memory)
+            self.episode = self._recorder = None
+
+    def _resume(self, episode_id: str) -> tuple[int, int]:
+        """Replays an interrupted episode from the store: the replies again, with the vectors that were kept."""
+        record = self.store.episode(episode_id)
+        if record.status != "interrupted":
+            raise SettingError(f"Episode {episode_id} is over ({record.status}); only an interrupted one can be resumed.")
+        settings = dataclasses.asdict(self.settings)
+        changed = sorted(name for name in settings if _plain(settings[name]) != _plain(record.settings.get(name)))
+        if changed:
+            raise SettingError(f"Episode {episode_id} was played with other settings of {', '.join(changed)}.")
+        self.episode = Episode(self.source.task(record.index, record.task_seed), self.settings, record.episode_seed)
+        if self.episode.task.id != record.task_id:
+            raise SettingError(f"Episode {episode_id} is of task {record.task_id}, not of {self.episode.task.id}.")
+        kept = self.store.vectors(episode_id)
+        for reply in self.store.replies(episode_id):
+            requests = self.episode.submit(reply)
+            self.episode.resolve([kept[request.kind, request.text] for request in requests])
+        self._recorder = self.store.resume(episode_id)
+        return record.index, record.task_seed
+
+
+def split_options(dataset: str | TaskSource, options: dict[str, Any]) -> tuple[EpisodeSettings, dict[str, Any]]:
+    """Sorts keyword arguments into settings of the episode and options of the task source.
+
+    Raises:
+        SettingError: one belongs to neither; the message lists what exists.
+    """
+    of_source = set(source_options(dataset)) if isinstance(dataset, str) else set()
+    unknown = sorted(set(options) - SETTING_NAMES - of_source)
+    if unknown:
+        known = ", ".join(sorted(SETTING_NAMES | of_source | {"embedder", "store", "durability"}))
+        raise SettingError(f"No setting is called {', '.join(unknown)}. There are: {known}.")
+    settings = EpisodeSettings(**{name: value for name, value in options.items() if name in SETTING_NAMES})
+    return settings, {name: value for name, value in options.items() if name in of_source}
+
+
+def count_results(results: tuple[OperationResult, ...]) -> dict[str, dict[str, int]]:
+    """How many operations were carried out and how many faults there were, by kind.
+
+    >>> from atommem_env.types import Fault, OperationKind
+    >>> count_results((OperationResult(OperationKind.CREATE), OperationResult(OperationKind.READ, Fault.EMPTY)))
+    {'operations': {'create': 1}, 'faults': {'empty': 1}}
+    """
+    done = Counter(str(result.kind) for result in results if result.kind and result.fault in (None, "cut"))
+    faults = Counter(str(result.fault) for result in results if result.fault is not None)
+    return {"operations": dict(done), "faults": dict(faults)}
+
+
+def outcome_info(episode: Episode) -> dict[str, Any]:
+    """What is told once the episode is over."""
+    questions = episode.task.questions
+    return {
+        "stop_reason": str(episode.stop_reason),
+        "predictions": tuple(outcome.prediction for outcome in episode.outcomes),
+        "golds": tuple(question.answers for question in questions),
+        "supporting_facts": tuple(tuple((fact.title, fact.text) for fact in question.evidence) for question in questions),
+        "em": tuple(outcome.em for outcome in episode.outcomes),
+        "f1": tuple(outcome.f1 for outcome in episode.outcomes),
+        "evidence": tuple((outcome.evidence, outcome.stored, outcome.retrieved) for outcome in episode.outcomes),
+    }
+
+
+def _plain(value: object) -> object:
+    """As it comes back from the store's JSON."""
+    return list(value) if isinstance(value, tuple) else value

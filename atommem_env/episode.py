@@ -1,0 +1,438 @@
+"""One episode as a pure state machine: no I/O, no clock, no randomness but its seed.
+
+The Gymnasium environment, evaluation, both trainers and the tests all drive this class, in two halves, because between
+them somebody has to compute embeddings:
+
+    requests = episode.submit(reply)      # reads and plans; changes nothing
+    result = episode.resolve(vectors)     # carries the plan out, all of it or nothing
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from atommem_env.chunking import chunk_documents
+from atommem_env.dialects import get_dialect
+from atommem_env.errors import EmbeddingError, EpisodeStateError, SettingError
+from atommem_env.memory import WorkingMemory
+from atommem_env.scoring import holds, score
+from atommem_env.tokens import cut, get_tokenizer
+from atommem_env.types import (
+    EmbeddingKind,
+    EmbeddingRequest,
+    Entry,
+    EpisodeSettings,
+    Fault,
+    Mutation,
+    Observation,
+    Operation,
+    OperationKind,
+    OperationResult,
+    Phase,
+    QuestionOutcome,
+    StepResult,
+    StopReason,
+    Task,
+    Vector,
+)
+
+_ILLEGAL = re.compile("[\ud800-\udfff\x00]")
+_EMBEDDED: dict[OperationKind, EmbeddingKind] = {
+    OperationKind.CREATE: "document",
+    OperationKind.UPDATE: "document",
+    OperationKind.READ: "query",
+}
+_NOTICE_LINES = 8  # a reply can have a million faults; the policy reads of so many kinds of them, each with its number
+_SEPARATOR = "\n"  # between entries when evidence is looked for; a passage never spans two of them
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What `submit` decided: everything but the vectors."""
+
+    operations: tuple[Operation, ...]  # to carry out, in order; targets are entry ids
+    results: tuple[OperationResult, ...]  # of everything written, in order; Creates get their ids when carried out
+    requests: tuple[EmbeddingRequest, ...]  # in the order in which `operations` need them
+
+
+class Episode:
+    """A task being played.
+
+    Args:
+        task: what to read and to answer.
+        settings: the dynamics.
+        seed: of random retrieval; nothing else is random.
+
+    Raises:
+        SettingError: the task has no question, or a setting is unknown.
+    """
+
+    def __init__(self, task: Task, settings: EpisodeSettings, seed: int) -> None:
+        if not task.questions:
+            raise SettingError(f"A task needs at least one question; task {task.id!r} has none.")
+        self.task = task
+        self.settings = settings
+        self.seed = seed
+        self.chunks = chunk_documents(task.documents, settings.chunk_tokens, get_tokenizer(settings.tokenizer))
+        self.max_steps = settings.max_steps or self._steps_needed()
+        self.memory = WorkingMemory(settings.capacity)
+        self.scratchpad = ""
+        self.query = ""
+        self.steps = 0
+        self.outcomes: tuple[QuestionOutcome, ...] = ()
+        self.stop_reason: StopReason | None = None
+        self._query_vector: Vector | None = None
+        self._chunk = 0
+        self._chunk_repeated = False  # with read latency 0: this chunk is shown a second time
+        self._replies_to_question = 0
+        self._plan: _Plan | None = None
+        self._shown: tuple[Entry, ...] = ()
+        self._observation = self._observe(())
+
+    # ------------------------------------------------------------------------------------------------------- the policy
+
+    @property
+    def phase(self) -> Phase:
+        return Phase.READ if self._chunk < len(self.chunks) else Phase.ANSWER
+
+    @property
+    def reward(self) -> float:
+        """Mean exact match over the task's questions once the episode has ended, else 0."""
+        if self.stop_reason is None:
+            return 0.0
+        return sum(outcome.em for outcome in self.outcomes) / len(self.task.questions)
+
+    def observe(self) -> Observation:
+        """What the policy sees now; the same until a reply has been carried out."""
+        return self._observation.copy()
+
+    def submit(self, reply: str) -> tuple[EmbeddingRequest, ...]:
+        """Reads a reply and plans it. Changes nothing: it may be called again, with this reply or another.
+
+        Returns:
+            The texts whose vectors `resolve` needs, in order.
+
+        Raises:
+            EpisodeStateError: the episode is over.
+            TypeError: `reply` is not a `str`. Any `str` is legal.
+        """
+        if self.stop_reason is not None:
+            raise EpisodeStateError(f"The episode is over ({self.stop_reason}); start another.")
+        if not isinstance(reply, str):
+            raise TypeError(f"A reply must be a str, got {type(reply).__name__}.")
+        self._plan = self._make_plan(reply)
+        return self._plan.requests
+
+    def resolve(self, vectors: ArrayLike) -> StepResult:
+        """Carries the submitted reply out, in the order written, and moves on.
+
+        Args:
+            vectors: [len(requests), D], finite and none of them zero; an empty sequence where nothing was requested.
+
+        Raises:
+            EpisodeStateError: nothing was submitted.
+            EmbeddingError: the vectors do not fit. The episode is as before, and the reply is still submitted.
+        """
+        if self._plan is None:
+            raise EpisodeStateError("Nothing to resolve: call submit(reply) first.")
+        plan = self._plan
+        matrix = self._check_vectors(vectors, len(plan.requests))
+        # Nothing below can fail.
+        self._plan = None
+        self.steps += 1
+        results, mutations, answer = self._carry_out(plan, matrix)
+        self._move_on(plan, answer)
+        self._observation = self._observe(results)
+        ended = self.stop_reason is not None
+        return StepResult(
+            observation=self.observe(),
+            reward=self.reward,
+            terminated=ended and self.stop_reason is not StopReason.STEP_BUDGET,
+            truncated=self.stop_reason is StopReason.STEP_BUDGET,
+            results=results,
+            mutations=mutations,
+        )
+
+    # --------------------------------------------------------------------------------------------------- copies of state
+
+    def fork(self) -> Self:
+        """An independent copy, between two steps: both go on from here.
+
+        Raises:
+            EpisodeStateError: a reply is submitted and not resolved.
+        """
+        if self._plan is not None:
+            raise EpisodeStateError("Cannot copy between submit and resolve; resolve the reply first.")
+        twin = copy.copy(self)  # everything but the memory is immutable, or replaced and never changed in place
+        twin.memory = self.memory.fork()
+        return twin
+
+    def snapshot(self) -> dict[str, Any]:
+        """The state between two steps, as plain picklable data without task and settings.
+
+        Raises:
+            EpisodeStateError: a reply is submitted and not resolved.
+        """
+        state = dict(vars(self.fork()))
+        for constant in ("task", "settings", "chunks", "max_steps", "_plan"):
+            del state[constant]
+        state["memory"] = self.memory.snapshot()
+        state["task_id"] = self.task.id
+        return state
+
+    @classmethod
+    def restore(cls, task: Task, settings: EpisodeSettings, snapshot: dict[str, Any]) -> Self:
+        """The episode that `snapshot` was taken from.
+
+        Raises:
+            SettingError: the snapshot is of another task.
+        """
+        state = dict(snapshot)
+        if state.pop("task_id") != task.id:
+            raise SettingError(f"The snapshot is of task {snapshot['task_id']!r}, not of {task.id!r}.")
+        episode = cls(task, settings, state["seed"])
+        vars(episode).update(state, memory=WorkingMemory.restore(state["memory"]))
+        return episode
+
+    # ----------------------------------------------------------------------------------------------------------- planning
+
+    def _steps_needed(self) -> int:
+        """The most replies that an episode can take: a chunk may be shown twice where a setting lets it."""
+        views = 2 if self.settings.read_latency == 0 or self.settings.advance == "on_write" else 1
+        return views * len(self.chunks) + self.settings.replies_per_question * len(self.task.questions)
+
+    def _make_plan(self, reply: str) -> _Plan:
+        results: list[OperationResult] = []
+        operations: list[Operation] = []
+        text, replaced = _ILLEGAL.subn("\ufffd", reply)
+        if replaced:
+            results.append(
+                OperationResult(None, Fault.ILLEGAL_TEXT, f"{replaced} characters that cannot be stored became \ufffd.")
+            )
+        parsed = get_dialect(self.settings.dialect).parse(text)
+        last = {item.kind: index for index, item in enumerate(parsed) if isinstance(item, Operation) and item.text}
+        alive = {entry.id for entry in self.memory.entries()}
+        created = 0
+        for index, item in enumerate(parsed):
+            if isinstance(item, OperationResult):
+                results.append(item)
+                continue
+            item = self._named(item)
+            superseded = item.kind in (OperationKind.READ, OperationKind.ANSWER) and index < last.get(item.kind, -1)
+            fault, detail = self._fault(item, alive, len(alive) + created, superseded)
+            if item.kind is OperationKind.SCRATCHPAD and fault is None:
+                shorter = cut(item.text, self.settings.scratchpad_tokens, get_tokenizer(self.settings.tokenizer))
+                if shorter != item.text:
+                    item = replace(item, text=shorter)
+                    fault = Fault.CUT
+                    detail = f"The scratchpad was cut to its first {self.settings.scratchpad_tokens} tokens."
+            known = item.target if fault is None else ""
+            results.append(OperationResult(item.kind, fault, detail, known))
+            if fault in (None, Fault.CUT):
+                operations.append(item)
+                created += item.kind is OperationKind.CREATE
+                if item.kind is OperationKind.DELETE:
+                    alive.discard(item.target)
+        kinds = {operation.kind for operation in operations}
+        if self.phase is Phase.ANSWER and not kinds & {OperationKind.ANSWER, OperationKind.READ}:
+            results.append(
+                OperationResult(None, Fault.NO_ANSWER, "A question was asked; the turn had neither an answer nor a search.")
+            )
+        requests = tuple(
+            EmbeddingRequest(operation.text, _EMBEDDED[operation.kind])
+            for operation in operations
+            if operation.kind in _EMBEDDED
+        )
+        return _Plan(tuple(operations), tuple(results), requests)
+
+    def _named(self, operation: Operation) -> Operation:
+        """The operation with the target as written replaced by the entry id that it means in this observation."""
+        if not operation.target:
+            return operation
+        shown = [entry.id for entry in self._shown]
+        return replace(operation, target=get_dialect(self.settings.dialect).entry_id(operation.target, shown))
+
+    def _fault(self, operation: Operation, alive: set[str], entries: int, superseded: bool) -> tuple[Fault | None, str]:
+        """Why the operation is not carried out, if so. `alive` are the ids that it can name, `entries` their number with new ones."""
+        kind = operation.kind
+        optional = kind is OperationKind.SCRATCHPAD
+        allowed = self.settings.scratchpad if optional else kind is OperationKind.ANSWER or kind in self.settings.operations
+        if not allowed:
+            return Fault.FORBIDDEN, f"There is no {kind} here."
+        if kind is OperationKind.ANSWER and self.phase is Phase.READ:
+            return Fault.OUT_OF_PHASE, "No question has been asked yet; the answer was ignored."
+        if not operation.text and kind not in (OperationKind.DELETE, OperationKind.SCRATCHPAD):
+            return Fault.EMPTY, f"The {kind} was empty."
+        if superseded:
+            return Fault.SUPERSEDED, f"Only the last {kind} of a turn counts."
+        if kind in (OperationKind.UPDATE, OperationKind.DELETE) and operation.target not in alive:
+            return Fault.UNKNOWN_ID, f"No entry is called {operation.target[:40]!r}; the {kind} was ignored."
+        if kind is OperationKind.CREATE and self.settings.capacity is not None and entries >= self.settings.capacity:
+            return Fault.FULL, f"The memory is full ({self.settings.capacity} entries); the new entry was not stored."
+        return None, ""
+
+    # --------------------------------------------------------------------------------------------------------- carrying out
+
+    def _check_vectors(self, vectors: ArrayLike, expected: int) -> NDArray[np.float32]:
+        matrix = np.asarray(vectors, dtype=np.float32)
+        if expected == 0 and matrix.size == 0:
+            return matrix
+        if matrix.ndim != 2 or len(matrix) != expected:
+            raise EmbeddingError(f"Expected {expected} vectors as an array [{expected}, D], got shape {matrix.shape}.")
+        if not np.isfinite(matrix).all():
+            raise EmbeddingError("A vector has a value that is not finite; the embedder is broken.")
+        if not matrix.any(axis=1).all():
+            raise EmbeddingError("A vector is zero and has no direction; the embedder is broken.")
+        known = self.memory.dimension
+        if known is not None and matrix.shape[1] != known:
+            raise EmbeddingError(f"This memory holds {known}-dimensional vectors, got {matrix.shape[1]}.")
+        return matrix / np.sqrt(np.einsum("ij,ij->i", matrix, matrix))[:, None]
+
+    def _carry_out(
+        self, plan: _Plan, matrix: NDArray[np.float32]
+    ) -> tuple[tuple[OperationResult, ...], tuple[Mutation, ...], str | None]:
+        """Results, mutations and the answer given, if any."""
+        mutations: list[Mutation] = []
+        created: list[str] = []
+        answer: str | None = None
+        rows = iter(matrix)
+        for operation in plan.operations:
+            kind, text = operation.kind, operation.text
+            if kind is OperationKind.CREATE:
+                vector = next(rows)
+                created.append(self.memory.create(text, vector))
+                mutations.append(Mutation(kind, created[-1], text, vector))
+            elif kind is OperationKind.UPDATE:
+                vector = next(rows)
+                self.memory.update(operation.target, text, vector)
+                mutations.append(Mutation(kind, operation.target, text, vector))
+            elif kind is OperationKind.DELETE:
+                self.memory.delete(operation.target)
+                mutations.append(Mutation(kind, operation.target, "", None))
+            elif kind is OperationKind.READ:
+                self.query, self._query_vector = text, next(rows)
+                mutations.append(Mutation(kind, "", text, self._query_vector))
+            elif kind is OperationKind.SCRATCHPAD:
+                self.scratchpad = text
+            else:
+                answer = text
+        new_ids = iter(created)
+        results = tuple(
+            replace(result, entry_id=next(new_ids))
+            if result.kind is OperationKind.CREATE and result.fault is None
+            else result
+            for result in plan.results
+        )
+        return results, tuple(mutations), answer
+
+    def _move_on(self, plan: _Plan, answer: str | None) -> None:
+        """Turns the page or settles the question, and ends the episode when it is time."""
+        kinds = {operation.kind for operation in plan.operations}
+        if self.phase is Phase.READ:
+            wrote = bool(kinds & {OperationKind.CREATE, OperationKind.UPDATE})
+            looks_again = self.settings.read_latency == 0 and OperationKind.READ in kinds and not self._chunk_repeated
+            turns = not looks_again and (wrote or self.settings.advance == "always")
+            self._chunk_repeated = looks_again or (self._chunk_repeated and not turns)
+            self._chunk += turns
+        else:
+            self._replies_to_question += 1
+            if answer is not None or self._replies_to_question == self.settings.replies_per_question:
+                self._settle(answer)
+        if len(self.outcomes) == len(self.task.questions):
+            missing = any(outcome.prediction is None for outcome in self.outcomes)
+            self.stop_reason = StopReason.UNANSWERED if missing else StopReason.ANSWERED
+        elif self.steps >= self.max_steps:
+            self.stop_reason = StopReason.STEP_BUDGET
+            while len(self.outcomes) < len(self.task.questions):
+                self._settle(None)
+
+    def _settle(self, answer: str | None) -> None:
+        """Scores the question asked now and goes on to the next."""
+        question = self.task.questions[len(self.outcomes)]
+        graded = None if answer is None else score(answer, question.answers, self.task.dataset)
+        kept = _SEPARATOR.join([self.scratchpad, *(entry.text for entry in self.memory.entries())])
+        # What the policy had in view when it replied, not what a later operation of the reply changed.
+        view = _SEPARATOR.join([self._observation["scratchpad"], *(entry.text for entry in self._shown)])
+        outcome = QuestionOutcome(
+            question_id=question.id,
+            prediction=answer,
+            em=graded.em if graded else 0.0,
+            f1=graded.f1 if graded else 0.0,
+            evidence=len(question.evidence),
+            stored=sum(holds(kept, passage.text) for passage in question.evidence),
+            retrieved=sum(holds(view, passage.text) for passage in question.evidence),
+        )
+        self.outcomes += (outcome,)
+        self._replies_to_question = 0
+
+    # ----------------------------------------------------------------------------------------------------------- observing
+
+    def _observe(self, results: Sequence[OperationResult]) -> Observation:
+        dialect = get_dialect(self.settings.dialect)
+        notice = _summary([result.detail for result in results if result.fault is not None])
+        self._shown, hidden = self._retrieve()
+        if hidden:
+            notice.append(hidden)
+        asked = self.phase is Phase.ANSWER and self.stop_reason is None
+        return Observation(
+            phase=self.phase.value,
+            questions="\n".join(question.text for question in self.task.questions),
+            question=self.task.questions[len(self.outcomes)].text if asked else "",
+            chunk=self.chunks[self._chunk] if self.phase is Phase.READ else "",
+            scratchpad=self.scratchpad,
+            query=self.query,
+            retrieved=dialect.show(self._shown),
+            notice="\n".join(notice),
+            step=self.steps,
+            steps_left=self.max_steps - self.steps,
+        )
+
+    def _retrieve(self) -> tuple[tuple[Entry, ...], str]:
+        """What the query in force finds, as far as it may be shown; and what is to be said about the rest."""
+        if self._query_vector is None or not len(self.memory):
+            return (), ""
+        if self.settings.retrieval == "random":
+            ids = [entry.id for entry in self.memory.entries()]
+            drawn = np.random.default_rng([self.seed, self.steps]).permutation(len(ids))[: self.settings.top_k]
+            found = [ids[row] for row in drawn]
+        else:
+            found = self.memory.search(self._query_vector, self.settings.top_k)
+        tokenizer = get_tokenizer(self.settings.tokenizer)
+        room = self.settings.memory_tokens
+        shown: list[Entry] = []
+        for entry in map(self.memory.get, found):
+            size = tokenizer.count(entry.text)
+            if size > room:
+                break
+            shown.append(entry)
+            room -= size
+        if len(shown) == len(found):
+            return tuple(shown), ""
+        limit = self.settings.memory_tokens
+        if not shown:  # better the start of the best entry than nothing
+            best = self.memory.get(found[0])
+            shown.append(Entry(best.id, cut(best.text, limit, tokenizer)))
+            return tuple(shown), f"Of {len(found)} entries found only the first {limit} tokens of {best.id} are shown."
+        return tuple(shown), f"Of {len(found)} entries found only {len(shown)} are shown: more exceed {limit} tokens."
+
+
+def _summary(details: Sequence[str]) -> list[str]:
+    """The different details in order of appearance, each with how often it came where that is more than once.
+
+    >>> _summary(["The read was empty.", "There is no delete here.", "The read was empty."])
+    ['The read was empty. (2 times)', 'There is no delete here.']
+    """
+    counts = Counter(details)
+    lines = [detail if count == 1 else f"{detail} ({count} times)" for detail, count in counts.items()]
+    if len(lines) > _NOTICE_LINES:
+        rest = sum(list(counts.values())[_NOTICE_LINES:])
+        lines[_NOTICE_LINES:] = [f"And {rest} more faults."]
+    return lines

@@ -1,0 +1,228 @@
+"""One episode's memory: entries, their vectors, and exact search among them."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from atommem_env.errors import EmbeddingError, EpisodeStateError, SettingError
+from atommem_env.types import Entry, Vector
+
+_FIRST_ROWS = 16  # rows of the first matrix; doubled when full
+_TIE = 1e-6  # a matrix product's scores are off by less than half of this, depending on where a row lies
+_UNIT = 5e-7  # rounding to float32 moves a unit vector's squared length by at most 1.2e-7
+
+
+def unit(vectors: ArrayLike) -> Vector:
+    """Vectors scaled to length 1, float32, of the same shape: [D] or [n, D].
+
+    A vector that already has length 1, to the precision of float32, comes back bit for bit: a vector can pass through
+    the store and here again, any number of times, and stays the same.
+
+    Raises:
+        EmbeddingError: a value is not finite, a vector is zero, or the shape is neither [D] nor [n, D].
+
+    >>> unit([3, 4]).tolist() == np.float32([0.6, 0.8]).tolist()
+    True
+    """
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused below
+        rows = np.asarray(vectors, dtype=np.float32)
+    if rows.ndim not in (1, 2) or rows.shape[-1] == 0:
+        raise EmbeddingError(f"Expected vectors of shape [D] or [n, D], got {rows.shape}; check the embedder.")
+    wide = rows.astype(np.float64)
+    squared = np.einsum("...d,...d->...", wide, wide)
+    if not np.isfinite(squared).all():
+        raise EmbeddingError("A vector has a value that is not finite; the embedder is broken.")
+    if not np.all(squared):
+        raise EmbeddingError("A vector is zero and has no direction; the embedder is broken.")
+    length = np.where(np.abs(squared - 1) <= _UNIT, 1.0, np.sqrt(squared))
+    scaled: Vector = (wide / length[..., None]).astype(np.float32)
+    return scaled
+
+
+class WorkingMemory:
+    """The entries of one episode and their unit vectors in a float32 matrix [rows, D], D taken from the first vector.
+
+    Ids are "m1", "m2", … in order of creation and never used twice. Search is exact and rests on ids and vectors alone,
+    not on where a row lies: the same before and after `fork`, `restore` and deletions.
+
+    Args:
+        capacity: most entries at a time; None: no limit.
+
+    >>> memory = WorkingMemory()
+    >>> memory.create("Ada lives in Turin.", [1, 0]), memory.create("Ben lives in Oslo.", [0, 1])
+    ('m1', 'm2')
+    >>> memory.search([0.6, 0.8], k=1)
+    ['m2']
+    """
+
+    def __init__(self, capacity: int | None = None) -> None:
+        self.capacity = capacity
+        self._created = 0
+        self._entries: dict[str, Entry] = {}  # in order of creation
+        self._rows: dict[str, int] = {}  # the row of each id; the first len(self) rows are in use, in any order
+        self._matrix: Vector | None = None
+        self._numbers = np.zeros(0, dtype=np.int64)  # [rows], the number in the id of each row's entry
+
+    @property
+    def dimension(self) -> int | None:
+        """D; None before the first entry."""
+        return None if self._matrix is None else self._matrix.shape[1]
+
+    @property
+    def full(self) -> bool:
+        """Whether there is no room for another entry."""
+        return self.capacity is not None and len(self) >= self.capacity
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, entry_id: object) -> bool:
+        return entry_id in self._entries
+
+    def get(self, entry_id: str) -> Entry:
+        """The entry of that id.
+
+        Raises:
+            KeyError: there is none.
+        """
+        return self._entries[entry_id]
+
+    def entries(self) -> tuple[Entry, ...]:
+        """All entries in order of creation."""
+        return tuple(self._entries.values())
+
+    def vectors(self) -> Vector:
+        """The unit vectors, [n, D], in the order of `entries`; [0, 0] before the first entry."""
+        if self._matrix is None:
+            return np.zeros((0, 0), dtype=np.float32)
+        return self._matrix[[self._rows[entry_id] for entry_id in self._entries]].reshape(len(self), -1)
+
+    def create(self, text: str, vector: ArrayLike) -> str:
+        """Adds an entry and returns its id. `vector`: [D].
+
+        Raises:
+            EmbeddingError: a vector as `unit` refuses it, or of another dimension than the ones here.
+            EpisodeStateError: the memory is full; look at `full` first.
+        """
+        if self.full:
+            raise EpisodeStateError(f"The memory holds its {self.capacity} entries; check `full` before `create`.")
+        checked = self._checked(vector)
+        row = len(self)
+        if self._matrix is None:
+            self._matrix = np.empty((0, len(checked)), dtype=np.float32)
+        if row == len(self._matrix):
+            self._matrix = _with_rows(self._matrix, max(_FIRST_ROWS, 2 * row))
+            self._numbers = _with_rows(self._numbers, len(self._matrix))
+        self._created += 1
+        entry_id = f"m{self._created}"
+        self._entries[entry_id] = Entry(entry_id, text)
+        self._rows[entry_id] = row
+        self._matrix[row] = checked
+        self._numbers[row] = self._created
+        return entry_id
+
+    def update(self, entry_id: str, text: str, vector: ArrayLike) -> None:
+        """Replaces an entry's text and vector [D]; its place in the order stays.
+
+        Raises:
+            KeyError: no entry has that id.
+            EmbeddingError: as for `create`.
+        """
+        row = self._rows[entry_id]
+        checked = self._checked(vector)
+        assert self._matrix is not None
+        self._matrix[row] = checked
+        self._entries[entry_id] = Entry(entry_id, text)
+
+    def delete(self, entry_id: str) -> None:
+        """Removes an entry.
+
+        Raises:
+            KeyError: no entry has that id.
+        """
+        row = self._rows.pop(entry_id)
+        del self._entries[entry_id]
+        last = len(self)
+        if row != last:  # the last row moves into the gap, so that the rows in use stay together
+            assert self._matrix is not None
+            self._matrix[row] = self._matrix[last]
+            self._numbers[row] = self._numbers[last]
+            self._rows[f"m{self._numbers[row]}"] = row
+
+    def search(self, query_vector: ArrayLike, k: int) -> list[str]:
+        """Ids of the `k` entries nearest to `query_vector` [D] by cosine, best first; of equals the older one first.
+
+        A matrix product gives equal rows scores that differ with their position. Candidates near the k-th score are
+        therefore scored again, each row by itself, before they are put in order.
+
+        Raises:
+            EmbeddingError: as for `create`.
+            SettingError: k is less than 1.
+        """
+        if k < 1:
+            raise SettingError(f"k must be at least 1, got {k}.")
+        query = self._checked(query_vector)
+        if not self._entries:
+            return []
+        assert self._matrix is not None
+        used = self._matrix[: len(self)]
+        scores = used @ query
+        if k < len(used):
+            kth = np.partition(scores, len(used) - k)[len(used) - k]
+            near = np.flatnonzero(scores >= kth - _TIE)
+        else:
+            near = np.arange(len(used))
+        exact = np.einsum("ij,j->i", used[near], query)
+        numbers = self._numbers[near]
+        return [f"m{number}" for number in numbers[np.lexsort((numbers, -exact))[:k]].tolist()]
+
+    def snapshot(self) -> dict[str, object]:
+        """The state as plain, picklable data."""
+        return {
+            "capacity": self.capacity,
+            "created": self._created,
+            "ids": [entry.id for entry in self.entries()],
+            "texts": [entry.text for entry in self.entries()],
+            "vectors": None if self._matrix is None else self.vectors(),  # [n, D]; n can be 0
+        }
+
+    @classmethod
+    def restore(cls, snapshot: dict[str, Any]) -> Self:
+        """The memory that `snapshot` was taken from."""
+        memory = cls(snapshot["capacity"])
+        ids = snapshot["ids"]
+        memory._created = snapshot["created"]
+        memory._entries = {
+            entry_id: Entry(entry_id, text) for entry_id, text in zip(ids, snapshot["texts"], strict=True)
+        }
+        memory._rows = {entry_id: row for row, entry_id in enumerate(ids)}
+        memory._matrix = None if snapshot["vectors"] is None else snapshot["vectors"].copy()
+        memory._numbers = np.array([int(entry_id[1:]) for entry_id in ids], dtype=np.int64)
+        return memory
+
+    def fork(self) -> Self:
+        """An independent copy."""
+        twin = type(self)(self.capacity)
+        twin._created = self._created
+        twin._entries = self._entries.copy()
+        twin._rows = self._rows.copy()
+        twin._matrix = None if self._matrix is None else self._matrix[: len(self)].copy()
+        twin._numbers = self._numbers[: len(self)].copy()
+        return twin
+
+    def _checked(self, vector: ArrayLike) -> Vector:
+        checked = unit(vector)
+        if checked.ndim != 1 or self.dimension not in (None, len(checked)):
+            expected = "[D]" if self.dimension is None else f"[{self.dimension}]"
+            raise EmbeddingError(f"Expected a vector of shape {expected} in this memory, got {list(checked.shape)}.")
+        return checked
+
+
+def _with_rows(array: np.ndarray[Any, Any], rows: int) -> np.ndarray[Any, Any]:
+    """A copy of `array` with `rows` rows, the new ones unset."""
+    longer = np.empty((rows, *array.shape[1:]), dtype=array.dtype)
+    longer[: len(array)] = array
+    return longer

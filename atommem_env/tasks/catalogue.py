@@ -1,0 +1,360 @@
+"""Official question files, imported once into a form that opens in milliseconds.
+
+An import is a folder that is never changed once it is complete:
+
+    rows.jsonl        a line for each question, with the numbers of its documents (and rows.offsets.npy)
+    documents.jsonl   every different document, title and text (and documents.offsets.npy)
+    identity.npy      [documents] int64: the number of the first document that is the same but for whitespace
+    pool.npy          [fillers] int64: the numbers of the documents that may fill a context, all different
+    report.json       what was read, what was mended, and the hashes of all of it
+
+`data/DATASET/SPLIT.json` in the data folder names the folder in force, so that one `os.replace` puts a new import
+in the place of an old one. Imports of files given as `data=` lie in `cache/`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from array import array
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atommem_env.errors import DataError, DatasetNotFound, SettingError
+from atommem_env.paths import data_folder
+from atommem_env.tasks import hotpotqa, musique, twowiki
+from atommem_env.tasks.jsonl import JsonLines, JsonLinesWriter, read_records
+from atommem_env.tasks.records import Record, required
+from atommem_env.types import Document
+
+PARSERS: dict[str, Callable[[Mapping[str, Any]], Record | None]] = {
+    "hotpotqa": hotpotqa.parse,
+    "2wikimultihopqa": twowiki.parse,
+    "musique": musique.parse,
+}
+FORMAT = 1  # of the folder; an import of another format is made again
+
+_FILES = ("rows.jsonl", "rows.offsets.npy", "documents.jsonl", "documents.offsets.npy", "identity.npy", "pool.npy")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file that an import was made from."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImportReport:
+    """What an import read and made."""
+
+    dataset: str
+    split: str
+    folder: str  # where it lies
+    rows: int  # questions that can be used
+    unanswerable: int  # rows left out, because the dataset marks them so
+    repairs: dict[str, int]  # what was wrong with rows -> how many
+    documents: int  # different documents, those of rows and of the corpus together
+    corpus_documents: int | None  # different documents of the corpus; None: there is none, other rows' documents fill
+    corpus_left_out: int  # rows of the corpus that are blank, or the same as an earlier one
+    sources: tuple[SourceFile, ...]  # the question file, then the corpus
+    files: dict[str, str]  # file of the import -> sha256
+    format: int = FORMAT
+
+
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """An import, opened: nothing is read before it is asked for."""
+
+    report: ImportReport
+    rows: JsonLines  # id, text, answers, evidence [[title, text], …], kind, hops, documents, supporting (numbers)
+    documents: JsonLines  # [title, text]
+    identity: NDArray[np.int64]  # [documents]
+    pool: NDArray[np.int64]  # [fillers]
+
+    @classmethod
+    def open(cls, folder: Path) -> Questions:
+        """The import in `folder`; raises `DatasetNotFound` if there is none that this version can read."""
+        return cls(
+            report=_read_report(folder),
+            rows=JsonLines(folder / "rows.jsonl"),
+            documents=JsonLines(folder / "documents.jsonl"),
+            identity=np.asarray(np.load(folder / "identity.npy", mmap_mode="r")),
+            pool=np.asarray(np.load(folder / "pool.npy", mmap_mode="r")),
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------- the actions
+
+
+def import_dataset(
+    dataset: str,
+    split: str,
+    file: Path,
+    corpus: Path | None = None,
+    progress: Callable[[Path, int], object] | None = None,
+) -> ImportReport:
+    """Import an official file, in place of what was imported for this dataset and split before.
+
+    Args:
+        dataset: "hotpotqa", "2wikimultihopqa" or "musique".
+        split: The name to import it under, e.g. "dev".
+        file: One JSON list, JSON lines (both plain or gzipped) or parquet, in the dataset's own field names.
+        corpus: Documents that fill contexts, of the same forms, with the fields `title` and `text`.
+        progress: Called now and then with the file being read and the number of bytes read of it.
+
+    Raises:
+        DataError: a file is damaged; the message names file, line or index, and field. The earlier import stays.
+        DatasetNotFound: there is no such file.
+        SettingError: there is no such dataset, or the split's name cannot be a file's.
+    """
+    _check_names(dataset, split)
+    parent = data_folder("data", dataset)
+    folder = parent / f"{split}-{secrets.token_hex(4)}"
+    with _complete_or_absent(folder):
+        _build(folder, dataset, split, file, corpus, progress)
+    pointer = parent / f"{split}.json"
+    previous = _folder_in_force(dataset, split) if pointer.is_file() else None
+    draft = parent / f"{folder.name}.json.new"
+    draft.write_text(json.dumps({"folder": folder.name}), encoding="utf-8")
+    os.replace(draft, pointer)
+    if previous is not None and previous.is_dir():
+        shutil.rmtree(previous)
+    return Questions.open(folder).report
+
+
+def open_dataset(dataset: str, split: str) -> Questions:
+    """What was imported for this dataset and split; if nothing was, `DatasetNotFound` with the command to run."""
+    return Questions.open(_folder_in_force(dataset, split))
+
+
+def open_file(dataset: str, split: str, file: Path, corpus: Path | None = None) -> Questions:
+    """A user's own file of official form, imported into the cache the first time; safe in several processes at once.
+
+    Raises:
+        DataError: a file is damaged.
+        DatasetNotFound: there is no such file.
+        SettingError: there is no such dataset.
+    """
+    _check_names(dataset, split)
+    key = hashlib.blake2b(repr((FORMAT, dataset)).encode(), digest_size=12)
+    for path in filter(None, (file, corpus)):
+        if not path.is_file():
+            raise DatasetNotFound(f"There is no file {path}, given as {'data' if path == file else 'corpus'}=.")
+        state = path.stat()
+        key.update(repr((str(path.resolve()), state.st_size, state.st_mtime_ns)).encode())
+    folder = data_folder("cache", f"{dataset}-{key.hexdigest()}")
+    if not folder.is_dir():
+        draft = folder.with_name(f"{folder.name}-{secrets.token_hex(4)}")
+        with _complete_or_absent(draft):
+            _build(draft, dataset, split, file, corpus, None)
+        try:
+            draft.rename(folder)
+        except OSError:
+            shutil.rmtree(draft)
+            if not folder.is_dir():  # otherwise another process was first, with the same content
+                raise
+    return Questions.open(folder)
+
+
+def imported_splits(dataset: str) -> list[str]:
+    """The splits imported for a dataset, sorted."""
+    return sorted(pointer.stem for pointer in data_folder("data", dataset).glob("*.json"))
+
+
+def verify_dataset(dataset: str, split: str) -> ImportReport:
+    """Check what was imported against the hashes and counts of its import; returns the report of that import.
+
+    Raises:
+        DataError: a file is missing or has changed.
+        DatasetNotFound: nothing is imported.
+    """
+    folder = _folder_in_force(dataset, split)
+    mend = f"import it again: atommem data import {dataset} --split {split} FILE --corpus FILE"
+    report = _read_report(folder)
+    for name in _FILES:  # before they are opened, which a damaged one may not allow
+        actual = _sha256(folder / name) if (folder / name).is_file() else "no file"
+        if actual != report.files.get(name):
+            raise DataError(f"{folder / name}: expected sha256 {report.files.get(name)}, got {actual}; {mend}")
+    questions = Questions.open(folder)
+    counts = len(questions.rows), len(questions.documents), len(questions.identity)
+    if counts != (report.rows, report.documents, report.documents):
+        raise DataError(f"{folder}: expected {report.rows} rows and {report.documents} documents, got {counts}; {mend}")
+    return report
+
+
+# ----------------------------------------------------------------------------------------------------------- the making
+
+
+def _build(
+    folder: Path,
+    dataset: str,
+    split: str,
+    file: Path,
+    corpus: Path | None,
+    progress: Callable[[Path, int], object] | None,
+) -> None:
+    """Write the import of `file` and `corpus` into the empty `folder`."""
+    exact: dict[bytes, int] = {}
+    loose: dict[bytes, int] = {}
+    identity = array("q")
+    ids: dict[str, str] = {}
+    repairs: dict[str, int] = {}
+    unanswerable = left_out = 0
+
+    def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+        return read_records(path, (lambda done: progress(path, done)) if progress else None)
+
+    with JsonLinesWriter(folder / "rows.jsonl") as rows, JsonLinesWriter(folder / "documents.jsonl") as documents:
+
+        def add(document: Document) -> int:
+            number = documents.append([document.title, document.text])
+            identity.append(loose.setdefault(_identity(document), number))
+            return number
+
+        for place, raw in records(file):
+            with _named(place):
+                record = PARSERS[dataset](raw)
+                if record is None:
+                    unanswerable += 1
+                    continue
+                question = record.question
+                if question.id in ids:
+                    raise DataError(f"field 'id' is {question.id!r}, as in {ids[question.id]}; ids must differ.")
+            ids[question.id] = place
+            for repair in record.repairs:
+                repairs[repair] = repairs.get(repair, 0) + 1
+            numbers: list[int] = []
+            for document in record.documents:
+                key = _digest(f"{document.title}\0{document.text}")
+                if key not in exact:
+                    exact[key] = add(document)
+                numbers.append(exact[key])
+            rows.append(
+                {
+                    "id": question.id,
+                    "text": question.text,
+                    "answers": question.answers,
+                    "evidence": [[item.title, item.text] for item in question.evidence],
+                    "kind": question.kind,
+                    "hops": question.hops,
+                    "documents": numbers,
+                    "supporting": [numbers[place] for place in record.supporting],
+                }
+            )
+        if not len(rows):
+            raise DataError(f"{file}: no {dataset} question in it that can be used ({unanswerable} unanswerable).")
+
+        fillers: dict[int, None] = dict.fromkeys(identity)
+        if corpus is not None:
+            fillers.clear()
+            for place, raw in records(corpus):
+                with _named(place):
+                    document = Document(required(raw, "title", str), required(raw, "text", str))
+                number = loose.get(_identity(document))
+                if number in fillers or not document.text.strip():
+                    left_out += 1
+                else:
+                    fillers[add(document) if number is None else number] = None
+            if not fillers:
+                raise DataError(f"{corpus}: no document in it.")
+        counts = len(rows), len(documents)
+
+    np.save(folder / "identity.npy", np.frombuffer(identity, dtype=np.int64))
+    np.save(folder / "pool.npy", np.fromiter(fillers, dtype=np.int64, count=len(fillers)))
+    report = ImportReport(
+        dataset=dataset,
+        split=split,
+        folder="",  # where it is found when it is opened
+        rows=counts[0],
+        unanswerable=unanswerable,
+        repairs=repairs,
+        documents=counts[1],
+        corpus_documents=None if corpus is None else len(fillers),
+        corpus_left_out=left_out,
+        sources=tuple(
+            SourceFile(str(path.resolve()), path.stat().st_size, _sha256(path)) for path in (file, corpus) if path
+        ),
+        files={name: _sha256(folder / name) for name in _FILES},
+    )
+    (folder / "report.json").write_text(json.dumps(asdict(report), indent=1), encoding="utf-8")
+
+
+def _identity(document: Document) -> bytes:
+    """Equal for documents that are the same but for whitespace, in which a corpus and joined sentences can differ."""
+    return _digest("".join(document.title.split()) + "\0" + "".join(document.text.split()))
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _named(place: str) -> Iterator[None]:
+    """Puts the place in front of what a parser says."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from error
+
+
+@contextmanager
+def _complete_or_absent(folder: Path) -> Iterator[None]:
+    """Makes `folder`, and removes it again when the block fails."""
+    folder.mkdir(parents=True)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+
+
+def _read_report(folder: Path) -> ImportReport:
+    try:
+        values = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DatasetNotFound(f"{folder} holds no import; run `atommem data import` again.") from error
+    if values["format"] != FORMAT:
+        raise DatasetNotFound(
+            f"{folder} has format {values['format']}, this version reads {FORMAT}; run `atommem data import` again."
+        )
+    sources = tuple(SourceFile(**source) for source in values["sources"])
+    return ImportReport(**{**values, "folder": str(folder), "sources": sources})
+
+
+def _folder_in_force(dataset: str, split: str) -> Path:
+    _check_names(dataset, split)
+    pointer = data_folder("data", dataset, f"{split}.json")
+    if not pointer.is_file():
+        others = imported_splits(dataset)
+        raise DatasetNotFound(
+            f"No {dataset} questions are imported for the split {split!r} "
+            + (f"(imported: {', '.join(others)}). " if others else "(none of this dataset are). ")
+            + f"Import the official file: atommem data import {dataset} --split {split} FILE --corpus FILE"
+            + " (without a corpus, contexts are filled from the file itself), or give data=FILE."
+        )
+    return pointer.with_name(json.loads(pointer.read_text(encoding="utf-8"))["folder"])
+
+
+def _check_names(dataset: str, split: str) -> None:
+    if dataset not in PARSERS:
+        raise SettingError(f"dataset must be one of {', '.join(PARSERS)}; got {dataset!r}.")
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", split):
+        raise SettingError(f"split must be a name of letters, digits, '_', '-' and '.', got {split!r}.")

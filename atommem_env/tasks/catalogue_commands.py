@@ -1,0 +1,109 @@
+"""The commands `atommem data import`, `verify` and `list`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from atommem_env.errors import DatasetNotFound
+from atommem_env.paths import data_folder
+from atommem_env.tasks.catalogue import (
+    PARSERS,
+    ImportReport,
+    import_dataset,
+    imported_splits,
+    open_dataset,
+    verify_dataset,
+)
+
+Dataset = Literal["hotpotqa", "2wikimultihopqa", "musique"]
+
+_ENVIRONMENTS = {
+    "hotpotqa": "AtomMem-HotpotQA",
+    "2wikimultihopqa": "AtomMem-2WikiMultiHopQA",
+    "musique": "AtomMem-MuSiQue",
+}
+
+
+def import_command(
+    dataset: tyro.conf.Positional[Dataset],
+    file: tyro.conf.Positional[Path],
+    /,
+    *,
+    split: str = "dev",
+    corpus: Path | None = None,
+) -> None:
+    """Import a dataset's official file, so that its environment works without naming files.
+
+    Every row is checked first; what was imported before stays until the new import is complete.
+
+    Args:
+        dataset: Which dataset the file belongs to.
+        file: The official file: a JSON list or JSON lines, plain or gzipped, or parquet.
+        split: The name to import it under.
+        corpus: Documents with `title` and `text` that fill contexts; without it, the other questions' do.
+    """
+    console = Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        sizes = {path: path.stat().st_size for path in (file, corpus) if path is not None and path.is_file()}
+        tasks = {path: bar.add_task(f"Reading {path.name}", total=size) for path, size in sizes.items()}
+        report = import_dataset(
+            dataset, split, file, corpus, lambda path, done: bar.update(tasks[path], completed=done)
+        )
+    _show(console, [report], "Imported")
+    environment = _ENVIRONMENTS[dataset]
+    option = "" if split == "dev" else f', split="{split}"'
+    console.print(
+        f'Next, in Python: import atommem_env, gymnasium; gymnasium.make("{environment}"{option})', markup=False
+    )
+
+
+def verify_command(dataset: tyro.conf.Positional[Dataset | None] = None) -> None:
+    """Check imported datasets against the hashes and counts taken when they were imported.
+
+    Args:
+        dataset: Which dataset; all when left out.
+    """
+    names = _imported(dataset)
+    _show(Console(), [verify_dataset(*name) for name in names], "Verified, unchanged since the import")
+
+
+def list_command() -> None:
+    """List the datasets that are imported."""
+    reports = [open_dataset(*name).report for name in _imported(None)]
+    _show(Console(), reports, "Imported")
+
+
+def _imported(dataset: Dataset | None) -> list[tuple[str, str]]:
+    """(dataset, split) of every import; `DatasetNotFound` if there is none."""
+    names = [(name, split) for name in ([dataset] if dataset else PARSERS) for split in imported_splits(name)]
+    if not names:
+        what = f"No {dataset} file" if dataset else "No dataset"
+        raise DatasetNotFound(
+            f"{what} is imported in {data_folder('data')}. Import an official file: "
+            f"atommem data import {dataset or 'hotpotqa'} --split dev FILE --corpus FILE"
+        )
+    return names
+
+
+def _show(console: Console, reports: Sequence[ImportReport], title: str) -> None:
+    table = Table(title=title, title_justify="left")
+    for heading in ("dataset", "split", "questions", "documents", "filled from"):
+        table.add_column(heading, justify="right" if heading in ("questions", "documents") else "left")
+    for report in reports:
+        filled = "other questions" if report.corpus_documents is None else f"corpus of {report.corpus_documents:,}"
+        table.add_row(report.dataset, report.split, f"{report.rows:,}", f"{report.documents:,}", filled)
+    console.print(table)
+    for report in reports:
+        notes = {"questions left out: unanswerable": report.unanswerable}
+        notes |= {f"questions mended: {what}": count for what, count in report.repairs.items()}
+        notes["corpus rows left out: blank, or the same as another"] = report.corpus_left_out
+        for line in (report.folder, *(f"  {count:,} {what}" for what, count in notes.items() if count)):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)

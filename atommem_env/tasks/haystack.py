@@ -1,0 +1,153 @@
+"""Contexts of many documents in which the few that answer the questions lie anywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from atommem_env.errors import SettingError
+from atommem_env.tasks.catalogue import Questions, open_dataset, open_file
+from atommem_env.types import Document, Evidence, Question, Task
+
+
+class HaystackSource:
+    """Tasks over HotpotQA, 2WikiMultiHopQA or MuSiQue, as the AtomMem paper (arXiv 2601.08323) makes them.
+
+    Task `i` asks the questions `i·Q … i·Q + Q - 1` of the file, in its order (`Q = questions`; at the end of the file,
+    fewer than `Q` are left unused). Its context holds the supporting documents of all of them, always; then documents
+    that the dataset puts beside these questions; then the corpus or, where there is none, other rows' documents; until
+    there are `num_docs`. Documents whose title and text are the same but for whitespace are taken once. All of them are
+    then shuffled together, each task by its own draw, so that the supporting documents lie uniformly. A task is a
+    function of the data, the settings, `index` and `seed`.
+
+    With 25 rows and `questions=10` there are two tasks: rows 0 to 9 and rows 10 to 19.
+
+    Args:
+        dataset: "hotpotqa", "2wikimultihopqa" or "musique".
+        split: Which import to open.
+        data: An official file to use in place of an import.
+        corpus: Documents (`title`, `text`) that fill contexts; goes with `data`.
+        num_docs: Documents of a context, 1 to 6400.
+        questions: Questions of a task, 1 to 10.
+
+    Raises:
+        DatasetNotFound: nothing is imported, or the file given does not exist.
+        DataError: the file given is damaged.
+        SettingError: a setting is out of range, or there are fewer rows than `questions`.
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        *,
+        split: str = "dev",
+        data: str | Path | None = None,
+        corpus: str | Path | None = None,
+        num_docs: int = 200,
+        questions: int = 1,
+    ) -> None:
+        for name, value, most in (("num_docs", num_docs, 6400), ("questions", questions, 10)):
+            if type(value) is not int or not 1 <= value <= most:
+                raise SettingError(f"{name} must be a whole number from 1 to {most}, got {value!r}.")
+        if data is None and corpus is not None:
+            raise SettingError(
+                "corpus= goes with data=; to give an import a corpus, import it again: "
+                f"atommem data import {dataset} --split {split} FILE --corpus {corpus}"
+            )
+        self.dataset = dataset
+        self.split = split
+        self.data = None if data is None else Path(data).expanduser().resolve()
+        self.corpus = None if corpus is None else Path(corpus).expanduser().resolve()
+        self.num_docs = num_docs
+        self.questions = questions
+        self._open()
+
+    def _open(self) -> None:
+        self._questions: Questions = (
+            open_dataset(self.dataset, self.split)
+            if self.data is None
+            else open_file(self.dataset, self.split, self.data, self.corpus)
+        )
+        if not len(self):
+            raise SettingError(
+                f"questions={self.questions}, but there are only {len(self._questions.rows)} in the file."
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_questions"}  # the maps stay here
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    def __len__(self) -> int:
+        return len(self._questions.rows) // self.questions
+
+    def task(self, index: int, seed: int) -> Task:
+        """The task at `index` (0 ≤ index < len), its context drawn and shuffled by `seed` (≥ 0).
+
+        Raises:
+            SettingError: `index` or `seed` is out of range, the supporting documents alone are more than `num_docs`, or
+                all documents together are fewer.
+        """
+        if not 0 <= index < len(self):
+            raise SettingError(f"index must be from 0 to {len(self) - 1}, got {index}.")
+        if seed < 0:
+            raise SettingError(f"seed must be at least 0, got {seed}.")
+        rows = [self._questions.rows[index * self.questions + place] for place in range(self.questions)]
+        rng = np.random.default_rng([seed, index])
+        numbers = self._choose(rows, rng)
+        rng.shuffle(numbers)
+        documents = self._questions.documents
+        return Task(
+            id=f"{self.dataset}/{self.split}/{index}" + (f"x{self.questions}" if self.questions > 1 else ""),
+            dataset=self.dataset,
+            documents=tuple(Document(*documents[number]) for number in numbers),
+            questions=tuple(_question(row) for row in rows),
+        )
+
+    def _choose(self, rows: list[dict[str, Any]], rng: np.random.Generator) -> list[int]:
+        """The numbers of the documents of a context, supporting ones first."""
+        identity, pool = self._questions.identity, self._questions.pool
+        chosen = list(dict.fromkeys(number for row in rows for number in row["supporting"]))
+        if len(chosen) > self.num_docs:
+            raise SettingError(
+                f"num_docs={self.num_docs}, but these {len(rows)} questions have {len(chosen)} supporting documents; "
+                "raise num_docs or lower questions."
+            )
+        seen = {int(identity[number]) for number in chosen}
+        distractors: dict[int, int] = {}  # identity -> number
+        for row in rows:
+            for number in row["documents"]:
+                if identity[number] not in seen:
+                    distractors.setdefault(int(identity[number]), number)
+        room = self.num_docs - len(chosen)
+        drawn = rng.permutation(list(distractors.values()))[:room].tolist()
+        chosen += drawn
+        seen.update(distractors)
+
+        room = self.num_docs - len(chosen)
+        if room:
+            # Fillers all differ, so that of any room + len(seen) of them at least `room` are new.
+            candidates = pool[rng.choice(len(pool), min(len(pool), room + len(seen)), replace=False)]
+            fillers = [number for number in candidates.tolist() if number not in seen][:room]
+            chosen += fillers
+        if len(chosen) < self.num_docs:
+            raise SettingError(
+                f"num_docs={self.num_docs}, but there are only {len(chosen)} different documents for this task; "
+                "give a (larger) corpus, or lower num_docs."
+            )
+        return chosen
+
+
+def _question(row: dict[str, Any]) -> Question:
+    return Question(
+        id=row["id"],
+        text=row["text"],
+        answers=tuple(row["answers"]),
+        evidence=tuple(Evidence(*item) for item in row["evidence"]),
+        kind=row["kind"],
+        hops=row["hops"],
+    )

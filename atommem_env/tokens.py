@@ -1,0 +1,88 @@
+"""The environment's own count of tokens, so that every policy sees the same chunks whatever model it runs on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+from atommem_env.errors import MissingDependency, SettingError
+
+
+class Tokenizer(Protocol):
+    """Finds where tokens lie in a text."""
+
+    def spans(self, text: str) -> Iterator[tuple[int, int]]:
+        """(start, end) of every token, in characters, in order."""
+        ...
+
+    def count(self, text: str) -> int:
+        """How many tokens `text` has."""
+        ...
+
+
+class BuiltinTokenizer:
+    """Words and punctuation marks; the same everywhere, and needs no file.
+
+    >>> BuiltinTokenizer().count("Ada's boat, 1907.")
+    7
+    """
+
+    _token = re.compile(r"\w+|[^\w\s]")
+
+    def spans(self, text: str) -> Iterator[tuple[int, int]]:
+        return (match.span() for match in self._token.finditer(text))
+
+    def count(self, text: str) -> int:
+        return sum(1 for _ in self._token.finditer(text))
+
+
+class FileTokenizer:
+    """A `tokenizer.json` of the Hugging Face `tokenizers` format, for the recipes of papers."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            from tokenizers import Tokenizer as Backend
+        except ImportError as error:
+            raise MissingDependency(
+                f"tokenizer={str(path)!r} needs the package 'tokenizers': pip install 'atommem[local]'."
+            ) from error
+        self._backend = Backend.from_file(str(path))
+
+    def spans(self, text: str) -> Iterator[tuple[int, int]]:
+        return iter(self._backend.encode(text, add_special_tokens=False).offsets)
+
+    def count(self, text: str) -> int:
+        return len(self._backend.encode(text, add_special_tokens=False).ids)
+
+
+@lru_cache(maxsize=8)
+def get_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of the setting `tokenizer`: "builtin", or the path of a `tokenizer.json`.
+
+    Raises:
+        SettingError: neither of the two.
+    """
+    if name == "builtin":
+        return BuiltinTokenizer()
+    if Path(name).is_file():
+        return FileTokenizer(Path(name))
+    raise SettingError(f"tokenizer must be 'builtin' or the path of an existing tokenizer.json, got {name!r}.")
+
+
+def cut(text: str, limit: int, tokenizer: Tokenizer) -> str:
+    """The longest prefix of `text` with at most `limit` tokens, `text` itself where it fits.
+
+    >>> cut("one two three", 2, BuiltinTokenizer())
+    'one two'
+    """
+    if len(text) <= limit:  # a token has at least one character
+        return text
+    end = 0
+    for index, span in enumerate(tokenizer.spans(text)):
+        if index == limit:
+            return text[:end]
+        end = span[1]
+    return text

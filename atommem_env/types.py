@@ -1,0 +1,287 @@
+"""The data contract: what tasks, observations, operations, replies and rollouts are.
+
+Everything here is plain, frozen data. Shapes in comments use these axes: `D` the embedder's dimension, `T_in` the tokens of
+a prompt, `T_out` the tokens of a completion.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal, Protocol, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atommem_env.errors import SettingError
+
+Vector = NDArray[np.float32]
+EmbeddingKind = Literal["document", "query"]
+
+# ---------------------------------------------------------------------------------------------------------------- tasks
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One document of a context."""
+
+    title: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """A passage that an answer rests on: a sentence (HotpotQA, 2WikiMultiHopQA, synthetic) or a paragraph (MuSiQue)."""
+
+    title: str  # of the document that holds it
+    text: str  # verbatim substring of that document's text
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question with its golds."""
+
+    id: str
+    text: str
+    answers: tuple[str, ...]  # the gold answer first, then its aliases; at least one
+    evidence: tuple[Evidence, ...]  # in the order of the dataset
+    kind: str  # the dataset's own type, e.g. "bridge", "comparison", "2hop"
+    hops: int  # reasoning steps; for HotpotQA the number of supporting documents
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What one episode is about: a context and the questions on it."""
+
+    id: str
+    dataset: str  # names the scoring rule: "hotpotqa", "2wikimultihopqa", "musique", "synthetic"
+    documents: tuple[Document, ...]
+    questions: tuple[Question, ...]
+
+
+class TaskSource(Protocol):
+    """Makes tasks. The same index and seed give the same task in every process."""
+
+    dataset: str
+
+    def __len__(self) -> int:
+        """How many different tasks there are."""
+        ...
+
+    def task(self, index: int, seed: int) -> Task:
+        """The task at `index` (0 ≤ index < len), its context drawn and shuffled by `seed`."""
+        ...
+
+
+# ------------------------------------------------------------------------------------------------------------- settings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpisodeSettings:
+    """The dynamics of an episode. The defaults are the AtomMem paper's (arXiv 2601.08323); the rest are its ablations."""
+
+    dialect: str = "tags"  # how operations are written as text
+    tokenizer: str = "builtin"  # what counts tokens: "builtin", or the path of a tokenizer.json
+    chunk_tokens: int = 4096  # size of the piece of document shown at each reading step
+    operations: tuple[str, ...] = ("create", "read", "update", "delete")  # the memory operations that exist
+    scratchpad: bool = True  # whether there is a scratchpad
+    scratchpad_tokens: int = 2048  # a longer scratchpad is cut, and the policy is told
+    top_k: int = 6  # how many entries a query retrieves
+    memory_tokens: int = 4096  # retrieved entries beyond this many tokens are not shown, and the policy is told
+    retrieval: str = "top_k"  # "top_k" by cosine similarity, or "random" entries
+    read_latency: int = 1  # 1: a Read is answered a step later; 0: a reply with a Read sees the same chunk once more
+    advance: str = "always"  # "always": every reply turns the page; "on_write": only one that created or updated
+    capacity: int | None = None  # most entries at a time; a Create beyond it is a fault
+    replies_per_question: int = 4  # after so many replies without an answer the question stays unanswered
+    max_steps: int | None = None  # step budget; None: as many as the episode can need, never fewer
+
+    def __post_init__(self) -> None:
+        def check(name: str, ok: bool, expected: str) -> None:
+            if not ok:
+                raise SettingError(f"{name} must be {expected}, got {getattr(self, name)!r}.")
+
+        known = ("create", "read", "update", "delete")
+        object.__setattr__(self, "operations", tuple(str(name) for name in self.operations))
+        check("operations", set(self.operations) <= set(known), f"a selection of {known}")
+        check("retrieval", self.retrieval in ("top_k", "random"), "'top_k' or 'random'")
+        check("advance", self.advance in ("always", "on_write"), "'always' or 'on_write'")
+        check("read_latency", self.read_latency in (0, 1), "0 or 1")
+        for name in ("chunk_tokens", "scratchpad_tokens", "top_k", "memory_tokens", "replies_per_question"):
+            check(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "a whole number of at least 1")
+        for name in ("capacity", "max_steps"):
+            value = getattr(self, name)
+            check(name, value is None or (isinstance(value, int) and value >= 1), "None or a whole number of at least 1")
+
+
+# --------------------------------------------------------------------------------------------------------- observations
+
+
+class Observation(TypedDict):
+    """What the policy sees at one step; the value of the Gymnasium `Dict` space, with the same keys."""
+
+    phase: str  # "read" while the document is shown, "answer" after its last chunk
+    questions: str  # all questions of the task, one a line
+    question: str  # the one to be answered now; "" while reading
+    chunk: str  # the piece of the document shown now; "" while answering
+    scratchpad: str  # the entry that is always shown
+    query: str  # the Read in force; "" before the first
+    retrieved: str  # what it finds, as the dialect writes entries, best first
+    notice: str  # what went wrong or was cut in the last reply, one thing a line
+    step: int  # replies given so far
+    steps_left: int  # replies left in the step budget, this one included
+
+
+class Message(TypedDict):
+    """One chat message, in the form of the chat templates of `transformers` and of OpenAI-compatible servers."""
+
+    role: str  # "system" or "user"
+    content: str
+
+
+class Phase(StrEnum):
+    """Where an episode stands."""
+
+    READ = "read"  # a chunk is shown with each observation
+    ANSWER = "answer"  # the questions are asked, one at a time
+
+
+# ----------------------------------------------------------------------------------------------------------- operations
+
+
+class OperationKind(StrEnum):
+    """What a reply can do."""
+
+    CREATE = "create"  # a new entry
+    READ = "read"  # set the query whose finds are seen from the next step on
+    UPDATE = "update"  # replace an entry's text
+    DELETE = "delete"  # remove an entry
+    SCRATCHPAD = "scratchpad"  # replace the scratchpad
+    ANSWER = "answer"  # answer the question asked now
+
+
+class Fault(StrEnum):
+    """Why an operation was not carried out as written. Nothing is raised: the policy reads it in the next `notice`."""
+
+    MALFORMED = "malformed"  # a tag that was not closed, or content that does not have the operation's form
+    EMPTY = "empty"  # an operation without content
+    UNKNOWN_ID = "unknown_id"  # no entry of that id exists
+    FORBIDDEN = "forbidden"  # an ablation switched the operation off
+    OUT_OF_PHASE = "out_of_phase"  # an answer before any question was asked
+    SUPERSEDED = "superseded"  # a later Read, or answer, of the same reply counts
+    FULL = "full"  # a Create when the memory holds as many entries as its capacity
+    CUT = "cut"  # carried out, but the text was too long and lost its end
+    ILLEGAL_TEXT = "illegal_text"  # carried out, with lone surrogates and NUL characters replaced by U+FFFD
+    NO_ANSWER = "no_answer"  # a question was asked, and the reply neither answered nor sent a Read
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One operation as written in a reply."""
+
+    kind: OperationKind
+    text: str = ""  # entry text, query, scratchpad or answer
+    target: str = ""  # the id an Update or Delete names, as written
+
+
+@dataclass(frozen=True, slots=True)
+class OperationResult:
+    """What became of one operation, or of a piece of a reply that could not be read as one."""
+
+    kind: OperationKind | None  # None: the reply as a whole
+    fault: Fault | None = None  # None: carried out as written
+    detail: str = ""  # one sentence for the policy, where there is a fault
+    entry_id: str = ""  # the entry created, updated or deleted
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingRequest:
+    """A text whose vector the episode needs before it can carry a reply out."""
+
+    text: str
+    kind: EmbeddingKind
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One entry of the memory."""
+
+    id: str  # "m1", "m2", … in order of creation, never used twice
+    text: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mutation:
+    """One change that a reply made to what is kept; a row of the store's journal."""
+
+    kind: OperationKind  # CREATE, UPDATE, DELETE, or READ (the query in force)
+    entry_id: str  # "" for READ
+    text: str  # new entry text or query; "" for DELETE
+    vector: Vector | None  # [D], unit length; None for DELETE
+
+
+class StopReason(StrEnum):
+    """Why an episode ended."""
+
+    ANSWERED = "answered"  # every question got an answer
+    UNANSWERED = "unanswered"  # all questions were asked, and at least one used up its replies without an answer
+    STEP_BUDGET = "step_budget"  # the step budget ran out first; `truncated`
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one reply led to."""
+
+    observation: Observation
+    reward: float  # 0 until the end, then the mean exact match over the task's questions, in [0, 1]
+    terminated: bool
+    truncated: bool
+    results: tuple[OperationResult, ...]  # in the order written
+    mutations: tuple[Mutation, ...]  # in the order carried out
+
+
+# ------------------------------------------------------------------------------------------------------------- rollouts
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A policy's reply, kept as it was sampled. Policies that are no language model fill in `text` alone."""
+
+    text: str
+    prompt_ids: tuple[int, ...] = ()  # [T_in]
+    completion_ids: tuple[int, ...] = ()  # [T_out]
+    logprobs: tuple[float, ...] = ()  # [T_out], natural logarithm, at the sampling temperature
+    stop: Literal["stop", "length"] = "stop"  # "length": the token limit cut it
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One observation, the reply to it, and what became of its operations."""
+
+    observation: Observation
+    reply: Reply
+    results: tuple[OperationResult, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionOutcome:
+    """How one question of a rollout ended."""
+
+    question_id: str
+    prediction: str | None  # None: unanswered
+    em: float
+    f1: float
+    evidence: int  # passages the answer rests on
+    stored: int  # of these, in some entry or the scratchpad when the question was settled
+    retrieved: int  # of these, in view (entries shown, or scratchpad) when the question was settled
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One finished episode."""
+
+    task_id: str
+    seed: int
+    turns: tuple[Turn, ...]
+    reward: float
+    stop_reason: StopReason
+    questions: tuple[QuestionOutcome, ...] = field(default=())

@@ -1,0 +1,1 @@
+"""Evaluation: policies on environments, as tables that others can reproduce."""

@@ -1,0 +1,245 @@
+"""`atommem eval`: one policy on one environment.
+
+    atommem eval AtomMem-Synthetic --policy oracle --episodes 50 --out runs/oracle
+
+The folder `--out` then holds `config.json` (what was asked for), `episodes.jsonl` (a line an episode; the same bytes for the
+same configuration), `summary.json` (the numbers) and `memory/` (every entry written, a LanceDB folder).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import gymnasium as gym
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+import atommem_env  # noqa: F401  (registers the environments)
+from agents.registry import load_policy
+from agents.rollout import Driver, EpisodeSpec
+from atommem_env.env import AtomMemEnv
+from atommem_env.errors import SettingError
+from atommem_env.tokens import get_tokenizer
+from atommem_env.types import Rollout
+from eval.metrics import SCHEMA_VERSION, episode_record, summarise
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalConfig:
+    """What an evaluation is. Options left out are the environment's own."""
+
+    env_id: tyro.conf.Positional[str]
+    """Environment, for example AtomMem-Synthetic, AtomMem-HotpotQA, AtomMem-2WikiMultiHopQA or AtomMem-MuSiQue."""
+    policy: str = "oracle"
+    """Policy: a name from `atommem policies`, or module:attribute."""
+    out: Path = Path("runs/eval")
+    """Folder of the run."""
+    episodes: int = 50
+    """How many episodes."""
+    seed: int = 0
+    """Draws the tasks, their documents and whatever a policy draws."""
+    split: str | None = None
+    """Split of the dataset."""
+    data: Path | None = None
+    """Questions file in the dataset's official form, instead of what was imported."""
+    corpus: Path | None = None
+    """Paragraphs file ({"title", "text"} a line) that haystacks are filled from."""
+    num_docs: int | None = None
+    """Documents in each context."""
+    questions: int | None = None
+    """Questions in each task."""
+    embedder: str | None = None
+    """hashing or minilm."""
+    durability: str | None = None
+    """off, or episode: keep every entry in the folder's memory/."""
+    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE")] = ()
+    """Any other argument of the environment, for example top_k=12 or operations=["create","read"]."""
+    in_flight: int = 64
+    """Episodes played at the same time; changes the speed only."""
+    resume: bool = False
+    """Go on with an interrupted run in the same folder: only what is missing is played."""
+
+    def env_options(self) -> dict[str, Any]:
+        """The keyword arguments of `gym.make` that were given."""
+        names = ("split", "data", "corpus", "num_docs", "questions", "embedder", "durability")
+        options = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        options |= {name: str(options[name].resolve()) for name in ("data", "corpus") if name in options}
+        for pair in self.set:
+            name, equals, value = pair.partition("=")
+            if not equals:
+                raise SettingError(f"--set takes NAME=VALUE, got {pair!r}.")
+            options[name] = _value(value)
+        return options
+
+
+def _value(text: str) -> Any:
+    """A JSON value where it is one, else the text itself.
+
+    >>> _value("12"), _value("public_code")
+    (12, 'public_code')
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def episode_specs(length: int, episodes: int, seed: int) -> list[EpisodeSpec]:
+    """Which episodes an evaluation plays: tasks in a random order without repetition, and over again once all were played.
+
+    >>> [spec.index for spec in episode_specs(3, 5, seed=0)]
+    [2, 0, 1, 2, 0]
+    """
+    rng = np.random.default_rng([seed, 0])
+    if length <= 100_000:
+        order = rng.permutation(length).tolist()
+    else:  # an endless source: drawn, each once
+        order = list(dict.fromkeys(rng.integers(length, size=2 * episodes + 100).tolist()))
+    seeds = np.random.default_rng([seed, 1]).integers(2**31, size=(episodes, 2)).tolist()
+    return [EpisodeSpec(order[i % len(order)], *seeds[i]) for i in range(episodes)]
+
+
+def evaluate(config: EvalConfig, console: Console | None = None) -> dict[str, Any]:
+    """Runs an evaluation and returns what `summary.json` holds.
+
+    Raises:
+        SettingError: the folder holds another run, or an interrupted one and `resume` is off.
+        Exception: what the policy, the embedder or the store raised. Finished episodes are kept for `resume`.
+    """
+    console = console or Console(stderr=True)
+    options = config.env_options()
+    config.out.mkdir(parents=True, exist_ok=True)
+    env = gym.make(config.env_id, **{"store": str(config.out / "memory"), **options}).unwrapped
+    assert isinstance(env, AtomMemEnv)
+    policy = load_policy(config.policy, env.settings)
+    identity = {
+        "env_id": config.env_id,
+        "policy": policy.name,
+        "episodes": config.episodes,
+        "seed": config.seed,
+        "options": options,
+        "settings": dataclasses.asdict(env.settings),
+        "schema_version": SCHEMA_VERSION,
+    }
+    identity = json.loads(json.dumps(identity))
+    finished = _open_run(config, identity)
+    specs = episode_specs(len(env.source), config.episodes, config.seed)
+    missing = [position for position in range(len(specs)) if position not in finished]
+    tokenizer = get_tokenizer(env.settings.tokenizer)
+    started = time.perf_counter()
+    lines = config.out / "episodes.jsonl"
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("EM {task.fields[em]:.3f}"),
+        console=console,
+    )
+    with progress, lines.open("a", encoding="utf-8") as file:
+        bar = progress.add_task(f"{policy.name} on {config.env_id}", total=len(specs), completed=len(finished), em=0.0)
+
+        def keep(number: int, rollout: Rollout) -> None:
+            record = episode_record(missing[number], rollout, tokenizer)
+            finished[record["episode"]] = record
+            file.write(_line(record))
+            file.flush()
+            em = sum(record["reward"] for record in finished.values()) / len(finished)
+            progress.update(bar, completed=len(finished), em=em)
+
+        driver = Driver.of(env)
+        asyncio.run(
+            driver.run([specs[position] for position in missing], policy, in_flight=config.in_flight, finished=keep)
+        )
+    seconds = time.perf_counter() - started
+    env.close()
+    records = [finished[position] for position in range(len(specs))]
+    _replace(lines, "".join(map(_line, records)))
+    played = sum(finished[position]["steps"] for position in missing)
+    summary = {
+        "env_id": config.env_id,
+        "policy": policy.name,
+        "privileged": policy.privileged,
+        **summarise(records),
+        "steps_per_second": round(played / seconds, 2) if played else None,
+        "settings": {**identity["options"], **identity["settings"], "seed": config.seed},
+        "schema_version": SCHEMA_VERSION,
+    }
+    _replace(config.out / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    return summary
+
+
+def _open_run(config: EvalConfig, identity: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Writes the run's configuration, or checks it against the one that is there; the episodes that are finished."""
+    path, lines = config.out / "config.json", config.out / "episodes.jsonl"
+    if not config.resume:
+        if lines.exists():
+            raise SettingError(f"{config.out} holds a run. Go on with it by --resume, or choose another --out.")
+        _replace(path, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
+        return {}
+    if not path.exists():
+        raise SettingError(f"Nothing to resume: {path} does not exist. Leave --resume out to start.")
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changed = [name for name in identity if before.get(name) != identity[name]]
+    if changed:
+        told = "; ".join(f"{name} was {before.get(name)!r}, is {identity[name]!r}" for name in changed)
+        raise SettingError(f"{config.out} holds a run of another configuration: {told}.")
+    records: dict[int, dict[str, Any]] = {}
+    text = lines.read_text(encoding="utf-8") if lines.exists() else ""
+    whole = text[: text.rfind("\n") + 1]  # a killed run can leave half a line
+    for line in whole.splitlines():
+        record = json.loads(line)
+        records[record["episode"]] = record
+    _replace(lines, whole)
+    return records
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a whole file at once: a reader sees the old or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def results_table(summaries: list[dict[str, Any]], title: str) -> Table:
+    """Summaries as a table for people."""
+    table = Table(title=title, caption="* privileged: knows the golds. EM with 95 % interval, tasks resampled.")
+    for heading in ("policy", "EM", "95 % interval", "F1", "stored", "retrieved", "steps", "entries made", "faults"):
+        table.add_column(heading, justify="left" if heading == "policy" else "right")
+    for row in summaries:
+        recall = row["evidence_recall"]
+        table.add_row(
+            row["policy"] + ("*" if row["privileged"] else ""),
+            f"{row['em']:.3f}",
+            "{:.3f} – {:.3f}".format(*row["em_ci95"]),
+            f"{row['f1']:.3f}",
+            *("–" if recall[stage] is None else f"{recall[stage]:.3f}" for stage in ("stored", "retrieved")),
+            f"{row['steps']:.1f}",
+            f"{row['operations'].get('create', 0):.1f}",
+            f"{sum(row['faults'].values()):.1f}",
+        )
+    return table
+
+
+def main(config: EvalConfig) -> None:
+    """Evaluate a policy: a table here, and a folder with every number and every memory entry."""
+    summary = evaluate(config)
+    title = f"{config.env_id}, {summary['episodes']} episodes, {summary['questions']} questions"
+    console = Console()
+    console.print(results_table([summary], title))
+    console.print(f"Written to [bold]{config.out}[/]: summary.json, episodes.jsonl, config.json, memory/ (LanceDB).")

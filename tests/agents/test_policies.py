@@ -1,0 +1,160 @@
+import asyncio
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from agents import as_policy, load_policy, play_episode
+from agents.baselines import oracle
+from agents.registry import POLICIES
+from agents.rollout import Driver, EpisodeSpec
+from atommem_env.env import AtomMemEnv
+from atommem_env.errors import EmbeddingError, PolicyError
+from atommem_env.types import Fault, Observation, Reply, Rollout
+
+SPECS = [EpisodeSpec(index, index + 100, index + 200) for index in range(24)]
+
+
+def driver(**options: Any) -> Driver:
+    return Driver.of(gym.make("AtomMem-Synthetic", split="test", durability="off", num_docs=20, **options))
+
+
+def mean_reward(rollouts: list[Rollout]) -> float:
+    return float(np.mean([rollout.reward for rollout in rollouts]))
+
+
+def run(policy: str, specs: list[EpisodeSpec] = SPECS, **options: Any) -> list[Rollout]:
+    drive = driver(**options)
+    return asyncio.run(drive.run(specs, load_policy(policy, drive.settings)))
+
+
+def test_the_oracle_reaches_the_top() -> None:
+    assert mean_reward(run("oracle")) == 1.0
+    assert mean_reward(run("oracle", questions=3, num_docs=40)) == 1.0
+
+
+@pytest.mark.parametrize(
+    "broken", [{"operations": ["create"]}, {"operations": ["read"]}, {"retrieval": "random", "top_k": 1, "scratchpad": False}]
+)
+def test_the_oracle_fails_where_memory_is_broken(broken: dict[str, Any]) -> None:
+    source = driver(**broken).source
+    possible = [spec for spec in SPECS if len(source.task(spec.index, spec.task_seed).questions[0].evidence) > 1]
+    assert len(possible) > 5
+    assert mean_reward(run("oracle", possible, **broken)) == 0.0
+
+
+def test_the_oracle_gathers_more_evidence_than_one_search_shows() -> None:
+    assert mean_reward(run("oracle", top_k=1, replies_per_question=8)) == 1.0
+
+
+def test_silence_earns_nothing() -> None:
+    assert mean_reward(run("silent")) == 0.0
+
+
+def test_a_constant_earns_its_share_of_the_golds_and_no_more() -> None:
+    source = driver().source
+    golds = [source.task(spec.index, spec.task_seed).questions[0].answers for spec in SPECS]
+    share = np.mean(["unknown" in answers for answers in golds])
+    assert mean_reward(run("constant=unknown")) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("policy", ["random", "spam"])
+def test_noise_earns_no_more_than_abstaining_always(policy: str) -> None:
+    assert mean_reward(run(policy)) <= mean_reward(run("constant=unknown")) + 0.05
+
+
+def test_spam_floods_and_is_told() -> None:
+    rollout = run("spam", SPECS[:1])[0]
+    seen = {result.fault for turn in rollout.turns for result in turn.results}
+    assert {Fault.SUPERSEDED, Fault.OUT_OF_PHASE} <= seen
+
+
+def test_append_all_stores_everything() -> None:
+    for rollout in run("append-all", SPECS[:6]):
+        assert all(outcome.stored == outcome.evidence for outcome in rollout.questions)
+
+
+def test_position_policies_keep_ten_documents() -> None:
+    task = driver(num_docs=200) if False else driver().source.task(0, 0)
+    for keep in (oracle.keep_leaked_positions, oracle.keep_random_positions):
+        kept = list(keep(task, 3))
+        titles = {(document.title, document.text) for document in task.documents}
+        assert {(passage.title, passage.text) for passage in kept} <= titles
+    assert len(list(oracle.keep_random_positions(task, 3))) == 10
+    assert list(oracle.keep_random_positions(task, 3)) != list(oracle.keep_random_positions(task, 4))
+
+
+def test_every_policy_gives_the_same_rollouts_for_the_same_specs_however_many_are_in_flight() -> None:
+    for policy in [name for name in POLICIES if name != "smollm2"]:
+        drive = driver(questions=2)
+        results = [
+            asyncio.run(drive.run(SPECS[:5], load_policy(policy, drive.settings), in_flight=in_flight)) for in_flight in (1, 5)
+        ]
+        assert results[0] == results[1], policy
+
+
+def test_the_driver_and_the_environment_play_the_same_episode() -> None:
+    env = gym.make("AtomMem-Synthetic", split="test", durability="off", num_docs=20)
+    inner = env.unwrapped
+    assert isinstance(inner, AtomMemEnv)
+    policy = load_policy("oracle", inner.settings)
+    _, info = env.reset(seed=4)
+    played = play_episode(env, policy, seed=4)
+    spec = EpisodeSpec(info["task_index"], info["task_seed"], played.seed)
+    assert asyncio.run(Driver.of(env).run([spec], policy)) == [played]
+
+
+def test_plain_and_asynchronous_functions_are_policies() -> None:
+    async def slow(observation: Observation) -> Reply:
+        await asyncio.sleep(0)
+        return Reply("<read_memory>x</read_memory>", prompt_ids=(1, 2), completion_ids=(3,), logprobs=(-0.5,))
+
+    env = gym.make("AtomMem-Synthetic", durability="off")
+    rollout = play_episode(env, slow, seed=0)
+    assert rollout.turns[0].reply.prompt_ids == (1, 2)
+    assert play_episode(env, lambda observation: "", seed=0).reward == 0.0
+
+
+def test_what_is_no_policy_is_refused() -> None:
+    with pytest.raises(PolicyError, match="function observation"):
+        as_policy(3)  # type: ignore[arg-type]
+    env = gym.make("AtomMem-Synthetic", durability="off")
+    with pytest.raises(PolicyError, match="int"):
+        play_episode(env, lambda observation: 3)  # type: ignore[arg-type,return-value]
+    settings = driver().settings
+    with pytest.raises(PolicyError, match="oracle"):
+        load_policy("oracel", settings)
+    with pytest.raises(ModuleNotFoundError):
+        load_policy("no_such_module:policy", settings)
+
+
+def test_a_policy_of_ones_own_is_found_in_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_own_policy.py").write_text("def policy(observation): return 'mine'")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    settings = driver().settings
+    act = load_policy("my_own_policy:policy", settings).begin(0, None)
+    assert act(driver().source and {}) == "mine"  # type: ignore[arg-type]
+    with pytest.raises(PolicyError, match="has no 'other'"):
+        load_policy("my_own_policy:other", settings)
+
+
+def test_an_infrastructure_failure_stops_the_run_and_is_never_a_reward_of_zero() -> None:
+    class Broken:
+        name, dimension = "broken", 8
+
+        def embed(self, texts: Any, kind: Any) -> Any:
+            raise EmbeddingError("the server is gone")
+
+    drive = replace(driver(), embedder=Broken())
+    told: list[int] = []
+    with pytest.raises(EmbeddingError, match="gone") as failure:
+        asyncio.run(
+            drive.run(SPECS, load_policy("oracle", drive.settings), finished=lambda number, rollout: told.append(number))
+        )
+    assert "in episode" in failure.value.__notes__[0]
+    assert told == []

@@ -1,0 +1,181 @@
+"""The working memory against a naive one, and its promises on ties, copies and vectors."""
+
+from __future__ import annotations
+
+import doctest
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+import atommem_env.memory
+from atommem_env.errors import EmbeddingError, EpisodeStateError, SettingError
+from atommem_env.memory import WorkingMemory, unit
+from atommem_env.types import Entry, Vector
+
+DIMENSION = 8
+# Small whole numbers: many vectors are equal or have equal cosines, so that ties are common.
+vectors = st.lists(st.integers(-2, 2), min_size=DIMENSION, max_size=DIMENSION).filter(any)
+
+
+class NaiveMemory:
+    """Lists and a loop, in float64."""
+
+    def __init__(self) -> None:
+        self.created = 0
+        self.rows: list[tuple[str, str, Vector]] = []
+
+    def search(self, query: list[int], k: int) -> list[str]:
+        direction = unit(query)
+        scored = [(-np.einsum("i,i->", vector, direction), int(name[1:])) for name, _, vector in self.rows]
+        return [f"m{number}" for _, number in sorted(scored)[:k]]
+
+
+class MemoryMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = WorkingMemory(capacity=40)
+        self.naive = NaiveMemory()
+
+    @precondition(lambda self: not self.memory.full)
+    @rule(vector=vectors, copies=st.integers(1, 12))
+    def create(self, vector: list[int], copies: int) -> None:
+        for _ in range(min(copies, 40 - len(self.memory))):
+            self.naive.created += 1
+            name = f"m{self.naive.created}"
+            assert self.memory.create(f"text of {name}", vector) == name
+            self.naive.rows.append((name, f"text of {name}", unit(vector)))
+
+    @precondition(lambda self: self.naive.rows)
+    @rule(data=st.data(), vector=vectors)
+    def update(self, data: st.DataObject, vector: list[int]) -> None:
+        place = data.draw(st.integers(0, len(self.naive.rows) - 1))
+        name = self.naive.rows[place][0]
+        self.memory.update(name, "changed", vector)
+        self.naive.rows[place] = (name, "changed", unit(vector))
+
+    @precondition(lambda self: self.naive.rows)
+    @rule(data=st.data())
+    def delete(self, data: st.DataObject) -> None:
+        name, _, _ = self.naive.rows.pop(data.draw(st.integers(0, len(self.naive.rows) - 1)))
+        self.memory.delete(name)
+        assert name not in self.memory
+
+    @rule()
+    def go_on_with_a_fork(self) -> None:
+        self.memory = self.memory.fork()
+
+    @rule()
+    def go_on_with_a_restored_snapshot(self) -> None:
+        self.memory = WorkingMemory.restore(pickle.loads(pickle.dumps(self.memory.snapshot())))
+
+    @rule(query=vectors, k=st.integers(1, 50))
+    def search(self, query: list[int], k: int) -> None:
+        found = self.memory.search(query, k)
+        assert found == self.naive.search(query, k)
+        assert found == WorkingMemory.restore(self.memory.snapshot()).search(query, k)
+        assert found == self.memory.fork().search(query, k)
+
+    @invariant()
+    def holds_the_same(self) -> None:
+        assert self.memory.entries() == tuple(Entry(name, text) for name, text, _ in self.naive.rows)
+        assert len(self.memory) == len(self.naive.rows)
+        assert self.memory.full == (len(self.naive.rows) == 40)
+        if self.naive.rows:
+            assert np.array_equal(self.memory.vectors(), np.stack([vector for _, _, vector in self.naive.rows]))
+
+
+TestMemoryMachine = MemoryMachine.TestCase
+TestMemoryMachine.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+
+
+def test_equal_rows_keep_their_order_wherever_they_lie() -> None:
+    rng = np.random.default_rng(0)
+    memory = WorkingMemory()
+    twin = rng.standard_normal(1024)
+    for index in range(301):
+        memory.create(str(index), twin if index % 3 else rng.standard_normal(1024))
+    query = rng.standard_normal(1024)
+    before = [name for name in memory.search(query, 301) if int(name[1:]) > 150]
+    for number in range(1, 151):
+        memory.delete(f"m{number}")
+    assert memory.search(query, 151) == before
+    for k in (1, 6, 50, 120):  # the k-th score falls among the equals, too
+        assert memory.search(query, k) == before[:k]
+        assert WorkingMemory.restore(memory.snapshot()).search(query, k) == before[:k]
+        assert memory.fork().search(query, k) == before[:k]
+
+
+def test_fork_and_snapshot_are_independent() -> None:
+    memory = WorkingMemory(2)
+    memory.create("a", [1, 0])
+    fork, snapshot = memory.fork(), memory.snapshot()
+    fork.update("m1", "b", [0, 1])
+    fork.create("c", [1, 1])
+    assert memory.entries() == (Entry("m1", "a"),)
+    assert memory.vectors().tolist() == [[1, 0]]
+    restored = WorkingMemory.restore(snapshot)
+    restored.update("m1", "d", [0, 1])
+    assert WorkingMemory.restore(snapshot).vectors().tolist() == [[1, 0]]
+
+
+def test_ids_are_never_used_twice_even_after_everything_is_deleted() -> None:
+    memory = WorkingMemory()
+    memory.create("a", [1, 0])
+    memory.delete("m1")
+    memory = WorkingMemory.restore(memory.snapshot()).fork()
+    assert memory.vectors().shape == (0, 2)
+    assert memory.search([1, 0], 3) == []
+    assert memory.create("b", [1, 0]) == "m2"
+
+
+def test_capacity() -> None:
+    memory = WorkingMemory(1)
+    memory.create("a", [1, 0])
+    assert memory.full
+    with pytest.raises(EpisodeStateError, match="full"):
+        memory.create("b", [1, 0])
+    memory.delete("m1")
+    assert not memory.full
+
+
+@pytest.mark.parametrize(
+    "bad", [[0.0, 0.0], [1.0, float("nan")], [1.0, float("inf")], [1e300, 1.0], [1.0, 0.0, 0.0], [[1.0, 0.0]], [], 3.0]
+)
+def test_a_bad_vector_changes_nothing(bad: object) -> None:
+    memory = WorkingMemory()
+    memory.create("a", [1, 0])
+    for attempt in (memory.create, lambda text, vector: memory.update("m1", text, vector)):
+        with pytest.raises(EmbeddingError):
+            attempt("b", bad)  # type: ignore[arg-type]
+    with pytest.raises(EmbeddingError):
+        memory.search(bad, 1)  # type: ignore[arg-type]
+    assert memory.entries() == (Entry("m1", "a"),)
+    assert memory.vectors().tolist() == [[1, 0]]
+    assert memory.create("b", [0, 1]) == "m2"
+
+
+def test_unknown_ids_and_a_senseless_k() -> None:
+    memory = WorkingMemory()
+    for attempt in (lambda: memory.get("m1"), lambda: memory.delete("m1"), lambda: memory.update("m1", "a", [1])):
+        with pytest.raises(KeyError):
+            attempt()
+    with pytest.raises(SettingError, match="k must be"):
+        memory.search([1], 0)
+
+
+@given(
+    st.lists(st.floats(-1e30, 1e30, width=32), min_size=1, max_size=40).filter(lambda v: any(abs(x) > 1e-30 for x in v))
+)
+def test_unit_is_idempotent_bit_for_bit(values: list[float]) -> None:
+    once = unit(values)
+    assert abs(float(np.linalg.norm(once.astype(np.float64))) - 1) < 1e-6
+    assert unit(once).tobytes() == once.tobytes()
+    assert unit([values, values])[1].tobytes() == once.tobytes()
+
+
+def test_examples_in_docstrings() -> None:
+    assert doctest.testmod(atommem_env.memory).failed == 0
