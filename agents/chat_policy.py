@@ -25,14 +25,21 @@ class ChatModel(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a language model's replies are drawn."""
+
+    temperature: float = 0.0  # 0 is greedy; the AtomMem paper evaluates at 0.7
+    max_new_tokens: int = 256  # a longer reply is cut
+
+
+@dataclass(frozen=True, slots=True)
 class ChatPolicy:
     """A chat model that is shown each observation as a fresh chat, as in the AtomMem paper."""
 
     model: ChatModel
     settings: EpisodeSettings
+    sampling: Sampling = Sampling()
     layout: str = "shared_prefix"
-    temperature: float = 0.7  # the paper's at inference; 0 is greedy
-    max_new_tokens: int = 512
     privileged: bool = False
 
     @property
@@ -43,8 +50,8 @@ class ChatPolicy:
         async def act(observation: Observation) -> Reply:
             return await self.model.complete(
                 get_layout(self.layout)(observation, self.settings),
-                max_new_tokens=self.max_new_tokens,
-                temperature=self.temperature,
+                max_new_tokens=self.sampling.max_new_tokens,
+                temperature=self.sampling.temperature,
                 seed=zlib.crc32(f"{seed}/{observation['step']}".encode()),
             )
 

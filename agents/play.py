@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 import atommem_env  # noqa: F401  (registers the environments)
-from agents.registry import POLICIES
+from agents.registry import MODELS, POLICIES
 from agents.rollout import play_episode
 from atommem_env.dialects import Dialect, get_dialect
 from atommem_env.env import AtomMemEnv
@@ -98,7 +98,9 @@ def main(
     except _Left:
         console.print(f"You left; what you stored is kept ({inner.store.folder}).")
     else:
-        for question, outcome in zip(inner.episode.task.questions if inner.episode else (), rollout.questions, strict=True):
+        for question, outcome in zip(
+            inner.episode.task.questions if inner.episode else (), rollout.questions, strict=True
+        ):
             console.print(f"{question.text}  gold: [bold]{question.answers[0]}[/]  yours: {outcome.prediction}")
         console.print(f"exact match: {rollout.reward:.2f}")
     finally:
@@ -108,6 +110,6 @@ def main(
 def list_policies() -> None:
     """List the policies that are known by name."""
     table = Table("policy", "what it does", title="--policy NAME, constant=TEXT, or module:attribute")
-    for name, (_, description) in POLICIES.items():
+    for name, description in {**{name: what for name, (_, what) in POLICIES.items()}, **MODELS}.items():
         table.add_row(name, description)
     Console().print(table)

@@ -8,17 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from agents.baselines import cheats, oracle
+from agents.chat_policy import ChatPolicy, Sampling
+from agents.models.download import find_model
+from agents.models.transformers_model import TransformersModel
 from agents.policy import Policy, as_policy
 from atommem_env.errors import PolicyError
 from atommem_env.types import EpisodeSettings
-
-
-def _smollm2(settings: EpisodeSettings) -> Policy:
-    from agents.chat_policy import ChatPolicy
-    from agents.models.download import find_model
-    from agents.models.transformers_model import TransformersModel
-
-    return ChatPolicy(TransformersModel(find_model("smollm2")), settings)
 
 
 # name → how it is made, and what it does; a star marks the privileged, which are given the golds.
@@ -43,27 +38,32 @@ POLICIES: dict[str, tuple[Callable[[EpisodeSettings], Policy], str]] = {
     "constant": (cheats.Constant, "answers 'yes' to everything; constant=TEXT answers TEXT"),
     "random": (cheats.Random, "random operations with random words of what it sees"),
     "spam": (cheats.Spam, "floods the memory and answers in every turn"),
-    "smollm2": (_smollm2, "SmolLM2-135M-Instruct on this machine (first: atommem models get smollm2)"),
 }
+MODELS = {"smollm2": "SmolLM2-135M-Instruct, a language model on this machine (first: atommem models get smollm2)"}
 
 
-def load_policy(name: str, settings: EpisodeSettings) -> Policy:
+def load_policy(name: str, settings: EpisodeSettings, sampling: Sampling = Sampling()) -> Policy:
     """The policy called `name`, for episodes with these settings.
 
     Args:
-        name: one of `POLICIES`; `constant=TEXT`; or `module:attribute`, a function or `Policy` of yours, the module
-            being looked for in the working folder first.
+        name: one of `POLICIES` or `MODELS`; `constant=TEXT`; the folder of a chat model; or `module:attribute`, a function or
+            `Policy` of yours, the module being looked for in the working folder first.
+        settings: the dynamics of the episodes; a policy writes in their dialect.
+        sampling: how a language model samples; nothing to other policies.
 
     Raises:
         PolicyError: there is none of that name.
+        ModelNotFound: the model was not fetched yet.
     """
     if name.startswith("constant="):
         return cheats.Constant(settings, name.removeprefix("constant="))
     if name in POLICIES:
         return POLICIES[name][0](settings)
+    if name in MODELS or (Path(name) / "config.json").is_file():
+        return ChatPolicy(TransformersModel(find_model(name)), settings, sampling)
     module_name, colon, attribute = name.partition(":")
     if not colon:
-        raise PolicyError(f"No policy is called {name!r}. There are {', '.join(POLICIES)}, and module:attribute.")
+        raise PolicyError(f"No policy is called {name!r}. There are {', '.join([*POLICIES, *MODELS])}, a model's folder, and module:attribute.")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     module = importlib.import_module(module_name)

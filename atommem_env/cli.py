@@ -56,10 +56,8 @@ def main() -> None:
 def overview() -> str:
     """The text of `atommem --help`."""
     lines = [f"  {command:<12} {purpose}" for command, (_, purpose) in COMMANDS.items()]
-    return "\n".join(
-        ["usage: atommem COMMAND …", "", "Agents that manage their own memory: environment, policies, evaluation.", ""]
-        + ["commands:", *lines, "", _EXAMPLES]
-    )
+    head = ["usage: atommem COMMAND …", "", "Agents that manage their own memory: environment, policies, evaluation.", ""]
+    return "\n".join([*head, "commands:", *lines, "", _EXAMPLES])
 
 
 def load(target: str) -> Any:

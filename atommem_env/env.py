@@ -206,7 +206,9 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
         """Replays an interrupted episode from the store: the replies again, with the vectors that were kept."""
         record = self.store.episode(episode_id)
         if record.status != "interrupted":
-            raise SettingError(f"Episode {episode_id} is over ({record.status}); only an interrupted one can be resumed.")
+            raise SettingError(
+                f"Episode {episode_id} is over ({record.status}); only an interrupted one can be resumed."
+            )
         settings = dataclasses.asdict(self.settings)
         changed = sorted(name for name in settings if _plain(settings[name]) != _plain(record.settings.get(name)))
         if changed:
@@ -256,7 +258,9 @@ def outcome_info(episode: Episode) -> dict[str, Any]:
         "stop_reason": str(episode.stop_reason),
         "predictions": tuple(outcome.prediction for outcome in episode.outcomes),
         "golds": tuple(question.answers for question in questions),
-        "supporting_facts": tuple(tuple((fact.title, fact.text) for fact in question.evidence) for question in questions),
+        "supporting_facts": tuple(
+            tuple((fact.title, fact.text) for fact in question.evidence) for question in questions
+        ),
         "em": tuple(outcome.em for outcome in episode.outcomes),
         "f1": tuple(outcome.f1 for outcome in episode.outcomes),
         "evidence": tuple((outcome.evidence, outcome.stored, outcome.retrieved) for outcome in episode.outcomes),

@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from atommem_env.chunking import chunk_documents
 from atommem_env.dialects import get_dialect
 from atommem_env.errors import EmbeddingError, EpisodeStateError, SettingError
-from atommem_env.memory import WorkingMemory
+from atommem_env.memory import WorkingMemory, unit
 from atommem_env.scoring import holds, score
 from atommem_env.tokens import cut, get_tokenizer
 from atommem_env.types import (
@@ -244,7 +244,9 @@ class Episode:
         kinds = {operation.kind for operation in operations}
         if self.phase is Phase.ANSWER and not kinds & {OperationKind.ANSWER, OperationKind.READ}:
             results.append(
-                OperationResult(None, Fault.NO_ANSWER, "A question was asked; the turn had neither an answer nor a search.")
+                OperationResult(
+                    None, Fault.NO_ANSWER, "A question was asked; the turn had neither an answer nor a search."
+                )
             )
         requests = tuple(
             EmbeddingRequest(operation.text, _EMBEDDED[operation.kind])
@@ -261,10 +263,12 @@ class Episode:
         return replace(operation, target=get_dialect(self.settings.dialect).entry_id(operation.target, shown))
 
     def _fault(self, operation: Operation, alive: set[str], entries: int, superseded: bool) -> tuple[Fault | None, str]:
-        """Why the operation is not carried out, if so. `alive` are the ids that it can name, `entries` their number with new ones."""
+        """Why the operation is not carried out, if so; `alive` are the ids that it can name, `entries` counts new ones too."""
         kind = operation.kind
         optional = kind is OperationKind.SCRATCHPAD
-        allowed = self.settings.scratchpad if optional else kind is OperationKind.ANSWER or kind in self.settings.operations
+        allowed = (
+            self.settings.scratchpad if optional else kind is OperationKind.ANSWER or kind in self.settings.operations
+        )
         if not allowed:
             return Fault.FORBIDDEN, f"There is no {kind} here."
         if kind is OperationKind.ANSWER and self.phase is Phase.READ:
@@ -282,19 +286,15 @@ class Episode:
     # --------------------------------------------------------------------------------------------------------- carrying out
 
     def _check_vectors(self, vectors: ArrayLike, expected: int) -> NDArray[np.float32]:
-        matrix = np.asarray(vectors, dtype=np.float32)
-        if expected == 0 and matrix.size == 0:
-            return matrix
+        if expected == 0 and np.size(vectors) == 0:
+            return np.empty((0, 0), dtype=np.float32)
+        matrix = unit(vectors)
         if matrix.ndim != 2 or len(matrix) != expected:
             raise EmbeddingError(f"Expected {expected} vectors as an array [{expected}, D], got shape {matrix.shape}.")
-        if not np.isfinite(matrix).all():
-            raise EmbeddingError("A vector has a value that is not finite; the embedder is broken.")
-        if not matrix.any(axis=1).all():
-            raise EmbeddingError("A vector is zero and has no direction; the embedder is broken.")
-        known = self.memory.dimension
+        known = self.memory.dimension if self._query_vector is None else len(self._query_vector)
         if known is not None and matrix.shape[1] != known:
             raise EmbeddingError(f"This memory holds {known}-dimensional vectors, got {matrix.shape[1]}.")
-        return matrix / np.sqrt(np.einsum("ij,ij->i", matrix, matrix))[:, None]
+        return matrix
 
     def _carry_out(
         self, plan: _Plan, matrix: NDArray[np.float32]

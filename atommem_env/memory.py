@@ -33,9 +33,12 @@ def unit(vectors: ArrayLike) -> Vector:
         raise EmbeddingError(f"Expected vectors of shape [D] or [n, D], got {rows.shape}; check the embedder.")
     wide = rows.astype(np.float64)
     squared = np.einsum("...d,...d->...", wide, wide)
-    if not np.isfinite(squared).all():
+    off = np.abs(squared - 1).max(initial=0)
+    if off <= _UNIT:
+        return rows
+    if not np.isfinite(off):
         raise EmbeddingError("A vector has a value that is not finite; the embedder is broken.")
-    if not np.all(squared):
+    if not squared.all():
         raise EmbeddingError("A vector is zero and has no direction; the embedder is broken.")
     length = np.where(np.abs(squared - 1) <= _UNIT, 1.0, np.sqrt(squared))
     scaled: Vector = (wide / length[..., None]).astype(np.float32)
@@ -98,7 +101,7 @@ class WorkingMemory:
         """The unit vectors, [n, D], in the order of `entries`; [0, 0] before the first entry."""
         if self._matrix is None:
             return np.zeros((0, 0), dtype=np.float32)
-        return self._matrix[[self._rows[entry_id] for entry_id in self._entries]].reshape(len(self), -1)
+        return self._matrix[[self._rows[entry_id] for entry_id in self._entries]]
 
     def create(self, text: str, vector: ArrayLike) -> str:
         """Adds an entry and returns its id. `vector`: [D].

@@ -107,10 +107,14 @@ class EpisodeSettings:
         check("advance", self.advance in ("always", "on_write"), "'always' or 'on_write'")
         check("read_latency", self.read_latency in (0, 1), "0 or 1")
         for name in ("chunk_tokens", "scratchpad_tokens", "top_k", "memory_tokens", "replies_per_question"):
-            check(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "a whole number of at least 1")
+            check(
+                name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "a whole number of at least 1"
+            )
         for name in ("capacity", "max_steps"):
             value = getattr(self, name)
-            check(name, value is None or (isinstance(value, int) and value >= 1), "None or a whole number of at least 1")
+            check(
+                name, value is None or (isinstance(value, int) and value >= 1), "None or a whole number of at least 1"
+            )
 
 
 # --------------------------------------------------------------------------------------------------------- observations

@@ -25,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import atommem_env  # noqa: F401  (registers the environments)
+from agents.chat_policy import Sampling
 from agents.registry import load_policy
 from agents.rollout import Driver, EpisodeSpec
 from atommem_env.env import AtomMemEnv
@@ -64,6 +65,10 @@ class EvalConfig:
     """off, or episode: keep every entry in the folder's memory/."""
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE")] = ()
     """Any other argument of the environment, for example top_k=12 or operations=["create","read"]."""
+    temperature: float = Sampling().temperature
+    """Of a language model; 0 is greedy."""
+    max_new_tokens: int = Sampling().max_new_tokens
+    """Of each reply of a language model; a longer one is cut."""
     in_flight: int = 64
     """Episodes played at the same time; changes the speed only."""
     resume: bool = False
@@ -121,13 +126,15 @@ def evaluate(config: EvalConfig, console: Console | None = None) -> dict[str, An
     config.out.mkdir(parents=True, exist_ok=True)
     env = gym.make(config.env_id, **{"store": str(config.out / "memory"), **options}).unwrapped
     assert isinstance(env, AtomMemEnv)
-    policy = load_policy(config.policy, env.settings)
+    sampling = Sampling(config.temperature, config.max_new_tokens)
+    policy = load_policy(config.policy, env.settings, sampling)
     identity = {
         "env_id": config.env_id,
         "policy": policy.name,
         "episodes": config.episodes,
         "seed": config.seed,
         "options": options,
+        "sampling": dataclasses.asdict(sampling),
         "settings": dataclasses.asdict(env.settings),
         "schema_version": SCHEMA_VERSION,
     }
@@ -173,7 +180,11 @@ def evaluate(config: EvalConfig, console: Console | None = None) -> dict[str, An
         "privileged": policy.privileged,
         **summarise(records),
         "steps_per_second": round(played / seconds, 2) if played else None,
-        "settings": {**identity["options"], **identity["settings"], "seed": config.seed},
+        "settings": {
+            **{name: identity[name] for name in ("seed", "sampling")},
+            **identity["options"],
+            **identity["settings"],
+        },
         "schema_version": SCHEMA_VERSION,
     }
     _replace(config.out / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")

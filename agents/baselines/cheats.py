@@ -60,7 +60,8 @@ class Random:
         def act(observation: Observation) -> str:
             kinds = rng.choice(list(OperationKind), size=int(rng.integers(1, 6)))
             return "".join(
-                write(Operation(OperationKind(kind), words(observation, 12), f"m{rng.integers(1, 40)}")) for kind in kinds
+                write(Operation(OperationKind(kind), words(observation, 12), f"m{rng.integers(1, 40)}"))
+                for kind in kinds
             )
 
         return act
@@ -81,7 +82,9 @@ class Spam:
             seen = (observation["chunk"] or observation["retrieved"]).split()
             pieces = [" ".join(seen[start : start + 8]) for start in range(0, len(seen), 8)][:200]
             operations = [Operation(OperationKind.CREATE, piece) for piece in pieces]
-            operations += [Operation(OperationKind.UPDATE, observation["questions"], f"m{number}") for number in range(3)]
+            operations += [
+                Operation(OperationKind.UPDATE, observation["questions"], f"m{number}") for number in range(3)
+            ]
             operations += [Operation(OperationKind.READ, observation["questions"])] * 5
             operations += [Operation(OperationKind.ANSWER, text) for text in ("yes", "no", "unknown", " ".join(seen))]
             return "".join(map(write, operations))

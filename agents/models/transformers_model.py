@@ -15,6 +15,7 @@ from atommem_env.types import Reply
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import DynamicCache
 
 Dtype = Literal["bfloat16", "float32"]
 Device = Literal["auto", "cpu"]
@@ -106,7 +107,6 @@ class TransformersModel:
             SettingError: a temperature below 0, or above it without a seed for each prompt.
         """
         import torch
-        from transformers import DynamicCache
 
         for prompt in prompts:
             self._check_length(prompt, max_new_tokens)
@@ -119,42 +119,39 @@ class TransformersModel:
             return []
         draws = None  # [B, T_out], uniform in [0, 1)
         if temperature > 0:
-            rows = [np.random.default_rng(seed).random(max_new_tokens) for seed in seeds or ()]
-            draws = torch.from_numpy(np.stack(rows)).to(self._device)
+            draws = torch.from_numpy(
+                np.stack([np.random.default_rng(seed).random(max_new_tokens) for seed in seeds or ()])
+            )
+            draws = draws.to(self._device)
 
         completions: list[list[int]] = [[] for _ in prompts]
         logprobs: list[list[float]] = [[] for _ in prompts]
-        live = list(range(len(prompts)))  # the prompt that each row of the tensors below belongs to
-        inputs, mask = self._left_padded(prompts)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        cache = DynamicCache(config=self._model.config)
+        live = list(range(len(prompts)))  # the prompt that each row of the batch belongs to
         with torch.inference_mode():
+            cache, mask, logits_B_V = self._read(prompts)
+            positions = mask.sum(-1, keepdim=True)  # [B, 1], of the next token
             for step in range(max_new_tokens):
-                output = self._model(
-                    input_ids=inputs,
-                    attention_mask=mask,
-                    position_ids=positions,
-                    past_key_values=cache,
-                    logits_to_keep=1,
-                )
-                logp_B_V = torch.log_softmax(output.logits[:, -1].float() / (temperature or 1.0), dim=-1)
+                logp_B_V = torch.log_softmax(logits_B_V.float() / (temperature or 1.0), dim=-1)
                 tokens_B = logp_B_V.argmax(-1) if draws is None else _sample(logp_B_V, draws[live, step])
                 chosen_B = logp_B_V.gather(-1, tokens_B[:, None])[:, 0]
-                keep = []
+                unfinished = []
                 for row, (token, logprob) in enumerate(zip(tokens_B.tolist(), chosen_B.tolist(), strict=True)):
                     completions[live[row]].append(token)
                     logprobs[live[row]].append(logprob)
                     if token not in self._eos_ids:
-                        keep.append(row)
-                if not keep:
+                        unfinished.append(row)
+                if not unfinished or step + 1 == max_new_tokens:
                     break
-                if len(keep) < len(live):  # finished rows cost nothing from here on
-                    live = [live[row] for row in keep]
-                    rows_left = torch.tensor(keep, device=self._device)
-                    cache.batch_select_indices(rows_left)
-                    tokens_B, mask, positions = tokens_B[rows_left], mask[rows_left], positions[rows_left]
-                inputs, positions = tokens_B[:, None], positions[:, -1:] + 1
+                if len(unfinished) < len(live):  # finished rows cost nothing from here on
+                    live = [live[row] for row in unfinished]
+                    rows = torch.tensor(unfinished, device=self._device)
+                    cache.batch_select_indices(rows)
+                    tokens_B, mask, positions = tokens_B[rows], mask[rows], positions[rows]
                 mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
+                output = self._model(
+                    input_ids=tokens_B[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache
+                )
+                logits_B_V, positions = output.logits[:, -1], positions + 1
         return [
             Reply(
                 text=self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
@@ -204,18 +201,36 @@ class TransformersModel:
                 f"{self.window} tokens. Make chunk_tokens, memory_tokens or max_new_tokens smaller."
             )
 
-    def _left_padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Ids and attention mask, [B, T_in] each; a prompt ends where its row ends.
+    def _read(self, prompts: Sequence[Sequence[int]]) -> tuple[DynamicCache, Tensor, Tensor]:
+        """Cache, attention mask [B, T_in] and logits [B, V] after the prompts, each of which ends where its row ends.
 
-        With prompts (7, 8, 9) and (5,) the ids are ((7, 8, 9), (0, 0, 5)) and the mask ((1, 1, 1), (0, 0, 1)): the mask
-        hides whatever id pads.
+        Each prompt is read alone: a long one keeps the machine busy by itself, and padding would cost as much as text.
+        For prompts (7, 8, 9) and (5,) the mask is ((1, 1, 1), (0, 0, 1)).
         """
         import torch
+        from torch.nn.functional import pad
+        from transformers import DynamicCache
 
         width = max(len(prompt) for prompt in prompts)
-        ids = [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        return torch.tensor(ids, device=self._device), torch.tensor(mask, device=self._device)
+        lefts = [width - len(prompt) for prompt in prompts]
+        mask = torch.tensor([[0] * left + [1] * (width - left) for left in lefts], device=self._device)
+        caches, logits = [], []
+        for prompt in prompts:
+            cache = DynamicCache()
+            inputs = torch.tensor([list(prompt)], device=self._device)
+            logits.append(self._model(input_ids=inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1])
+            caches.append(cache)
+        if len(prompts) == 1:
+            return caches[0], mask, logits[0]
+        joined = DynamicCache()
+        for index in range(len(caches[0].layers)):
+            layers = [cache.layers[index] for cache in caches]
+            keys = torch.cat([pad(layer.keys, (0, 0, left, 0)) for layer, left in zip(layers, lefts, strict=True)])
+            values = torch.cat([pad(layer.values, (0, 0, left, 0)) for layer, left in zip(layers, lefts, strict=True)])
+            joined.update(keys, values, index)
+            for layer in layers:
+                layer.keys = layer.values = None  # else every prompt would be held twice
+        return joined, mask, torch.cat(logits)
 
     def _has_system_role(self) -> bool:
         """Whether the template shows a system message; some refuse it, some drop it without a word."""

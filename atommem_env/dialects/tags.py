@@ -81,7 +81,9 @@ class TagsDialect:
     def describe(self, settings: EpisodeSettings) -> str:
         kinds = [kind for kind in OperationKind if kind.value in settings.operations]
         kinds += [OperationKind.SCRATCHPAD] * settings.scratchpad + [OperationKind.ANSWER]
-        return "\n".join(f"<{_NAMES[kind]}>{form}</{_NAMES[kind]}>: {use}" for kind in kinds for form, use in [_EXPLANATIONS[kind]])
+        return "\n".join(
+            f"<{_NAMES[kind]}>{form}</{_NAMES[kind]}>: {use}" for kind in kinds for form, use in [_EXPLANATIONS[kind]]
+        )
 
 
 def _unclosed(tag: re.Match[str]) -> OperationResult:

@@ -136,6 +136,10 @@ class SyntheticSource:
         if stated < hops:
             world.leave_out(subject, chain[stated])
             world.lures.append(_Lure(relation=chain[stated], near=subject, first=True))
+        # How often the documents state a relation that is asked for must not tell whether there is an answer, nor which.
+        world.lures += [
+            _Lure(relation=relation) for relation in (*chain[stated:], *chain[stated + 1 :], *[chain[-1]] * 3)
+        ]
         return Question(
             id=name,
             text=text,
@@ -148,7 +152,7 @@ class SyntheticSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Lure:
-    """A fact that may mislead: one about `of`, or about a new thing whose name is close to `near`."""
+    """A fact that may mislead: about `of`, or a new thing whose name is close to `near`, or anything."""
 
     relation: Relation
     of: str = ""
@@ -241,13 +245,9 @@ class _World:
         """Adds documents outside the chains up to `num_docs`, a share of their facts corrected, and asides to all."""
         lures = sorted(self.lures, key=lambda lure: not lure.first)[::-1]
         while (room := num_docs - len(self._drafts)) > 0:
-            if lures:
-                lure = lures.pop()
-                relation = lure.relation
-                subject = lure.of or self._near(lure.near, relation.subject)
-            else:
-                relation = self.pick(RELATIONS)
-                subject = self._subject(relation)
+            lure = lures.pop() if lures else _Lure(relation=self.pick(RELATIONS))
+            relation = lure.relation
+            subject = lure.of or (self._near(lure.near, relation.subject) if lure.near else self._subject(relation))
             value = self._object(subject, relation)
             corrected = room > 1 and self.rng.random() < corrections
             self.state(subject, relation, value, self.new(relation.object, other_than=value) if corrected else None)
@@ -258,19 +258,15 @@ class _World:
 
     def _subject(self, relation: Relation) -> str:
         """A thing without a document: one that others mention, so that chains form, or a new one."""
-        untold = self._untold[relation.subject]
+        kind = relation.subject
+        untold, things = self._untold[kind], self._things[kind]
         while untold and self.rng.random() < 0.6:
             place = int(self.rng.random() * len(untold))
             untold[place], untold[-1] = untold[-1], untold[place]
             name = untold.pop()
             if name not in self._titles and (name, relation.name) not in self._facts:
                 return name
-        things = self._things[relation.subject]
-        return (
-            self._near(self.pick(things), relation.subject)
-            if things and self.rng.random() < 0.5
-            else self.new(relation.subject)
-        )
+        return self._near(self.pick(things), kind) if things and self.rng.random() < 0.5 else self.new(kind)
 
     def _object(self, subject: str, relation: Relation) -> str:
         """What a fact outside the chains gives to `subject`: as often a thing of which more is said as a new one."""

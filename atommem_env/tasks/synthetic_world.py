@@ -158,7 +158,7 @@ RELATIONS = (
         "birthplace",
         PERSON,
         TOWN,
-        ("{s} was born in {o}.", "The birthplace of {s} is {o}.", "{s} was a child of {o}, born and raised."),
+        ("{s} was born in {o}.", "The birthplace of {s} is {o}.", "{s} is a native of {o}."),
         ("Where was {s} born?", "In which town was {s} born?", "What is the birthplace of {s}?"),
         ("the birthplace of {s}", "the town where {s} was born"),
     ),
@@ -289,7 +289,7 @@ RELATIONS = (
         ("The buses of {s} are run by {o}.", "{o} runs the buses of {s}.", "The bus company of {s} is {o}."),
         ("Which company runs the buses of {s}?", "What is the bus company of {s}?"),
         ("the bus company of {s}", "the company that runs the buses of {s}"),
-        ("The buses of {s} are now run by {o}.", "The buses of {s} are no longer run by {old} but by {o}."),
+        ("The buses of {s} are now run by {o}.", "The bus company of {s} is no longer {old} but {o}."),
     ),
     Relation(
         "author",
@@ -373,8 +373,8 @@ class NamePool:
 def split_of(name: str) -> str:
     """The split that a full name belongs to: about 70 % train, 15 % dev, 15 % test, by a hash that never changes.
 
-    >>> split_of("Ada Abbott"), split_of("Ada Barlow")
-    ('train', 'test')
+    >>> split_of("Ada Abbott"), split_of("Ada Baker")
+    ('train', 'dev')
     """
     share = zlib.crc32(name.encode()) % 100
     return "train" if share < 70 else "dev" if share < 85 else "test"

@@ -8,7 +8,6 @@ import pytest
 from atommem_env.cli import COMMANDS, load
 
 
-
 def atommem(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
     code = "import sys; from atommem_env.cli import main; sys.argv[0] = 'atommem'; main()"
     return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=120, **options)  # type: ignore[call-overload,no-any-return]

@@ -59,12 +59,15 @@ def test_what_is_written_is_read_back(kind: OperationKind, text: str, target: st
     assert TAGS.parse("thinking" + TAGS.write(operation) + "done") == [operation]
 
 
-@given(st.text(alphabet=st.sampled_from(list("<>/{}: \nm1") + ["<create_memory>", "</create_memory>", "\\boxed{"])))
-def test_any_text_is_read_without_an_error(reply: str) -> None:
-    TAGS.parse(reply)
+@given(st.lists(st.sampled_from([*"<>/{}: \nm1", "<create_memory>", "</create_memory>", "<final_answer>", "\\boxed{"])))
+def test_any_text_is_read_and_no_operation_comes_from_outside_of_tags(pieces: list[str]) -> None:
+    found = TAGS.parse("".join(pieces))
+    assert len(found) <= pieces.count("<create_memory>") + pieces.count("<final_answer>")
 
 
-@pytest.mark.parametrize("piece", ["<create_memory>", "</create_memory>", "<create_memory>a</create_memory>", "\\boxed{", "a"])
+@pytest.mark.parametrize(
+    "piece", ["<create_memory>", "</create_memory>", "<create_memory>a</create_memory>", "\\boxed{", "a"]
+)
 def test_reading_is_linear_in_the_length(piece: str) -> None:
     def seconds(length: int) -> float:
         reply = "<final_answer>" + piece * (length // len(piece)) + "</final_answer>"

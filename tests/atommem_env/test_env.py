@@ -77,7 +77,10 @@ def test_importing_is_quick_and_brings_neither_torch_nor_lancedb() -> None:
         "import time; start = time.perf_counter(); import gymnasium; base = time.perf_counter(); import atommem_env; import sys\n"
         "print(time.perf_counter() - base); assert not {'torch', 'lancedb', 'rich', 'tyro'} & set(sys.modules), sys.modules"
     )
-    seconds = [float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) for _ in range(3)]
+    seconds = [
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        for _ in range(3)
+    ]
     assert min(seconds) < 0.5
 
 
@@ -99,7 +102,11 @@ def test_the_checked_and_wrapped_environment_gives_the_same_as_the_episode() -> 
     observations = [episode.observe()]
     for reply in replies()[: len(seen) - 1]:
         requests = episode.submit(reply)
-        observations.append(episode.resolve(unwrapped.embedder.embed([r.text for r in requests], "document") if requests else []).observation)
+        observations.append(
+            episode.resolve(
+                unwrapped.embedder.embed([r.text for r in requests], "document") if requests else []
+            ).observation
+        )
     env.close()
     assert [item[0] for item in seen] == observations
 
@@ -136,8 +143,13 @@ def test_vector_environments_see_what_single_ones_see(tmp_path: Path) -> None:
     length = min(map(len, singles))
     for vector in (
         gym.vector.SyncVectorEnv([lambda: make(store=tmp_path / "sync")] * 2),
-        gym.vector.AsyncVectorEnv(
-            [lambda: gym.make("AtomMem-Synthetic", num_docs=12, chunk_tokens=60)] * 2, shared_memory=False, context="spawn"
+        gym.make_vec(
+            "AtomMem-Synthetic",
+            num_envs=2,
+            vectorization_mode="async",
+            vector_kwargs={"shared_memory": False, "context": "spawn"},
+            store=str(tmp_path / "async"),
+            **SMALL,
         ),
     ):
         observation, _ = vector.reset(seed=[5, 6])
@@ -196,12 +208,17 @@ def test_golds_are_told_only_at_the_end() -> None:
     assert told <= set(seen[-1][-1])
 
 
-def test_after_one_episode_with_default_settings_a_plain_lancedb_client_lists_its_entries(own_data_folder: Path) -> None:
+def test_after_one_episode_with_default_settings_a_plain_lancedb_client_lists_its_entries(
+    own_data_folder: Path,
+) -> None:
     env = make()
     play(env)
     assert inner(env).episode is not None
     survivors = [entry.text for entry in inner(env).episode.memory.entries()]  # type: ignore[union-attr]
-    code = "import lancedb, json; print(json.dumps([row['text'] for row in lancedb.connect({!r}).open_table('entries').to_arrow().to_pylist()]))"
+    code = (
+        "import lancedb, json; table = lancedb.connect({!r}).open_table('entries')\n"
+        "print(json.dumps([row['text'] for row in table.to_arrow().to_pylist()]))"
+    )
     out = subprocess.run(
         [sys.executable, "-c", code.format(str(own_data_folder / "memory"))], capture_output=True, text=True, check=True
     )
@@ -239,13 +256,17 @@ def test_an_interrupted_episode_goes_on_in_another_process_without_its_embedder(
     assert store.replies(episode_id) == replies()[: len(expected) - 1]
     with pytest.raises(SettingError, match="over"):
         again.reset(options={"resume": episode_id})
+
+
+def test_an_interrupted_episode_is_not_resumed_with_other_settings(tmp_path: Path) -> None:
+    env = make(store=tmp_path)
+    env.reset(seed=5)
+    env.step("")
+    episode_id = inner(env).episode_id
+    env.close()
+    other = make(store=tmp_path, top_k=2)
     with pytest.raises(SettingError, match="top_k"):
-        interrupted = make(store=tmp_path / "other")
-        interrupted.reset(seed=5)
-        interrupted.step("")
-        name = inner(interrupted).episode_id
-        interrupted.close()
-        make(store=tmp_path / "other", top_k=2).reset(options={"resume": name})
+        other.reset(options={"resume": episode_id})
 
 
 def test_an_embedder_that_fails_is_an_error_and_the_step_can_be_taken_again() -> None:

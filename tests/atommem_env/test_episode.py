@@ -73,7 +73,9 @@ def test_a_query_stays_in_force_and_is_searched_anew(task: Task, say: Say) -> No
 
 
 def test_the_last_read_of_a_reply_wins_and_the_others_are_told(task: Task, say: Say) -> None:
-    result = say(Episode(task, SMALL, 0), "<read_memory>a</read_memory><read_memory>b</read_memory><read_memory> </read_memory>")
+    result = say(
+        Episode(task, SMALL, 0), "<read_memory>a</read_memory><read_memory>b</read_memory><read_memory> </read_memory>"
+    )
     assert result.observation["query"] == "b"
     assert faults(result) == [Fault.SUPERSEDED, Fault.EMPTY]
 
@@ -105,7 +107,9 @@ def test_fault_1_and_3_two_entries_of_equal_text_are_two_entries(task: Task, say
     assert [entry.text for entry in other.memory.entries()] == ["same", "same"]
 
 
-@pytest.mark.parametrize("reply", ["", "no tags", "<update_scratchpad>x</update_scratchpad>", "<delete_memory>m1</delete_memory>"])
+@pytest.mark.parametrize(
+    "reply", ["", "no tags", "<update_scratchpad>x</update_scratchpad>", "<delete_memory>m1</delete_memory>"]
+)
 def test_fault_2_every_reply_turns_the_page(reply: str, task: Task, say: Say) -> None:
     episode = Episode(task, SMALL, seed=0)
     before = episode.observe()["chunk"]
@@ -175,7 +179,7 @@ def test_fault_10_the_default_budget_is_never_less_than_an_episode_needs(task: T
         assert episode.stop_reason is StopReason.UNANSWERED
 
 
-# ------------------------------------------------------------------------------------------------------------ budgets and ablations
+# ---------------------------------------------------------------------------------------------------- budgets and ablations
 
 
 def test_the_step_budget_truncates_and_unanswered_questions_count_as_zero(task: Task, say: Say) -> None:
@@ -234,7 +238,7 @@ def test_a_scratchpad_that_is_too_long_is_cut_and_the_policy_is_told(task: Task,
 
 def test_entries_beyond_the_shown_tokens_are_not_shown_and_the_policy_is_told(task: Task, say: Say) -> None:
     episode = Episode(task, replace(SMALL, memory_tokens=3), seed=0)
-    result = say(episode, "<create_memory>a b</create_memory><create_memory>a b c d e</create_memory><read_memory>a b</read_memory>")
+    result = say(episode, "<create_memory>a b</create_memory><create_memory>a b c d e</create_memory>" + "<read_memory>a b</read_memory>")
     assert result.observation["retrieved"] == "m1: a b"
     assert "only 1 are shown" in result.observation["notice"]
     result = say(episode, "<delete_memory>m1</delete_memory>")
@@ -243,7 +247,7 @@ def test_entries_beyond_the_shown_tokens_are_not_shown_and_the_policy_is_told(ta
 
 
 def test_random_retrieval_depends_on_the_seed_alone(task: Task, say: Say) -> None:
-    replies = ["<create_memory>{}</create_memory>".format(number) for number in range(20)]
+    replies = [f"<create_memory>{number}</create_memory>" for number in range(20)]
     reply = "".join(replies) + "<read_memory>5</read_memory>"
     settings = replace(SMALL, retrieval="random", top_k=3)
     shown = [say(Episode(task, settings, seed), reply).observation["retrieved"] for seed in (1, 1, 2)]
@@ -259,7 +263,10 @@ def test_illegal_characters_are_replaced_and_counted(task: Task, say: Say) -> No
 
 
 def test_a_notice_stays_short_whatever_the_reply(task: Task, say: Say) -> None:
-    reply = "".join(f"<delete_memory>x{number}</delete_memory>" for number in range(5000)) + "<read_memory></read_memory>" * 9
+    reply = (
+        "".join(f"<delete_memory>x{number}</delete_memory>" for number in range(5000))
+        + "<read_memory></read_memory>" * 9
+    )
     notice = say(Episode(task, SMALL, 0), reply).observation["notice"]
     assert len(notice.splitlines()) == 9
     assert "more faults" in notice
@@ -316,7 +323,13 @@ def test_forks_and_snapshots_go_on_alike_and_apart(task: Task, say: Say) -> None
     play(say, episode, "<create_memory>a b</create_memory><create_memory>c</create_memory><read_memory>b</read_memory>")
     fork = episode.fork()
     restored = Episode.restore(task, episode.settings, pickle.loads(pickle.dumps(episode.snapshot())))
-    replies = ["<delete_memory>m1</delete_memory>", "<create_memory>d b</create_memory>", "", "", "<final_answer>Rome</final_answer>"]
+    replies = [
+        "<delete_memory>m1</delete_memory>",
+        "<create_memory>d b</create_memory>",
+        "",
+        "",
+        "<final_answer>Rome</final_answer>",
+    ]
     say(fork, "<delete_memory>m2</delete_memory>")
     assert len(episode.memory) == 2
     for reply in replies:
@@ -343,7 +356,14 @@ def test_mutations_say_what_changed_in_order(task: Task, say: Say) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("operations", ("creat",)), ("retrieval", "best"), ("top_k", 0), ("capacity", 0), ("read_latency", 2), ("advance", "no")],
+    [
+        ("operations", ("creat",)),
+        ("retrieval", "best"),
+        ("top_k", 0),
+        ("capacity", 0),
+        ("read_latency", 2),
+        ("advance", "no"),
+    ],
 )
 def test_a_setting_that_cannot_work_is_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(SettingError, match=name):

@@ -1,6 +1,6 @@
 """Whatever a policy writes is legal. The long form is a program:
 
-    python tests/atommem_env/test_fuzz.py --replies 100000
+python tests/atommem_env/test_fuzz.py --replies 100000
 """
 
 from __future__ import annotations
@@ -18,11 +18,65 @@ from atommem_env.types import EpisodeSettings, Operation, OperationKind
 
 _KINDS = list(OperationKind)
 _PIECES = [
-    *(f"<{slash}{name}>" for name in ("create_memory", "read_memory", "update_memory", "delete_memory") for slash in ("", "/")),
-    *("<update_scratchpad>", "</update_scratchpad>", "<final_answer>", "</final_answer>", "\\boxed{", "}", "{", ":", "m1: "),
-    *("<create_memory", "create_memory>", "< create_memory >", "<CREATE_MEMORY>", "</", "<>", "&lt;", "\n", " ", "\t", "\r\n"),
-    *("\x00", "\ud800", "\udfff", "\ufeff", "\u202e", "\U0001f600", "é", "e\u0301", "漢字", "\x1b[31m", "%s", "{0}", "NaN", "-1"),
-    *("Memory 0", "Memory 1", "m0", "m1", "m2", "m999999999999999999999", "m-1", "m1.0", "M1", "id", "null", "drop table"),
+    *(
+        f"<{slash}{name}>"
+        for name in ("create_memory", "read_memory", "update_memory", "delete_memory")
+        for slash in ("", "/")
+    ),
+    *(
+        "<update_scratchpad>",
+        "</update_scratchpad>",
+        "<final_answer>",
+        "</final_answer>",
+        "\\boxed{",
+        "}",
+        "{",
+        ":",
+        "m1: ",
+    ),
+    *(
+        "<create_memory",
+        "create_memory>",
+        "< create_memory >",
+        "<CREATE_MEMORY>",
+        "</",
+        "<>",
+        "&lt;",
+        "\n",
+        " ",
+        "\t",
+        "\r\n",
+    ),
+    *(
+        "\x00",
+        "\ud800",
+        "\udfff",
+        "\ufeff",
+        "\u202e",
+        "\U0001f600",
+        "é",
+        "e\u0301",
+        "漢字",
+        "\x1b[31m",
+        "%s",
+        "{0}",
+        "NaN",
+        "-1",
+    ),
+    *(
+        "Memory 0",
+        "Memory 1",
+        "m0",
+        "m1",
+        "m2",
+        "m999999999999999999999",
+        "m-1",
+        "m1.0",
+        "M1",
+        "id",
+        "null",
+        "drop table",
+    ),
 ]
 
 
@@ -105,7 +159,9 @@ def test_a_reply_of_ten_megabytes_is_carried_out() -> None:
         episode = Episode(task, EpisodeSettings(chunk_tokens=40), seed=0)
         text = "lorem ipsum " * (megabytes * 2**20 // 12)
         start = time.perf_counter()
-        result = episode.resolve(embed(embedder, episode.submit(f"<create_memory>{text}</create_memory><read_memory>x</read_memory>")))
+        result = episode.resolve(
+            embed(embedder, episode.submit(f"<create_memory>{text}</create_memory><read_memory>x</read_memory>"))
+        )
         assert result.results[0].entry_id == "m1"
         assert "first 4096 tokens" in result.observation["notice"]
         return time.perf_counter() - start

@@ -8,10 +8,25 @@ from atommem_env.errors import SettingError
 from eval.metrics import bootstrap_ci95, summarise
 from eval.run import EvalConfig, episode_specs, evaluate
 
-FIELDS = (
-    "env_id policy privileged episodes questions em em_ci95 f1 reward evidence_recall operations faults stop_reasons tokens "
-    "steps_per_second settings schema_version"
-).split()
+FIELDS = [
+    "env_id",
+    "policy",
+    "privileged",
+    "episodes",
+    "questions",
+    "em",
+    "em_ci95",
+    "f1",
+    "reward",
+    "evidence_recall",
+    "operations",
+    "faults",
+    "stop_reasons",
+    "tokens",
+    "steps_per_second",
+    "settings",
+    "schema_version",
+]
 
 
 def config(out: Path, **changes: Any) -> EvalConfig:
@@ -63,7 +78,9 @@ def test_a_folder_with_a_run_is_not_overwritten_and_another_run_is_not_resumed(t
 
 
 def test_any_other_argument_of_the_environment_can_be_set(tmp_path: Path) -> None:
-    changed = config(tmp_path, durability="off", episodes=1, set=("top_k=2", 'operations=["create","read"]', "retrieval=random"))
+    changed = config(
+        tmp_path, durability="off", episodes=1, set=("top_k=2", 'operations=["create","read"]', "retrieval=random")
+    )
     settings = evaluate(changed)["settings"]
     assert (settings["top_k"], settings["operations"], settings["retrieval"]) == (2, ["create", "read"], "random")
     with pytest.raises(SettingError, match="NAME=VALUE"):

@@ -1,0 +1,107 @@
+"""Files of records in all their forms, and lines in any order."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from atommem_env.errors import DataError, DatasetNotFound
+from atommem_env.tasks.jsonl import JsonLines, JsonLinesWriter, read_records
+
+RECORDS = [{"n": number, "text": 'x]}"\\, é\u2028 ' * (number % 7)} for number in range(50)]
+
+
+def values(path: Path) -> list[dict[str, Any]]:
+    return [value for _, value in read_records(path)]
+
+
+@pytest.mark.parametrize("gzipped", [False, True])
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(RECORDS),
+        json.dumps(RECORDS, ensure_ascii=False, indent=2),
+        "\ufeff \n" + json.dumps(RECORDS),
+        "\n".join(map(json.dumps, RECORDS)),
+        "\r\n\r\n".join(json.dumps(record, ensure_ascii=False) for record in RECORDS) + "\n",
+    ],
+    ids=["list", "indented list", "list with byte order mark", "lines", "lines with blank ones"],
+)
+def test_every_form_gives_the_same_records(tmp_path: Path, text: str, gzipped: bool) -> None:
+    path = tmp_path / "named.by.nothing"
+    path.write_bytes(gzip.compress(text.encode()) if gzipped else text.encode())
+    assert values(path) == RECORDS
+
+
+def test_parquet_gives_the_same_records(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(RECORDS), tmp_path / "file")
+    assert values(tmp_path / "file") == RECORDS
+
+
+def test_list_longer_than_a_piece_and_records_longer_than_a_piece(tmp_path: Path) -> None:
+    records = [{"n": number, "text": "ü\\" * (1_700_000 if number == 3 else 40_000)} for number in range(40)]
+    path = tmp_path / "long.json"
+    path.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    assert values(path) == records
+
+
+def test_places_and_progress(tmp_path: Path) -> None:
+    lines, listed = tmp_path / "lines", tmp_path / "list"
+    lines.write_text('\n{"a": 1}\n\n{"a": 2}\n')
+    listed.write_text('[{"a": 1}, {"a": 2}]')
+    assert [place for place, _ in read_records(lines)] == [f"{lines}, line 2", f"{lines}, line 4"]
+    assert [place for place, _ in read_records(listed)] == [f"{listed}, index {n} of the list" for n in (0, 1)]
+    seen: list[int] = []
+    list(read_records(lines, seen.append))
+    assert seen == sorted(seen)
+    assert seen[-1] == lines.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": 1}\n{"a": 2\n', "line 2: not JSON"),
+        (b'{"a": 1}\n[1]\n', "line 2: expected a JSON object, got list"),
+        (b"question,answer\n", "line 1: not JSON"),
+        (b'[{"a": 1}, {"a": ', "index 1 of the list: not JSON, or cut off"),
+        (b'[{"a": 1}', "after index 0 of the list: expected ',' or ']', got 'the end'"),
+        (b'[{"a": 1} {"a": 2}]', "after index 0 of the list: expected ',' or ']', got '{'"),
+        (b'[{"a": 1}, 2]', "index 1 of the list: expected a JSON object, got int"),
+        (b'[{"a": 1}]\n[{"a": 2}]', "after the list: expected the end"),
+        (b"[" * 100_000, "index 0 of the list: not JSON"),
+        (b'{"a": "\xff\xfe"}', "not UTF-8 text after its beginning"),
+        (gzip.compress(json.dumps(RECORDS).encode())[:-40], "damaged or truncated gzip"),
+        (gzip.compress(b'{"a": 1}\n' * 9)[:-6] + b"123456", "damaged or truncated gzip"),
+        (b"PAR1 and no more", "damaged parquet"),
+    ],
+)
+def test_damage_is_named_with_file_and_place(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "damaged.file"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"damaged\.file") as caught:
+        values(path)
+    assert message in str(caught.value)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(DatasetNotFound, match="no file"):
+        values(tmp_path / "nothing")
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.dictionaries(st.text(st.characters(codec="utf-8")), st.text(st.characters(codec="utf-8")))))
+def test_lines_come_back_in_any_order(tmp_path_factory: pytest.TempPathFactory, records: list[dict[str, str]]) -> None:
+    path = tmp_path_factory.mktemp("lines") / "x.jsonl"
+    with JsonLinesWriter(path) as writer:
+        assert [writer.append(record) for record in [*records, {}]] == list(range(len(records) + 1))
+    lines = JsonLines(path)
+    assert len(lines) == len(records) + 1
+    assert [lines[index] for index in reversed(range(len(records)))] == records[::-1]
