@@ -15,7 +15,10 @@ from atommem_env.types import EpisodeSettings, Message, Observation, Reply, Task
 class ChatModel(Protocol):
     """A model back end (`agents/models/`)."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        ...
 
     async def complete(
         self, messages: Sequence[Message], *, max_new_tokens: int, temperature: float, seed: int
@@ -32,13 +35,16 @@ class Sampling:
     max_new_tokens: int = 256  # a longer reply is cut
 
 
+GREEDY = Sampling()
+
+
 @dataclass(frozen=True, slots=True)
 class ChatPolicy:
     """A chat model that is shown each observation as a fresh chat, as in the AtomMem paper."""
 
     model: ChatModel
     settings: EpisodeSettings
-    sampling: Sampling = Sampling()
+    sampling: Sampling = GREEDY
     layout: str = "shared_prefix"
     privileged: bool = False
 

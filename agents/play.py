@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import gymnasium as gym
 import tyro
 from rich.console import Console
@@ -69,7 +71,7 @@ def main(
         questions: Questions of the task; the environment's own number where left out.
     """
     console = Console()
-    options = {"num_docs": num_docs, "questions": questions}
+    options: dict[str, Any] = {"num_docs": num_docs, "questions": questions}
     env = gym.make(env_id, **{name: value for name, value in options.items() if value is not None})
     inner = env.unwrapped
     assert isinstance(inner, AtomMemEnv)

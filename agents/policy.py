@@ -24,8 +24,15 @@ Act = Callable[[Observation], str | Reply | Awaitable[str | Reply]]
 class Policy(Protocol):
     """Plays any number of episodes at the same time: what belongs to one of them lives in what `begin` returns."""
 
-    name: str
-    privileged: bool  # whether it is given the task, golds and all; shown in every table
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        ...
+
+    @property
+    def privileged(self) -> bool:
+        """Whether it is given the task, golds and all; every table says so."""
+        ...
 
     def begin(self, seed: int, task: Task | None) -> Act:
         """A player of one episode.

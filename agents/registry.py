@@ -8,13 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from agents.baselines import cheats, oracle
-from agents.chat_policy import ChatPolicy, Sampling
+from agents.chat_policy import GREEDY, ChatPolicy, Sampling
 from agents.models.download import find_model
 from agents.models.transformers_model import TransformersModel
 from agents.policy import Policy, as_policy
 from atommem_env.errors import PolicyError
 from atommem_env.types import EpisodeSettings
-
 
 # name → how it is made, and what it does; a star marks the privileged, which are given the golds.
 POLICIES: dict[str, tuple[Callable[[EpisodeSettings], Policy], str]] = {
@@ -23,8 +22,8 @@ POLICIES: dict[str, tuple[Callable[[EpisodeSettings], Policy], str]] = {
         "* stores the evidence; gives the gold when all of it is in view: what a perfect memory reaches",
     ),
     "append-all": (
-        lambda settings: oracle.PerfectReader("append-all", settings, oracle.keep_everything),
-        "* stores every document; gives the gold when the evidence is in view: what storing blindly reaches",
+        lambda settings: oracle.PerfectReader("append-all", settings, oracle.keep_everything, "question"),
+        "* stores every document and searches for the question; gives the gold when the evidence is in view",
     ),
     "fixed-position": (
         lambda settings: oracle.PerfectReader("fixed-position", settings, oracle.keep_leaked_positions),
@@ -42,7 +41,7 @@ POLICIES: dict[str, tuple[Callable[[EpisodeSettings], Policy], str]] = {
 MODELS = {"smollm2": "SmolLM2-135M-Instruct, a language model on this machine (first: atommem models get smollm2)"}
 
 
-def load_policy(name: str, settings: EpisodeSettings, sampling: Sampling = Sampling()) -> Policy:
+def load_policy(name: str, settings: EpisodeSettings, sampling: Sampling = GREEDY) -> Policy:
     """The policy called `name`, for episodes with these settings.
 
     Args:
@@ -63,7 +62,9 @@ def load_policy(name: str, settings: EpisodeSettings, sampling: Sampling = Sampl
         return ChatPolicy(TransformersModel(find_model(name)), settings, sampling)
     module_name, colon, attribute = name.partition(":")
     if not colon:
-        raise PolicyError(f"No policy is called {name!r}. There are {', '.join([*POLICIES, *MODELS])}, a model's folder, and module:attribute.")
+        raise PolicyError(
+            f"No policy is called {name!r}. There are {', '.join([*POLICIES, *MODELS])}, a model's folder, and module:attribute."
+        )
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     module = importlib.import_module(module_name)

@@ -8,6 +8,8 @@
 'read'
 """
 
+from typing import Any
+
 from gymnasium.envs.registration import register
 
 from atommem_env.episode import Episode
@@ -16,7 +18,7 @@ from atommem_env.types import EpisodeSettings
 __all__ = ["ENVIRONMENTS", "Episode", "EpisodeSettings"]
 
 # What the bare id of each environment stands for; the dynamics are the paper's, but for chunks that fit short documents.
-ENVIRONMENTS = {
+ENVIRONMENTS: dict[str, dict[str, Any]] = {
     "HotpotQA": {"dataset": "hotpotqa"},
     "2WikiMultiHopQA": {"dataset": "2wikimultihopqa"},
     "MuSiQue": {"dataset": "musique"},

@@ -46,7 +46,9 @@ def main() -> None:
 
     try:
         function = load(COMMANDS[command][0])
-        tyro.cli(function, prog=f"atommem {command}", args=words[len(command.split()) :])
+        tyro.cli(
+            function, prog=f"atommem {command}", args=words[len(command.split()) :], config=(tyro.conf.OmitArgPrefixes,)
+        )
     except AtomMemError as error:
         notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
         print(f"atommem {command}: {error}{notes}", file=sys.stderr)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium as gym
 from gymnasium.utils import EzPickle
@@ -83,7 +83,7 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
     * v0: first version.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi", "human"], "render_fps": 1}
+    metadata: dict[str, Any] = {"render_modes": ["ansi", "human"], "render_fps": 1}  # noqa: RUF012 (declared so by Env)
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
         count = gym.spaces.Discrete(_MOST_STEPS)
         texts = [name for name, kind in Observation.__annotations__.items() if "str" in str(kind)]
         self.action_space = Text()
-        self.observation_space = gym.spaces.Dict(
+        self.observation_space = gym.spaces.Dict(  # type: ignore[assignment]  # a TypedDict is a dict
             {name: Text() if name in texts else count for name in Observation.__annotations__}
         )
 
@@ -170,7 +170,7 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
             self.render()
         return result.observation, result.reward, result.terminated, result.truncated, info
 
-    def render(self) -> str | None:  # type: ignore[override]
+    def render(self) -> str | None:
         """The observation as text: returned with `ansi`, printed with `human`."""
         if self.render_mode is None or self.episode is None:
             return None

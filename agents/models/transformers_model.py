@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,7 +11,7 @@ import numpy as np
 
 from agents.batching import Batcher
 from atommem_env.errors import MissingDependency, PromptTooLong, SettingError
-from atommem_env.types import Reply
+from atommem_env.types import Message, Reply
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,15 +70,15 @@ class TransformersModel:
         self._system_role = self._has_system_role()
         self._batcher: Batcher[_Call, Reply] = Batcher(self._run, max_batch, size=lambda call: len(call.prompt_ids))
 
-    def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """The ids of chat messages, up to where the reply begins. No other function encodes prompts.
 
         Where the model's template knows no system role, the system message opens the first user message.
         """
-        chat = [dict(message) for message in messages]
+        chat = list(messages)
         if not self._system_role and len(chat) > 1 and chat[0]["role"] == "system":
             system, user = chat[:2]
-            chat[:2] = [{**user, "content": f"{system['content']}\n\n{user['content']}"}]
+            chat[:2] = [{"role": user["role"], "content": f"{system['content']}\n\n{user['content']}"}]
         ids = self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
         return list(ids)
 
@@ -119,10 +119,8 @@ class TransformersModel:
             return []
         draws = None  # [B, T_out], uniform in [0, 1)
         if temperature > 0:
-            draws = torch.from_numpy(
-                np.stack([np.random.default_rng(seed).random(max_new_tokens) for seed in seeds or ()])
-            )
-            draws = draws.to(self._device)
+            rows = [np.random.default_rng(seed).random(max_new_tokens) for seed in seeds or ()]
+            draws = torch.from_numpy(np.stack(rows)).to(self._device)
 
         completions: list[list[int]] = [[] for _ in prompts]
         logprobs: list[list[float]] = [[] for _ in prompts]
@@ -144,9 +142,9 @@ class TransformersModel:
                     break
                 if len(unfinished) < len(live):  # finished rows cost nothing from here on
                     live = [live[row] for row in unfinished]
-                    rows = torch.tensor(unfinished, device=self._device)
-                    cache.batch_select_indices(rows)
-                    tokens_B, mask, positions = tokens_B[rows], mask[rows], positions[rows]
+                    kept = torch.tensor(unfinished, device=self._device)
+                    cache.batch_select_indices(kept)
+                    tokens_B, mask, positions = tokens_B[kept], mask[kept], positions[kept]
                 mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
                 output = self._model(
                     input_ids=tokens_B[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache
@@ -164,7 +162,7 @@ class TransformersModel:
         ]
 
     async def complete(
-        self, messages: Sequence[Mapping[str, str]], *, max_new_tokens: int, temperature: float, seed: int | None = None
+        self, messages: Sequence[Message], *, max_new_tokens: int, temperature: float, seed: int | None = None
     ) -> Reply:
         """`generate` for one chat; calls that wait at the same time share batches with prompts of about their length.
 
@@ -204,7 +202,8 @@ class TransformersModel:
     def _read(self, prompts: Sequence[Sequence[int]]) -> tuple[DynamicCache, Tensor, Tensor]:
         """Cache, attention mask [B, T_in] and logits [B, V] after the prompts, each of which ends where its row ends.
 
-        Each prompt is read alone: a long one keeps the machine busy by itself, and padding would cost as much as text.
+        Each prompt is read alone, and once however often it is there (a group samples one prompt many times): a long one
+        keeps the machine busy by itself, and padding would cost as much as text.
         For prompts (7, 8, 9) and (5,) the mask is ((1, 1, 1), (0, 0, 1)).
         """
         import torch
@@ -214,14 +213,15 @@ class TransformersModel:
         width = max(len(prompt) for prompt in prompts)
         lefts = [width - len(prompt) for prompt in prompts]
         mask = torch.tensor([[0] * left + [1] * (width - left) for left in lefts], device=self._device)
-        caches, logits = [], []
-        for prompt in prompts:
+        read: dict[tuple[int, ...], tuple[DynamicCache, Tensor]] = {}
+        for prompt in dict.fromkeys(map(tuple, prompts)):
             cache = DynamicCache()
-            inputs = torch.tensor([list(prompt)], device=self._device)
-            logits.append(self._model(input_ids=inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1])
-            caches.append(cache)
+            inputs = torch.tensor([prompt], device=self._device)
+            logits = self._model(input_ids=inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+            read[prompt] = cache, logits
+        caches, logits_B = zip(*(read[tuple(prompt)] for prompt in prompts), strict=True)
         if len(prompts) == 1:
-            return caches[0], mask, logits[0]
+            return caches[0], mask, logits_B[0]
         joined = DynamicCache()
         for index in range(len(caches[0].layers)):
             layers = [cache.layers[index] for cache in caches]
@@ -230,7 +230,7 @@ class TransformersModel:
             joined.update(keys, values, index)
             for layer in layers:
                 layer.keys = layer.values = None  # else every prompt would be held twice
-        return joined, mask, torch.cat(logits)
+        return joined, mask, torch.cat(logits_B)
 
     def _has_system_role(self) -> bool:
         """Whether the template shows a system message; some refuse it, some drop it without a word."""

@@ -30,7 +30,7 @@ _EXPLANATIONS = {
     OperationKind.SCRATCHPAD: ("text", "replace your scratchpad, a note that is shown to you on every turn."),
     OperationKind.ANSWER: (
         "answer",
-        "answer the question that is asked, as briefly as possible. Only once a question is asked.",
+        "answer the question that is asked, as briefly as possible; unknown if the document did not tell.",
     ),
 }
 

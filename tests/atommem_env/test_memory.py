@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import pickle
 
 import numpy as np
@@ -11,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-import atommem_env.memory
 from atommem_env.errors import EmbeddingError, EpisodeStateError, SettingError
 from atommem_env.memory import WorkingMemory, unit
 from atommem_env.types import Entry, Vector
@@ -176,7 +174,3 @@ def test_unit_is_idempotent_bit_for_bit(values: list[float]) -> None:
     assert abs(float(np.linalg.norm(once.astype(np.float64))) - 1) < 1e-6
     assert unit(once).tobytes() == once.tobytes()
     assert unit([values, values])[1].tobytes() == once.tobytes()
-
-
-def test_examples_in_docstrings() -> None:
-    assert doctest.testmod(atommem_env.memory).failed == 0
