@@ -12,7 +12,7 @@ R = TypeVar("R")
 
 
 class Batcher(Generic[T, R]):
-    """Gathers the items that coroutines wait for and hands them to `run`, one batch at a time, in a thread of its own.
+    """Gathers the items that coroutines wait for and hands them to `run`, one batch at a time.
 
     A batch starts when the event loop has nothing else to do that could bring another item, or when it is full; items
     that come while one runs wait for the next. A caller that is cancelled takes its item with it while it waits, and
@@ -26,14 +26,19 @@ class Batcher(Generic[T, R]):
     """
 
     def __init__(
-        self, run: Callable[[list[T]], list[R]], max_batch: int, size: Callable[[T], float] | None = None
+        self,
+        run: Callable[[list[T]], list[R]],
+        max_batch: int,
+        *,
+        size: Callable[[T], float] | None = None,
+        thread: bool = True,
     ) -> None:
         self._run = run
         self._max_batch = max_batch
         self._size = size
         self._waiting: list[tuple[T, asyncio.Future[R]]] = []
         self._drainer: asyncio.Task[None] | None = None
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batch")
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batch") if thread else None
 
     async def __call__(self, item: T) -> R:
         """The result for `item`."""
@@ -54,7 +59,10 @@ class Batcher(Generic[T, R]):
                 batch = self._take()
                 if not batch:
                     continue
-                results = await loop.run_in_executor(self._worker, self._run, [item for item, _ in batch])
+                items = [item for item, _ in batch]
+                results = (
+                    await loop.run_in_executor(self._worker, self._run, items) if self._worker else self._run(items)
+                )
                 if len(results) != len(batch):
                     raise RuntimeError(
                         f"run must return {len(batch)} results, one an item; it returned {len(results)}."

@@ -68,7 +68,8 @@ class Driver:
                 scored, and what `finished` was told before stands.
         """
         policy = as_policy(policy)
-        batcher = Batcher(self._embed, max_batch=256)
+        # Without a thread: a local model has one, and a race of two would change who shares a batch, and so last bits.
+        batcher = Batcher(self._embed, max_batch=256, thread=False)
         gate = asyncio.Semaphore(in_flight)
         rollouts: dict[int, Rollout] = {}
 
@@ -117,7 +118,7 @@ class Driver:
 
     def _embed(self, waiting: list[tuple[EmbeddingRequest, ...]]) -> list[list[Vector]]:
         """The vectors of each waiting episode, by one batch for all of them."""
-        vectors = iter(embed(self.embedder, tuple(request for requests in waiting for request in requests)))
+        vectors = iter(embed(self.embedder, [request for requests in waiting for request in requests]))
         return [[next(vectors) for _ in requests] for requests in waiting]
 
 

@@ -58,7 +58,12 @@ def main() -> None:
 def overview() -> str:
     """The text of `atommem --help`."""
     lines = [f"  {command:<12} {purpose}" for command, (_, purpose) in COMMANDS.items()]
-    head = ["usage: atommem COMMAND …", "", "Agents that manage their own memory: environment, policies, evaluation.", ""]
+    head = [
+        "usage: atommem COMMAND …",
+        "",
+        "Agents that manage their own memory: environment, policies, evaluation.",
+        "",
+    ]
     return "\n".join([*head, "commands:", *lines, "", _EXAMPLES])
 
 

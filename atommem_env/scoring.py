@@ -1,10 +1,10 @@
 """Scores an answer as its dataset's own evaluation script does, and finds evidence in texts.
 
-Sources: `hotpot_evaluate_v1.py` (Yang et al. 2018, HotpotQA), `2wikimultihop_evaluate_v1.1.py` (Ho et al. 2020) and the answer
-metric of MuSiQue (Trivedi et al. 2022). They fold answers alike (case, punctuation, articles, spaces) and differ in two corners:
+Sources: `hotpot_evaluate_v1.py` (HotpotQA, Yang et al. 2018), `2wikimultihop_evaluate_v1.1.py` (Ho et al. 2020) and the
+answer metric of MuSiQue (Trivedi et al. 2022). All fold case, punctuation, articles and spaces; they differ in two corners:
 
 - A "yes", "no" or "noanswer" that is not the whole of both texts scores F1 0; MuSiQue knows no such rule.
-- When nothing is left of both texts after folding, exact match is 1 everywhere, and F1 is 1 for MuSiQue, 0 for the others.
+- Where folding leaves nothing of both texts, exact match is 1, and F1 is 1 for MuSiQue, 0 for the others.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Score:
 
 
 def score(prediction: str, golds: Sequence[str], dataset: str) -> Score:
-    """The score of one answer against one question's golds, the maximum over the golds taken for each metric on its own.
+    """The score of an answer to one question: for each metric by itself, the maximum over that question's golds.
 
-    "synthetic" answers are scored as HotpotQA's.
+    Answers of the dataset "synthetic" are scored as HotpotQA's.
 
     >>> score("the Eiffel tower, Paris", ("Paris", "Eiffel Tower"), "hotpotqa")
     Score(em=0.0, f1=0.8, precision=0.6666666666666666, recall=1.0)
@@ -49,9 +49,7 @@ def score(prediction: str, golds: Sequence[str], dataset: str) -> Score:
     if dataset not in DATASETS:
         raise SettingError(f"dataset must be one of {', '.join(DATASETS)}, got {dataset!r}.")
     if isinstance(golds, str) or not golds:
-        raise DataError(
-            f"golds must be a sequence of at least one answer, got {golds!r}; give the gold and its aliases."
-        )
+        raise DataError(f"golds must be a sequence of at least one answer, got {golds!r}; give gold and aliases.")
     scores = [_score_one(_fold(prediction), _fold(gold), musique=dataset == "musique") for gold in golds]
     return Score(*map(max, zip(*scores, strict=True)))
 

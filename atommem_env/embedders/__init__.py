@@ -1,16 +1,106 @@
-"""TEMPORARY placeholder by the lead until the real one is written: overwrite freely, but keep a function
-embed(embedder, requests: Sequence[EmbeddingRequest]) -> list[Vector] (at most one embedder call for each kind, de-duplicated)."""
-import zlib
+"""Embedders: what turns texts into the vectors that a memory is searched by."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import lru_cache
+from hashlib import blake2b
+from typing import Protocol, get_args
+
 import numpy as np
-class Embedder: pass
-class H:
-    name='hashing'; dimension=256
-    def embed(self,texts,kind):
-        out=np.zeros((len(texts),256),np.float32)
-        for i,t in enumerate(texts):
-            out[i,0]=1e-3
-            for w in t.lower().split(): out[i,zlib.crc32(w.strip('.,?:').encode('utf8','replace'))%256]+=1
-        return out/np.linalg.norm(out,axis=1,keepdims=True)
-_h=H()
-def get_embedder(n): return _h
-def embed(e,reqs): return [e.embed([r.text],r.kind)[0] for r in reqs]
+from numpy.typing import NDArray
+
+from atommem_env.errors import EmbeddingError, SettingError
+from atommem_env.types import EmbeddingKind, EmbeddingRequest, Vector
+
+_CACHED_ENTRIES = 32_768  # about 50 MB of vectors of 384 numbers
+
+
+class Embedder(Protocol):
+    """Turns texts into unit vectors. A text's vector must not depend on the texts it is embedded with."""
+
+    name: str
+    dimension: int  # D
+
+    def embed(self, texts: Sequence[str], kind: EmbeddingKind) -> NDArray[np.float32]:
+        """The unit vectors [len(texts), D] of `texts`, in order; [0, D] for none."""
+        ...
+
+
+@lru_cache(maxsize=8)
+def get_embedder(name: str) -> CachedEmbedder:
+    """The embedder of the setting `embedder`, with a cache; one per process.
+
+    Raises:
+        SettingError: `name` is neither "hashing" nor "minilm".
+        MissingDependency: the embedder's packages are not installed.
+    """
+    if name == "hashing":
+        from atommem_env.embedders.hashing import HashingEmbedder
+
+        return CachedEmbedder(HashingEmbedder(), _CACHED_ENTRIES)
+    if name == "minilm":
+        from atommem_env.embedders.minilm import MiniLMEmbedder
+
+        return CachedEmbedder(MiniLMEmbedder(), _CACHED_ENTRIES)
+    raise SettingError(f"embedder must be 'hashing' or 'minilm', got {name!r}.")
+
+
+def embed(embedder: Embedder, requests: Sequence[EmbeddingRequest]) -> NDArray[np.float32]:
+    """The vectors [len(requests), D] that `requests` ask for, in their order, by one call of the embedder for each kind.
+
+    Raises:
+        EmbeddingError: the embedder returned another number of vectors, or of another dimension.
+    """
+    vectors = np.empty((len(requests), embedder.dimension), dtype=np.float32)
+    for kind in get_args(EmbeddingKind):
+        indices = [index for index, request in enumerate(requests) if request.kind == kind]
+        if not indices:
+            continue
+        found = embedder.embed([requests[index].text for index in indices], kind)
+        if np.shape(found) != (len(indices), embedder.dimension):
+            raise EmbeddingError(
+                f"The embedder {embedder.name!r} must return an array of shape {(len(indices), embedder.dimension)} for "
+                f"{len(indices)} texts, got {np.shape(found)}."
+            )
+        vectors[indices] = found
+    return vectors
+
+
+class CachedEmbedder:
+    """Keeps the vectors of the texts asked for last; safe to use from several threads.
+
+    Args:
+        embedder: computes what is missing, each text once, in one call.
+        entries: most vectors kept; the ones not asked for longest go first.
+    """
+
+    def __init__(self, embedder: Embedder, entries: int) -> None:
+        self.name, self.dimension = embedder.name, embedder.dimension
+        self.hits = 0  # texts found in the cache, or met before in the same call
+        self.misses = 0  # texts that were embedded
+        self._embedder = embedder
+        self._entries = entries
+        self._vectors: OrderedDict[tuple[str, bytes], Vector] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def embed(self, texts: Sequence[str], kind: EmbeddingKind) -> NDArray[np.float32]:
+        """The unit vectors [len(texts), D] of `texts`, in order."""
+        # A digest stands for its text: the cache would otherwise keep thousands of texts of any size alive.
+        keys = [(kind, blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()) for text in texts]
+        with self._lock:
+            missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._vectors}
+            # Copies: a row by itself would keep the whole batch that it was computed in.
+            computed = [row.copy() for row in self._embedder.embed(list(missing.values()), kind)] if missing else []
+            self._vectors.update(zip(missing, computed, strict=True))
+            self.misses += len(missing)
+            self.hits += len(texts) - len(missing)
+            vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
+            for row, key in zip(vectors, keys, strict=True):
+                row[:] = self._vectors[key]
+                self._vectors.move_to_end(key)
+            while len(self._vectors) > self._entries:
+                self._vectors.popitem(last=False)
+        return vectors

@@ -49,7 +49,7 @@ def test_calls_that_wait_together_are_one_batch() -> None:
         return await batcher(item)
 
     async def main() -> list[int]:
-        return await asyncio.gather(batcher(1), batcher(2), late(3), late(4))
+        return await asyncio.gather(*[batcher(1), batcher(2), late(3), late(4)])
 
     assert asyncio.run(main()) == [2, 4, 6, 8]
     assert run.batches == [[1, 2, 3, 4]]

@@ -16,6 +16,7 @@ from agents.models import download
 from agents.models.download import find_model, get_model
 from atommem_env.errors import DataError, ModelNotFound
 from atommem_env.paths import data_folder
+from atommem_env.types import Message
 
 
 def test_a_folder_with_a_configuration_is_itself(tmp_path: Path) -> None:
@@ -101,7 +102,7 @@ def test_the_real_model_is_fetched_converted_and_answers() -> None:
     # As in the model's training: digits stand alone, and white space before them stays one token.
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("\n\n12")) == ["ĊĊ", "1", "2"]
 
-    messages = [
+    messages: list[Message] = [
         {"role": "system", "content": "You answer in one sentence."},
         {"role": "user", "content": "What is the capital of France?"},
     ]

@@ -242,27 +242,28 @@ def test_waiting_completions_share_batches_and_equal_generate(folder: Path, monk
 
 
 def test_completions_with_different_settings_may_wait_together(model: TransformersModel) -> None:
-    async def main() -> tuple[Reply, ...]:
-        return await asyncio.gather(
+    async def main() -> list[Reply]:
+        calls = [
             model.complete(chat("w3"), max_new_tokens=4, temperature=0),
             model.complete(chat("w3"), max_new_tokens=8, temperature=1.0, seed=3),
             model.complete(chat("w4"), max_new_tokens=4, temperature=0),
-        )
+        ]
+        return await asyncio.gather(*calls)
 
     prompt_3, prompt_4 = model.prompt_ids(chat("w3")), model.prompt_ids(chat("w4"))
     greedy = model.generate([prompt_3, prompt_4], max_new_tokens=4, temperature=0)
     sampled = model.generate([prompt_3], max_new_tokens=8, temperature=1.0, seeds=[3])
-    assert asyncio.run(main()) == (greedy[0], sampled[0], greedy[1])
+    assert asyncio.run(main()) == [greedy[0], sampled[0], greedy[1]]
 
 
 def test_one_completion_that_cannot_work_leaves_the_others_alone(model: TransformersModel) -> None:
-    async def main() -> tuple[Reply | BaseException, ...]:
-        return await asyncio.gather(
+    async def main() -> list[Reply | BaseException]:
+        calls = [
             model.complete(chat("w3"), max_new_tokens=4, temperature=0),
             model.complete(chat(*WORDS), max_new_tokens=4, temperature=0),
             model.complete(chat("w3"), max_new_tokens=4, temperature=1.0),
-            return_exceptions=True,
-        )
+        ]
+        return await asyncio.gather(*calls, return_exceptions=True)
 
     good, too_long, seedless = asyncio.run(main())
     assert isinstance(good, Reply)

@@ -238,7 +238,10 @@ def test_a_scratchpad_that_is_too_long_is_cut_and_the_policy_is_told(task: Task,
 
 def test_entries_beyond_the_shown_tokens_are_not_shown_and_the_policy_is_told(task: Task, say: Say) -> None:
     episode = Episode(task, replace(SMALL, memory_tokens=3), seed=0)
-    result = say(episode, "<create_memory>a b</create_memory><create_memory>a b c d e</create_memory>" + "<read_memory>a b</read_memory>")
+    result = say(
+        episode,
+        "<create_memory>a b</create_memory><create_memory>a b c d e</create_memory>" + "<read_memory>a b</read_memory>",
+    )
     assert result.observation["retrieved"] == "m1: a b"
     assert "only 1 are shown" in result.observation["notice"]
     result = say(episode, "<delete_memory>m1</delete_memory>")

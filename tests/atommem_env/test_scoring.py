@@ -62,11 +62,12 @@ def test_texts_of_which_nothing_is_left_match_exactly_and_only_musique_gives_the
 def test_each_metric_takes_its_own_maximum() -> None:
     best = score("red blue", ["red", "red blue green grey black"], "2wikimultihopqa")
     assert (best.precision, best.recall) == (1, 1)  # of different golds
-    assert best.em == 0 and best.f1 == pytest.approx(2 / 3)
+    assert best.em == 0
+    assert best.f1 == pytest.approx(2 / 3)
 
 
 def test_a_rule_that_does_not_exist_is_named() -> None:
-    with pytest.raises(SettingError, match="hotpotqa.*got 'squad'"):
+    with pytest.raises(SettingError, match=r"hotpotqa.*got 'squad'"):
         score("Paris", ["Paris"], "squad")
 
 
@@ -109,7 +110,7 @@ def test_holds_is_containment_of_the_folded_texts(text: str, passage: str) -> No
 def test_holds_is_quick_on_long_texts() -> None:
     text = "Ada was born in Turin.\n" * 200_000  # 4.6 MB
     start = time.perf_counter()
-    for _ in range(20):
+    for _ in range(5):
         assert not holds(text, "Ada was born in Bern.")
         assert holds(text, "Turin. Ada was")
-    assert time.perf_counter() - start < 20
+    assert time.perf_counter() - start < 5
