@@ -53,12 +53,14 @@ class Driver:
         policy: Policy | Act,
         *,
         in_flight: int = 64,
-        finished: Callable[[int, Rollout], None] = lambda index, rollout: None,
+        finished: Callable[[int, Rollout], None] = lambda position, rollout: None,
+        replied: Callable[[], None] = lambda: None,
     ) -> list[Rollout]:
         """Plays all episodes, at most `in_flight` at a time.
 
         Args:
             finished: called with the position in `specs` and the rollout, in the order in which episodes end.
+            replied: called after each reply of any episode; for a progress bar.
 
         Returns:
             The rollouts, in the order of `specs`.
@@ -75,7 +77,7 @@ class Driver:
 
         async def one(position: int, spec: EpisodeSpec) -> None:
             async with gate:
-                rollouts[position] = await self._play(spec, policy, batcher)
+                rollouts[position] = await self._play(spec, policy, batcher, replied)
                 finished(position, rollouts[position])
 
         tasks = [asyncio.ensure_future(one(position, spec)) for position, spec in enumerate(specs)]
@@ -88,7 +90,11 @@ class Driver:
         return [rollouts[position] for position in range(len(specs))]
 
     async def _play(
-        self, spec: EpisodeSpec, policy: Policy, batcher: Batcher[tuple[EmbeddingRequest, ...], list[Vector]]
+        self,
+        spec: EpisodeSpec,
+        policy: Policy,
+        batcher: Batcher[tuple[EmbeddingRequest, ...], list[Vector]],
+        replied: Callable[[], None],
     ) -> Rollout:
         task = self.source.task(spec.index, spec.task_seed)
         episode = Episode(task, self.settings, spec.seed)
@@ -110,6 +116,7 @@ class Driver:
                 result = episode.resolve(await batcher(requests) if requests else [])
                 recorder.record(episode.steps, reply.text, result)
                 turns.append(Turn(observation, reply, result.results))
+                replied()
         except Exception as error:
             error.add_note(f"in episode {spec} of {task.id}, reply {episode.steps + 1}, policy {policy.name}")
             raise

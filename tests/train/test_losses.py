@@ -155,8 +155,13 @@ def test_k3_is_never_negative_and_zero_at_equality(first: list[float], second: l
     p, q = torch.tensor(first[:size]), torch.tensor(second[:size])
     assert (kl_k3(p, q) >= 0).all()
     assert kl_k3(p, p).tolist() == [0.0] * size
-    near = p * (1 + 3e-7)  # where exp(d) - 1 - d has lost all of its digits
-    assert (kl_k3(p, near) >= 0).all()
+    assert (kl_k3(p, p * (1 + 3e-7)) >= 0).all()
+
+
+def test_k3_keeps_its_digits_where_policies_hardly_differ() -> None:
+    d = 3 * 2.0**-12  # exact, and its square is not a multiple of the last digit of 1
+    got = kl_k3(torch.tensor([-1.0]), torch.tensor([-1.0 + d]))
+    assert got.item() == pytest.approx(d**2 / 2 + d**3 / 6, rel=1e-3)
 
 
 def test_k3_is_an_unbiased_estimate_of_the_kl_divergence() -> None:
