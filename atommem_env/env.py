@@ -72,7 +72,7 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
 
     ## Arguments
     * `embedder` ("hashing"): "hashing", "minilm", or an object with the methods of `atommem_env.embedders.Embedder`.
-    * `store` (None): the LanceDB folder that keeps the memories; None is `memory` in the data folder.
+    * `store` (None): the LanceDB folder that keeps the memories; None is `memory/EMBEDDER` in the data folder.
     * `durability` ("episode"): "off", or "episode": committed when the episode ends, is left or the environment is closed.
     * `render_mode` (None): "ansi" or "human".
     * any field of `atommem_env.EpisodeSettings`, for example `chunk_tokens`, `top_k`, `operations`, `capacity`.
@@ -109,7 +109,8 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
         self.settings, source_kwargs = split_options(dataset, options)
         self.source = make_source(dataset, **source_kwargs) if isinstance(dataset, str) else dataset
         self.embedder = get_embedder(embedder) if isinstance(embedder, str) else embedder
-        self.store = MemoryStore(data_folder("memory") if store is None else store, durability)
+        # A store holds vectors of one embedder, so that each has a default folder of its own.
+        self.store = MemoryStore(data_folder("memory", self.embedder.name) if store is None else store, durability)
         self.render_mode = render_mode
         self.episode: Episode | None = None
         self.results: tuple[OperationResult, ...] = ()  # of the last reply

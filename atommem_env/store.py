@@ -27,18 +27,16 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import ArrayLike
 
 from atommem_env.errors import MissingDependency, SettingError, StoreError
 from atommem_env.memory import WorkingMemory, unit
+from atommem_env.store_tables import SCHEMA_VERSION, TABLES, VERSION_KEY, batch_of, schema_of
 from atommem_env.types import EmbeddingKind, OperationKind, StepResult, StopReason, Vector
 
-SCHEMA_VERSION = 1
 INTERRUPTED = "interrupted"  # the status of an episode that ended before it was over
 
 _DURABILITIES = ("off", "episode")
-_VERSION_KEY = b"atommem_schema_version"
 _OPTIMIZE_EVERY = 64  # commits, each of which leaves a few small files a table
 _KEEP_VERSIONS = timedelta(hours=1)  # another process may still be reading an older version
 _CACHE_BYTES = 16 << 20  # without a limit LanceDB's caches grow with every commit
@@ -70,9 +68,7 @@ class EpisodeRecord:
     status: str  # a StopReason, or "interrupted"
     reward: float
     steps: int  # replies
-    writers: tuple[
-        str, ...
-    ]  # whose rows in the other tables count: one for the episode, one more each time it was resumed
+    writers: tuple[str, ...]  # whose rows in the other tables count: one, and one more each time it was resumed
     schema_version: int
     committed_at: datetime  # UTC
 
@@ -168,7 +164,7 @@ class MemoryStore:
         Raises:
             StoreError: the folder cannot be written.
         """
-        for name in _TABLES:
+        for name in TABLES:
             if (table := self._table(name)) is not None:
                 self._optimize(table)
 
@@ -215,7 +211,7 @@ class MemoryStore:
             {"entry_id": entry.id, "text": _clean(entry.text)} for entry in memory.entries()
         ]
         vectors = [vector for vector in (*journal_vectors, *memory.vectors()) if vector is not None]
-        for name in _TABLES:  # one of another version is found before any is made
+        for name in TABLES:  # one of another version is found before any is made
             self._table(name)
         dimension = self._agreed_dimension(vectors)
         episode = {name: getattr(record, name) for name in EpisodeRecord.__dataclass_fields__}
@@ -230,7 +226,7 @@ class MemoryStore:
         with self._reporting("write"):
             # All is built before anything is written, so that a row that cannot be stored leaves the folder alone.
             batches = [
-                (self._made_table(name, dimension), _batch(name, [own | row for row in rows], column, dimension))
+                (self._made_table(name, dimension), batch_of(name, [own | row for row in rows], column, dimension))
                 for name, rows, column in parts
                 if rows or (dimension and column is not None)  # an empty table rather than none
             ]
@@ -410,7 +406,7 @@ class MemoryStore:
         """A table, made where there is none."""
         if (table := self._table(name)) is None:
             try:
-                self._connect().create_table(name, schema=_schema(name, dimension))
+                self._connect().create_table(name, schema=schema_of(name, dimension))
             except ValueError as error:
                 if "already exists" not in str(error):  # another process was faster
                     raise
@@ -436,7 +432,7 @@ class MemoryStore:
         return self._connection
 
     def _check_version(self, name: str, metadata: dict[bytes, bytes] | None) -> None:
-        version = (metadata or {}).get(_VERSION_KEY)
+        version = (metadata or {}).get(VERSION_KEY)
         if version is None:
             raise StoreError(f"The table {name!r} in {self.folder} is not one of AtomMem's; choose another folder.")
         if int(version) > SCHEMA_VERSION:
@@ -546,77 +542,6 @@ class Recorder:
             raise StoreError(
                 f"Episode {self.episode_id} was committed; `MemoryStore.resume` continues an interrupted one."
             )
-
-
-# --------------------------------------------------------------------------------------------------------------- tables
-
-_TABLES = ("turns", "journal", "entries", "episodes")  # in the order in which a commit writes them
-
-
-def _schema(name: str, dimension: int | None) -> Any:
-    """The Arrow schema of a table; D is needed for `journal` and `entries` alone."""
-    import pyarrow as pa
-
-    text, number = pa.string(), pa.int64()
-    vector = pa.list_(pa.float32(), dimension or -1)
-    columns = {
-        "turns": {
-            "step": number,
-            "reply": text,
-            "reply_raw": pa.binary(),  # UTF-8 with surrogates; null unless the reply has lone ones, which `reply` lacks
-            "notice": text,
-            "query": text,
-            "scratchpad": text,
-        },
-        "journal": {
-            "seq": number,
-            "step": number,
-            "operation": text,
-            "entry_id": text,
-            "text": text,
-            "vector": vector,
-        },
-        "entries": {"entry_id": text, "text": text, "vector": vector},
-        "episodes": {
-            "env_id": text,
-            "task_id": text,
-            "index": number,
-            "task_seed": number,
-            "episode_seed": number,
-            "settings": text,
-            "status": text,
-            "reward": pa.float64(),
-            "steps": number,
-            "writers": pa.list_(text),
-            "schema_version": number,
-            "committed_at": pa.timestamp("us", tz="UTC"),
-        },
-    }
-    fields = {"episode_id": text, "writer": text} | columns[name]
-    return pa.schema(list(fields.items()), metadata={_VERSION_KEY: str(SCHEMA_VERSION)})
-
-
-def _batch(
-    name: str, rows: list[dict[str, object]], vectors: Sequence[Vector | None] | None, dimension: int | None
-) -> Any:
-    """Rows as an Arrow table, with their vectors as fixed-size lists."""
-    import pyarrow as pa
-
-    schema = _schema(name, dimension)
-    columns = {
-        field.name: pa.array([row[field.name] for row in rows], field.type)
-        for field in schema
-        if field.name != "vector"
-    }
-    if vectors is not None:
-        assert dimension is not None
-        matrix = np.zeros((len(rows), dimension), dtype=np.float32)
-        for row, vector in enumerate(vectors):
-            if vector is not None:
-                matrix[row] = vector
-        missing = pa.array([vector is None for vector in vectors], pa.bool_())
-        columns["vector"] = pa.FixedSizeListArray.from_arrays(pa.array(matrix.ravel()), dimension, mask=missing)
-    return pa.table(columns, schema=schema)
 
 
 def _quoted(text: str) -> str:

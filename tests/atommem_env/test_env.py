@@ -220,7 +220,10 @@ def test_after_one_episode_with_default_settings_a_plain_lancedb_client_lists_it
         "print(json.dumps([row['text'] for row in table.to_arrow().to_pylist()]))"
     )
     out = subprocess.run(
-        [sys.executable, "-c", code.format(str(own_data_folder / "memory"))], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code.format(str(own_data_folder / "memory" / "hashing"))],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert sorted(json.loads(out.stdout)) == sorted(survivors)
     assert survivors
