@@ -14,6 +14,7 @@ from atommem_env.embedders import Embedder, embed, get_embedder
 from atommem_env.episode import Episode
 from atommem_env.errors import SettingError
 from atommem_env.paths import data_folder
+from atommem_env.replay import first_moment, replay
 from atommem_env.spaces import Text
 from atommem_env.store import MemoryStore, Recorder
 from atommem_env.tasks import make_source, source_options
@@ -210,17 +211,9 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
             raise SettingError(
                 f"Episode {episode_id} is over ({record.status}); only an interrupted one can be resumed."
             )
-        settings = dataclasses.asdict(self.settings)
-        changed = sorted(name for name in settings if _plain(settings[name]) != _plain(record.settings.get(name)))
-        if changed:
-            raise SettingError(f"Episode {episode_id} was played with other settings of {', '.join(changed)}.")
-        self.episode = Episode(self.source.task(record.index, record.task_seed), self.settings, record.episode_seed)
-        if self.episode.task.id != record.task_id:
-            raise SettingError(f"Episode {episode_id} is of task {record.task_id}, not of {self.episode.task.id}.")
-        kept = self.store.vectors(episode_id)
-        for reply in self.store.replies(episode_id):
-            requests = self.episode.submit(reply)
-            self.episode.resolve([kept[request.kind, request.text] for request in requests])
+        self.episode = first_moment(record, self.source, self.settings)
+        for _ in replay(self.episode, self.store, episode_id):
+            pass
         self._recorder = self.store.resume(episode_id)
         return record.index, record.task_seed
 
@@ -266,8 +259,3 @@ def outcome_info(episode: Episode) -> dict[str, Any]:
         "f1": tuple(outcome.f1 for outcome in episode.outcomes),
         "evidence": tuple((outcome.evidence, outcome.stored, outcome.retrieved) for outcome in episode.outcomes),
     }
-
-
-def _plain(value: object) -> object:
-    """As it comes back from the store's JSON."""
-    return list(value) if isinstance(value, tuple) else value

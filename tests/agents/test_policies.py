@@ -10,11 +10,13 @@ import pytest
 
 from agents import as_policy, load_policy, play_episode
 from agents.baselines import oracle
+from agents.chat_policy import ChatPolicy
 from agents.registry import POLICIES
 from agents.rollout import Driver, EpisodeSpec
+from atommem_env.embedders import get_embedder
 from atommem_env.env import AtomMemEnv
 from atommem_env.errors import EmbeddingError, PolicyError
-from atommem_env.types import Fault, Observation, Reply, Rollout
+from atommem_env.types import Fault, Message, Observation, Reply, Rollout
 
 SPECS = [EpisodeSpec(index, index + 100, index + 200) for index in range(24)]
 
@@ -162,3 +164,54 @@ def test_an_infrastructure_failure_stops_the_run_and_is_never_a_reward_of_zero()
         )
     assert "in episode" in failure.value.__notes__[0]
     assert told == []
+
+
+def test_fault_8_a_model_is_shown_the_system_text_apart_from_the_observation_and_every_episode_is_played() -> None:
+    seen: list[list[Message]] = []
+
+    class Model:
+        name = "echo"
+
+        async def complete(self, messages: Any, *, max_new_tokens: int, temperature: float, seed: int) -> Reply:
+            seen.append(messages)
+            return Reply("<final_answer>unknown</final_answer>")
+
+    drive = driver()
+    rollouts = asyncio.run(drive.run(SPECS, ChatPolicy(Model(), drive.settings)))
+    assert len(rollouts) == len(SPECS)
+    assert len(seen) == sum(len(rollout.turns) for rollout in rollouts)
+    for messages in seen:
+        assert [message["role"] for message in messages] == ["system", "user"]
+        assert "<create_memory>" in messages[0]["content"]
+        assert "<create_memory>" not in messages[1]["content"]
+
+
+def test_fault_11_episodes_that_wait_share_one_embedding_call_and_a_slow_one_holds_nobody_up() -> None:
+    calls: list[int] = []
+    hashing = get_embedder("hashing")
+
+    class Counting:
+        name, dimension = "counting", hashing.dimension
+
+        def embed(self, texts: Any, kind: Any) -> Any:
+            calls.append(len(texts))
+            return hashing.embed(texts, kind)
+
+    drive = replace(driver(), embedder=Counting())
+    ended: list[int] = []
+    slow = SPECS[0].seed
+
+    class Policy:
+        name, privileged = "one is slow", False
+
+        def begin(self, seed: int, task: Any) -> Any:
+            async def act(observation: Observation) -> str:
+                await asyncio.sleep(0.02 * (seed == slow))
+                return f"<create_memory>{seed} {observation['step']}</create_memory><final_answer>x</final_answer>"
+
+            return act
+
+    rollouts = asyncio.run(drive.run(SPECS, Policy(), finished=lambda number, rollout: ended.append(number)))
+    assert sum(calls) == sum(len(rollout.turns) for rollout in rollouts)
+    assert len(calls) < sum(calls) / 3
+    assert ended[-1] == 0

@@ -214,7 +214,9 @@ ROWS = {
 
 
 @pytest.mark.parametrize(("dataset", "split"), ROWS)
-def test_real_files(shared_data: Path, own_data_folder: Path, dataset: str, split: str) -> None:
+def test_fault_9_all_rows_of_real_files_are_imported(
+    shared_data: Path, own_data_folder: Path, dataset: str, split: str
+) -> None:
     report = import_dataset(
         dataset, split, shared_data / f"{dataset}_{split}.jsonl.gz", shared_data / f"{dataset}_corpus.jsonl.gz"
     )

@@ -224,7 +224,7 @@ def test_fault_7_on_real_questions(real: Path, monkeypatch: pytest.MonkeyPatch, 
     assert uniform(places, 200)
 
 
-def test_no_document_twice_on_real_grouped_questions(real: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_9_no_document_twice_on_real_grouped_questions(real: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATOMMEM_DATA", str(real))
     for dataset in DATASETS:
         source = HaystackSource(dataset, num_docs=800, questions=10)
