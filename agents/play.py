@@ -27,9 +27,14 @@ _SHORT = {
     "a": OperationKind.ANSWER,
 }
 _HELP = """\
-c TEXT  create an entry       u ID TEXT  update an entry     p TEXT  rewrite the scratchpad
-r TEXT  read: search memory   d ID       delete an entry     a TEXT  answer the question
-One operation a line, as many as you like; an empty line sends the reply. q leaves. Anything else is sent as it is."""
+c TEXT     create an entry
+r TEXT     read: search the memory; what is found is shown from the next step on
+u ID TEXT  update an entry
+d ID       delete an entry
+p TEXT     rewrite the scratchpad
+a TEXT     answer the question
+One operation a line; an empty line sends the reply. q leaves.
+Anything else is sent as it is."""
 
 
 def expand(line: str, dialect: Dialect) -> str:

@@ -15,6 +15,7 @@ COMMANDS = {
     "eval": ("eval.run:main", "Evaluate a policy on an environment: a table, summary.json, every memory entry."),
     "play": ("agents.play:main", "Be the policy yourself, in the terminal."),
     "policies": ("agents.play:list_policies", "List the policies that are known by name."),
+    "trace": ("eval.viewer.trace:main", "Write an episode, or a run, as a page to open in a browser."),
     "quickstart": ("eval.quickstart:main", "Evaluate the built-in policies on the synthetic tasks; needs no data."),
     "data import": ("atommem_env.tasks.catalogue_commands:import_command", "Make a dataset's file known to gym.make."),
     "data list": ("atommem_env.tasks.catalogue_commands:list_command", "Show which datasets were imported."),

@@ -64,7 +64,7 @@ class SyntheticSource:
         SettingError: a setting has another value than these.
     """
 
-    split: str = "train"
+    split: str = "dev"
     hops: Sequence[int] = (1, 2, 3, 4)
     num_docs: int = 20
     questions: int = 1
