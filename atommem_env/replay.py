@@ -33,14 +33,15 @@ def replay(episode: Episode, store: MemoryStore, episode_id: str) -> Iterator[tu
     `episode` has carried a reply out when it is yielded. No embedder is needed.
 
     Raises:
-        StoreError: no such episode, or it asks for a vector that was not kept: its task reads otherwise than it did.
+        StoreError: no such episode, or it goes otherwise than it did: it is over before its last reply, or needs a vector
+            that was not kept.
     """
     kept = store.vectors(episode_id)
     for reply in store.replies(episode_id):
-        requests = episode.submit(reply)
-        if any((request.kind, request.text) not in kept for request in requests):
+        requests = () if episode.stop_reason else episode.submit(reply)
+        if episode.stop_reason or any((request.kind, request.text) not in kept for request in requests):
             raise StoreError(
-                f"Reply {episode.steps + 1} of episode {episode_id} does more than the store in {store.folder} kept of it: "
+                f"Reply {episode.steps + 1} of episode {episode_id} in {store.folder} does not fit the episode played again: "
                 "the data, or the version of atommem, are not those that it was played with."
             )
         yield reply, episode.resolve([kept[request.kind, request.text] for request in requests])

@@ -32,6 +32,7 @@ from agents.registry import load_policy
 from agents.rollout import Driver, EpisodeSpec
 from atommem_env.env import AtomMemEnv
 from atommem_env.errors import SettingError
+from atommem_env.tasks import source_options
 from atommem_env.tokens import get_tokenizer
 from atommem_env.types import Rollout
 from eval.metrics import SCHEMA_VERSION, episode_record, summarise
@@ -130,12 +131,13 @@ def evaluate(config: EvalConfig, console: Console | None = None) -> dict[str, An
     assert isinstance(env, AtomMemEnv)
     sampling = Sampling(config.temperature, config.max_new_tokens)
     policy = load_policy(config.policy, env.settings, sampling)
+    defaults = {name: option.default for name, option in source_options(env.source.dataset).items()}
     identity = {
         "env_id": config.env_id,
         "policy": policy.name,
         "episodes": config.episodes,
         "seed": config.seed,
-        "options": options,
+        "options": {**defaults, **options},  # defaults too, so that the run stays what it is when one changes
         "sampling": dataclasses.asdict(sampling),
         "settings": dataclasses.asdict(env.settings),
         "schema_version": SCHEMA_VERSION,
@@ -156,7 +158,7 @@ def evaluate(config: EvalConfig, console: Console | None = None) -> dict[str, An
         TextColumn("{task.fields[replies]} replies, EM {task.fields[em]:.3f}"),
         console=console,
     )
-    with progress, lines.open("a", encoding="utf-8") as file:
+    with progress, lines.open("a", encoding="utf-8", newline="\n") as file:
         bar = progress.add_task(
             f"{policy.name} on {config.env_id}", total=len(specs), completed=len(finished), em=0.0, replies=0
         )
@@ -216,14 +218,19 @@ def _open_run(config: EvalConfig, identity: dict[str, Any]) -> dict[int, dict[st
     if changed:
         told = "; ".join(f"{name} was {before.get(name)!r}, is {identity[name]!r}" for name in changed)
         raise SettingError(f"{config.out} holds a run of another configuration: {told}.")
-    records: dict[int, dict[str, Any]] = {}
-    text = lines.read_text(encoding="utf-8") if lines.exists() else ""
-    whole = text[: text.rfind("\n") + 1]  # a killed run can leave half a line
-    for line in whole.splitlines():
-        record = json.loads(line)
-        records[record["episode"]] = record
-    _replace(lines, whole)
+    records = {record["episode"]: record for record in read_episodes(lines)}
+    _replace(lines, "".join(map(_line, records.values())))
     return records
+
+
+def read_episodes(path: Path) -> list[dict[str, Any]]:
+    """The finished episodes of an `episodes.jsonl`, in its order; none where there is no file.
+
+    The last line may be half a line, left by a run that was killed. Lines end with "\\n" alone: a prediction can hold other
+    characters that Python takes for ends of lines.
+    """
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].split("\n") if line]
 
 
 def _line(record: dict[str, Any]) -> str:
@@ -233,7 +240,7 @@ def _line(record: dict[str, Any]) -> str:
 def _replace(path: Path, text: str) -> None:
     """Writes a whole file at once: a reader sees the old or the new one."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
     os.replace(temporary, path)
 
 

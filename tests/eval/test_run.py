@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -6,7 +7,7 @@ import pytest
 
 from atommem_env.errors import SettingError
 from eval.metrics import bootstrap_ci95, summarise
-from eval.run import EvalConfig, episode_specs, evaluate
+from eval.run import EvalConfig, episode_specs, evaluate, read_episodes
 
 FIELDS = [
     "env_id",
@@ -65,6 +66,15 @@ def test_resume_plays_only_what_is_missing_and_ends_with_the_same_file(tmp_path:
     resumed = (tmp_path / "cut" / "episodes.jsonl").read_text()
     assert marked in resumed  # was not played again
     assert resumed.replace(marked, lines[3]) == (tmp_path / "whole" / "episodes.jsonl").read_text()
+
+
+def test_whatever_was_answered_is_read_back(tmp_path: Path) -> None:
+    odd = config(tmp_path, policy="constant=a\u2028b\x85c\x0bd", durability="off", episodes=3)
+    evaluate(odd)
+    before = (tmp_path / "episodes.jsonl").read_bytes()
+    assert read_episodes(tmp_path / "episodes.jsonl")[0]["questions"][0]["prediction"] == "a\u2028b\x85c\x0bd"
+    evaluate(dataclasses.replace(odd, resume=True))
+    assert (tmp_path / "episodes.jsonl").read_bytes() == before
 
 
 def test_a_folder_with_a_run_is_not_overwritten_and_another_run_is_not_resumed(tmp_path: Path) -> None:

@@ -1,0 +1,479 @@
+"""`atommem trace`: what a policy did in the episodes of a run, as one page that any browser opens without a network.
+
+    atommem trace runs/oracle
+
+Episodes are played again from `config.json`, `episodes.jsonl` and the replies and vectors in `memory/`; nothing is recorded
+for the page alone. It is made of elements, never of pasted text: what a document or a policy says cannot become markup.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Annotated, Any
+from xml.etree.ElementTree import Element, tostring
+
+import gymnasium as gym
+import tyro
+
+import atommem_env  # noqa: F401  (registers the environments)
+from atommem_env.dialects import get_dialect
+from atommem_env.env import AtomMemEnv
+from atommem_env.episode import Episode
+from atommem_env.errors import SettingError, StoreError
+from atommem_env.replay import first_moment, replay
+from atommem_env.scoring import holds
+from atommem_env.store import INTERRUPTED, EpisodeRecord, MemoryStore
+from atommem_env.types import (
+    Evidence,
+    Fault,
+    Observation,
+    Operation,
+    OperationKind,
+    OperationResult,
+    Phase,
+    Question,
+    QuestionOutcome,
+    StepResult,
+)
+from eval.metrics import summarise
+from eval.run import read_episodes
+
+MOST_EPISODES = 50  # a page of more is slow to open
+
+_ILLEGAL = re.compile("[\ud800-\udfff\x00]")  # what no page can hold; an episode replaces it likewise
+_CHANGES = (OperationKind.CREATE, OperationKind.UPDATE, OperationKind.DELETE)
+
+Child = Element | str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceConfig:
+    """What is to be shown."""
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN_FOLDER")]
+    """Folder that `atommem eval` wrote."""
+    episode: int | None = None
+    """Only this episode, counted from 0: its number in episodes.jsonl. Left out: the first 50."""
+    out: Path | None = None
+    """The page. Left out: trace.html, or trace-N.html of one episode, in the run's folder."""
+
+
+def main(config: TraceConfig) -> None:
+    """Write an episode, or a run, as a page to open in a browser."""
+    page = trace_page(config.run, config.episode)
+    name = "trace.html" if config.episode is None else f"trace-{config.episode}.html"
+    out = config.out or config.run / name
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, encoding="utf-8", newline="\n")
+    print(f"Written to {out}: open it in a browser.")
+
+
+def trace_page(run: Path, episode: int | None = None) -> str:
+    """The page (HTML) of a run's folder, or of one of its episodes; the same bytes for the same run.
+
+    Raises:
+        SettingError: the folder is no run, its memory was not kept, or there is no such episode.
+        StoreError: an episode ends otherwise when it is played again.
+        DatasetNotFound: the run's dataset is no longer there.
+    """
+    config, records = _read_run(run)
+    chosen = [record for record in records if episode in (None, record["episode"])][:MOST_EPISODES]
+    if not chosen:
+        numbers = f"{records[0]['episode']} to {records[-1]['episode']}"
+        raise SettingError(f"No episode {episode} in {run}: the {len(records)} that are finished go from {numbers}.")
+    # Vectors come from the store: whichever embedder made them need not be installed.
+    options = {"store": str(run / "memory"), **config["options"], "durability": "off", "embedder": "hashing"}
+    env = gym.make(config["env_id"], **options).unwrapped
+    assert isinstance(env, AtomMemEnv)
+    # Of two of one name the later stands in episodes.jsonl: the run was killed after the first had been committed.
+    stored = {(row.task_id, row.episode_seed): row for row in env.store.episodes() if row.status != INTERRUPTED}
+    items, articles = [], []
+    for record in chosen:
+        row = stored.get((record["task_id"], record["seed"]))
+        if row is None:
+            raise SettingError(
+                f"The memory of episode {record['episode']} is not in {env.store.folder}; run `atommem eval` again, "
+                "with durability on and into another folder."
+            )
+        story = _Story(record["episode"], first_moment(row, env.source, env.settings), env.store, row)
+        story.check(record)
+        items.append(_list_item(record, story))
+        articles.append(_episode(record, story))
+    env.close()
+    note = ""
+    if episode is not None:
+        note = f"Only episode {episode} of {len(records)} is on this page; the figures are of all."
+    elif len(chosen) < len(records):
+        note = f"The first {len(chosen)} of {len(records)} episodes are on this page; --episode N shows any other."
+    return _fill(
+        title=f"{config['policy']} on {config['env_id']}",
+        summary=[*_summary(config, records), *([_node("p", "notice", note)] if note else [])],
+        items=items,
+        articles=articles,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- reading
+
+
+def _read_run(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The configuration and the finished episodes, by number."""
+    config_path, lines_path = run / "config.json", run / "episodes.jsonl"
+    if not (config_path.is_file() and lines_path.is_file()):
+        raise SettingError(
+            f"{run} is no run: expected config.json and episodes.jsonl in it. Name a folder that `atommem eval --out` wrote."
+        )
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    if config["options"].get("durability") == "off":
+        raise SettingError(f"The run in {run} kept no memory (durability off). Run it again without that setting.")
+    records = read_episodes(lines_path)
+    if not records:
+        raise SettingError(f"No episode in {run} is finished yet; wait, or go on with it by `atommem eval --resume`.")
+    return config, sorted(records, key=lambda record: record["episode"])
+
+
+class _Story:
+    """An episode played again; lists have an item for each reply, in order."""
+
+    def __init__(self, number: int, episode: Episode, store: MemoryStore, row: EpisodeRecord) -> None:
+        self.number = number
+        self.episode = episode
+        self.seen: list[Observation] = []
+        self.replies: list[str] = []
+        self.results: list[StepResult] = []
+        self.sizes = [0]  # entries in memory, before the first reply and after each
+        self.kept: list[str] = []  # what memory and scratchpad hold after it
+        self.settled: list[int] = []  # of each question: the place of the reply that settled it
+        observation = episode.observe()
+        for reply, result in replay(episode, store, row.episode_id):
+            self.seen.append(observation)
+            self.replies.append(reply)
+            self.results.append(result)
+            self.sizes.append(len(episode.memory))
+            self.kept.append("\n".join([episode.scratchpad, *(entry.text for entry in episode.memory.entries())]))
+            self.settled += [len(self.kept) - 1] * (len(episode.outcomes) - len(self.settled))
+            observation = result.observation
+        passages: dict[str, list[str]] = {}
+        for place, question in enumerate(episode.task.questions, start=1):
+            for passage in question.evidence:
+                passages.setdefault(passage.text, []).append(str(place))
+        self._patterns = [
+            (re.compile(r"\s+".join(map(re.escape, text.split()))), f"evidence of question {', '.join(places)}")
+            for text, places in passages.items()
+        ]
+
+    def check(self, record: dict[str, Any]) -> None:
+        """Compares how the episode ended with its line of `episodes.jsonl`."""
+        names = ("prediction", "em", "stored", "retrieved")
+        told = [str(record["stop_reason"]), *([line[name] for name in names] for line in record["questions"])]
+        played = [
+            str(self.episode.stop_reason),
+            *([getattr(outcome, name) for name in names] for outcome in self.episode.outcomes),
+        ]
+        if told != played:
+            raise StoreError(
+                f"Episode {self.number} ended with {told} and, played again, with {played}: the data, or the version of "
+                "atommem, are not those of the run. Run it again, or use those."
+            )
+
+    def anchor(self, place: int) -> str:
+        """The name of a reply's place on the page."""
+        return f"e{self.number}s{place + 1}"
+
+    def link(self, place: int) -> Element:
+        return _node("a", "", f"step {place + 1}", href=f"#{self.anchor(place)}")
+
+    def marked(self, text: str) -> list[Child]:
+        """The text with evidence in it marked."""
+        spans = sorted(
+            (found.start(), found.end(), label) for pattern, label in self._patterns for found in pattern.finditer(text)
+        )
+        parts: list[Child] = []
+        position = 0
+        for start, end, label in spans:
+            start = max(start, position)  # passages can overlap
+            if start < end:
+                parts += [text[position:start], _node("mark", "", text[start:end], title=label)]
+                position = end
+        return [*parts, text[position:]]
+
+
+# ---------------------------------------------------------------------------------------------------------------- the page
+
+
+def _node(tag: str, css: str, *children: Child, **attributes: str) -> Element:
+    element = Element(tag, {"class": css} if css else {}, **attributes)
+    for child in children:
+        if isinstance(child, Element):
+            element.append(child)
+        elif len(element):
+            element[-1].tail = (element[-1].tail or "") + _ILLEGAL.sub("\ufffd", child)
+        else:
+            element.text = (element.text or "") + _ILLEGAL.sub("\ufffd", child)
+    return element
+
+
+def _text(*children: Child) -> Element:
+    """Text as it was written, line ends and all."""
+    return _node("div", "text", *children)
+
+
+def _details(summary: str, *children: Child) -> Element:
+    return _node("details", "", _node("summary", "", summary), *children)
+
+
+def _pairs(pairs: Sequence[tuple[str, str]]) -> Element:
+    return _node("dl", "", *(_node("div", "", _node("dt", "", name), _node("dd", "", value)) for name, value in pairs))
+
+
+def _fill(title: str, summary: list[Element], items: list[Element], articles: list[Element]) -> str:
+    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+
+    def html(elements: Sequence[Element]) -> str:
+        return "\n".join(tostring(element, encoding="unicode", method="html") for element in elements)
+
+    def digest(tag: str) -> str:
+        (code,) = re.findall(f"<{tag}>(.*?)</{tag}>", template, flags=re.DOTALL)
+        return f"'sha256-{base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()}'"
+
+    return Template(template).substitute(
+        policy=f"default-src 'none'; style-src {digest('style')}; script-src {digest('script')}",
+        title=html([_node("title", "", title)]),
+        heading=html([_node("h1", "", title)]),
+        summary=html(summary),
+        items=html(items),
+        articles=html(articles),
+    )
+
+
+def _summary(config: dict[str, Any], records: list[dict[str, Any]]) -> list[Element]:
+    figures = summarise(records)
+
+    def percent(share: float | None) -> str:
+        return "–" if share is None else f"{100 * share:.1f} %"
+
+    def means(name: str) -> str:
+        return ", ".join(f"{kind} {mean:.1f}" for kind, mean in figures[name].items()) or "none"
+
+    low, high = figures["em_ci95"]
+    recall = figures["evidence_recall"]
+    stats = [
+        ("episodes", f"{figures['episodes']} of {config['episodes']}"),
+        ("questions", str(figures["questions"])),
+        ("exact match", f"{percent(figures['em'])} (95 % CI {100 * low:.1f}–{100 * high:.1f})"),
+        ("F1", percent(figures["f1"])),
+        ("evidence stored", percent(recall["stored"])),
+        ("evidence in view", percent(recall["retrieved"])),
+        ("steps per episode", f"{figures['steps']:.1f}"),
+        ("operations per episode", means("operations")),
+        ("faults per episode", means("faults")),
+        ("ended", ", ".join(f"{reason} {count}" for reason, count in figures["stop_reasons"].items())),
+    ]
+    flat = {**config, **config["sampling"], **config["options"], **config["settings"]}
+    settings = [
+        (name, value if isinstance(value, str) else json.dumps(value))
+        for name, value in flat.items()
+        if name not in ("sampling", "options", "settings")
+    ]
+    return [_pairs(stats), _details("Settings", _pairs(settings))]
+
+
+def _verdict(em: float) -> str:
+    return "right" if em == 1 else "wrong"
+
+
+def _em(em: float) -> Element:
+    return _node("span", f"chip {_verdict(em)}", f"EM {em:.2g}")
+
+
+def _list_item(record: dict[str, Any], story: _Story) -> Element:
+    facts = f" #{record['episode']} · {record['steps']} steps · {record['stop_reason']}"
+    questions = " / ".join(question.text for question in story.episode.task.questions)
+    link = _node(
+        "a", "", _em(record["reward"]), facts, _node("span", "question", questions), href=f"#e{record['episode']}"
+    )
+    return _node("li", _verdict(record["reward"]), link)
+
+
+def _episode(record: dict[str, Any], story: _Story) -> Element:
+    episode = story.episode
+    questions = [_question(story, place) for place in range(len(episode.outcomes))]
+    left = [
+        _node("li", "op", _node("b", "", entry.id), _text(*story.marked(entry.text)))
+        for entry in episode.memory.entries()
+    ]
+    article = _node(
+        "article",
+        "",
+        _node("p", "dim", f"task {record['task_id']} · seed {record['seed']} · {len(episode.chunks)} chunks"),
+        _node("ol", "asked", *(_node("li", "", question.text) for question in episode.task.questions)),
+        *_sparkline(story.sizes),
+        *_steps(story),
+        _node("h3", "", "Questions"),
+        *questions,
+        _details(f"Memory at the end · entries: {len(left)}", _node("ul", "", *left)),
+        id=f"e{record['episode']}",
+    )
+    title = f" Episode {record['episode']} · {record['steps']} steps · {record['stop_reason']}"
+    summary = _node("summary", "", _em(record["reward"]), title)
+    # The name is inside: a browser opens what is folded around the target of a link.
+    return _node("details", f"episode {_verdict(record['reward'])}", summary, article)
+
+
+def _sparkline(sizes: Sequence[int]) -> list[Element]:
+    """The number of entries over the steps, as a picture and in words."""
+    most = max(sizes)
+    told = f"Entries in memory over {len(sizes) - 1} steps: {sizes[-1]} at the end, {most} at most."
+    points = [f"{step},{100 - 100 * size / max(most, 1):.4g}" for step, size in enumerate(sizes)]
+    picture = _node(
+        "svg",
+        "",
+        _node("polygon", "", points=" ".join(["0,100", *points, f"{len(sizes) - 1},100"])),
+        _node("polyline", "", points=" ".join(points)),
+        viewBox=f"0 0 {len(sizes) - 1} 100",
+        preserveAspectRatio="none",
+        role="img",
+    )
+    picture.set("aria-label", told)
+    return [_node("figure", "", picture, _node("figcaption", "dim", told))]
+
+
+def _steps(story: _Story) -> list[Element]:
+    last_shown: dict[str, tuple[str, int]] = {}
+    texts: dict[str, str] = {}  # of the entries in memory
+    sections = []
+    for place, (seen, result) in enumerate(zip(story.seen, story.results, strict=True)):
+        reading = seen["phase"] == Phase.READ
+        faults = sum(item.fault is not None for item in result.results)
+        before, after = story.sizes[place : place + 2]
+        heading: list[Child] = [f"Step {place + 1} · {'reading' if reading else 'answering'}"]
+        if faults:
+            heading += [" ", _node("span", "chip fault", f"{faults} fault{'s' * (faults > 1)}")]
+        heading += [_node("span", "dim", f" memory {before} → {after}" if before != after else f" memory {after}")]
+        sections.append(
+            _node(
+                "section",
+                "",
+                _node("h3", "", *heading),
+                _node("div", "sees", _node("h4", "", "It sees"), *_observation(story, place, last_shown)),
+                _node("div", "does", _node("h4", "", "It does"), *_reply(story, place, texts)),
+                id=story.anchor(place),
+            )
+        )
+    return sections
+
+
+def _observation(story: _Story, place: int, last_shown: dict[str, tuple[str, int]]) -> list[Element]:
+    seen = story.seen[place]
+    shown: list[Element] = []
+    if seen["question"]:
+        shown.append(_node("p", "asks", seen["question"]))
+    if seen["chunk"]:
+        parts = story.marked(seen["chunk"])
+        passages = [part for part in parts if isinstance(part, Element)]
+        count = f"evidence: {len(passages)}"
+        shown.append(_details(f"Chunk · {len(seen['chunk']):,} characters · {count}", _text(*parts)))
+        shown += [_node("p", "", _node("mark", "", passage.text or "")) for passage in passages]
+    if seen["notice"]:
+        shown += [_node("h5", "", "notice"), _node("div", "text notice", seen["notice"])]
+    for name, value in (("scratchpad", seen["scratchpad"]), ("query", seen["query"]), ("retrieved", seen["retrieved"])):
+        known, since = last_shown.get(name, ("", 0))
+        if value and value == known:  # said once: most of a page would be repetition
+            shown.append(_node("h5", "", f"{name} ", _node("span", "", "as in ", story.link(since))))
+        elif value:
+            shown += [_node("h5", "", name), _text(*story.marked(value))]
+            last_shown[name] = (value, place)
+    return shown
+
+
+def _reply(story: _Story, place: int, texts: dict[str, str]) -> list[Element]:
+    """The operations in the order written, what each changed, and the reply itself. Keeps `texts` up to date."""
+    reply, result = _ILLEGAL.sub("\ufffd", story.replies[place]), story.results[place]
+    written = get_dialect(story.episode.settings.dialect).parse(reply)
+    first = sum(item.fault is Fault.ILLEGAL_TEXT for item in result.results)  # it stands before all operations
+    mutations = iter(result.mutations)
+    operations = []
+    for item, outcome in zip(written, result.results[first:], strict=False):
+        done = outcome.fault in (None, Fault.CUT)
+        content: list[Element] = []
+        if done and item.kind in (*_CHANGES, OperationKind.READ):
+            mutation = next(mutations)
+            old = texts.pop(mutation.entry_id, None)
+            if mutation.kind in (OperationKind.CREATE, OperationKind.UPDATE):
+                texts[mutation.entry_id] = mutation.text
+            if old is not None:
+                content.append(_node("del", "text", *story.marked(old)))
+            if mutation.kind is not OperationKind.DELETE:
+                tag = "ins" if mutation.kind is OperationKind.UPDATE else "div"
+                content.append(_node(tag, "text", *story.marked(mutation.text)))
+        elif isinstance(item, Operation) and (item.text or item.target):
+            content.append(_text(*story.marked(": ".join(filter(None, (item.target, item.text))))))
+        operations.append(_operation(outcome, content))
+    rest = (*result.results[:first], *result.results[first + len(written) :])
+    operations += [_operation(outcome, []) for outcome in rest]
+    if not operations:
+        operations = [_node("li", "dim", "nothing: there is no operation in the reply")]
+    raw = _details(f"Reply as written · {len(reply):,} characters", _text(*story.marked(reply)))
+    return [_node("ul", "", *operations), *([raw] if reply else [])]
+
+
+def _operation(outcome: OperationResult, content: list[Element]) -> Element:
+    kind = str(outcome.kind or "reply")
+    head: list[Child] = [_node("span", f"chip {kind}", kind)]
+    if outcome.entry_id:
+        head += [" ", _node("b", "", outcome.entry_id)]
+    if outcome.fault is not None:
+        head += [" ", _node("span", "chip fault", str(outcome.fault)), " ", _node("span", "dim", outcome.detail)]
+    return _node("li", f"op {kind}" + (" faulty" if outcome.fault else ""), *head, *content)
+
+
+def _question(story: _Story, place: int) -> Element:
+    question: Question = story.episode.task.questions[place]
+    outcome: QuestionOutcome = story.episode.outcomes[place]
+    gold, *aliases = question.answers
+    facts = [
+        ("gold", gold + (f" (also: {'; '.join(aliases)})" if aliases else "")),
+        ("prediction", "– (unanswered)" if outcome.prediction is None else outcome.prediction),
+        ("F1", f"{outcome.f1:.2f}"),
+        ("evidence", f"{outcome.stored} of {outcome.evidence} stored, {outcome.retrieved} in view"),
+        ("kind", f"{question.kind} · hops: {question.hops}"),
+    ]
+    return _node(
+        "section",
+        f"outcome {_verdict(outcome.em)}",
+        _node("h4", "", _em(outcome.em), f" {question.text} ", story.link(story.settled[place])),
+        _pairs(facts),
+        _node("ul", "", *(_fate(story, passage, story.settled[place]) for passage in question.evidence)),
+    )
+
+
+def _fate(story: _Story, passage: Evidence, settled: int) -> Element:
+    """Where a passage was shown, stored and lost, up to the reply that settled its question."""
+    shown = [place for place, seen in enumerate(story.seen[: settled + 1]) if holds(seen["chunk"], passage.text)]
+    kept = [place for place, text in enumerate(story.kept[: settled + 1]) if holds(text, passage.text)]
+    view = story.seen[settled]["scratchpad"] + "\n" + story.seen[settled]["retrieved"]
+    in_view = holds(view, passage.text)
+    lost = bool(kept) and kept[-1] != settled
+
+    def stage(good: bool, *children: Child) -> Element:
+        return _node("span", f"stage {'right' if good else 'wrong'}", *children)
+
+    stored = stage(False, "never stored in these words")
+    if kept:
+        gone: list[Child] = [", gone in ", story.link(kept[-1] + 1)] if lost else []
+        stored = stage(not lost, "stored in ", story.link(kept[0]), *gone)
+    return _node(
+        "li",
+        "",
+        _node("div", "", _node("b", "", passage.title), " ", _node("mark", "", passage.text)),
+        stage(True, "shown in ", story.link(shown[0])) if shown else stage(False, "never shown in one piece"),
+        stored,
+        stage(in_view, "in view" if in_view else "not in view", " when settled"),
+    )
