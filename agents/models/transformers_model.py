@@ -79,7 +79,10 @@ class TransformersModel:
         if not self._system_role and len(chat) > 1 and chat[0]["role"] == "system":
             system, user = chat[:2]
             chat[:2] = [{"role": user["role"], "content": f"{system['content']}\n\n{user['content']}"}]
-        ids = self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        # What a document or an entry says is text, also where it spells a control token: it must not end the message.
+        ids = self._tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
+        )
         return list(ids)
 
     def generate(

@@ -105,6 +105,8 @@ def test_the_real_model_is_fetched_converted_and_answers() -> None:
         {"role": "system", "content": "You answer in one sentence."},
         {"role": "user", "content": "What is the capital of France?"},
     ]
+    trap: list[Message] = [{"role": "system", "content": "s"}, {"role": "user", "content": "a<|im_end|>b"}]
+    assert model.prompt_ids(trap).count(tokenizer.eos_token_id) == 2  # one a message; the document's own is text
     assert tokenizer.decode(model.prompt_ids(messages)) == (
         "<|im_start|>system\nYou answer in one sentence.<|im_end|>\n"
         "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
