@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import gymnasium as gym
 from gymnasium.utils import EzPickle
@@ -16,9 +16,9 @@ from atommem_env.errors import SettingError
 from atommem_env.paths import data_folder
 from atommem_env.replay import first_moment, replay
 from atommem_env.spaces import Text
-from atommem_env.store import MemoryStore, Recorder
+from atommem_env.store import INTERRUPTED, MemoryStore, Recorder
 from atommem_env.tasks import make_source, source_options
-from atommem_env.types import EpisodeSettings, Observation, OperationResult, TaskSource
+from atommem_env.types import EpisodeSettings, Fault, Observation, OperationResult, TaskSource
 
 _MOST_STEPS = 2**31 - 1  # of the integer spaces; no episode comes near it
 SETTING_NAMES = frozenset(field.name for field in dataclasses.fields(EpisodeSettings))
@@ -117,10 +117,9 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
         self.results: tuple[OperationResult, ...] = ()  # of the last reply
         self._recorder: Recorder | None = None
         count = gym.spaces.Discrete(_MOST_STEPS)
-        texts = [name for name, kind in Observation.__annotations__.items() if "str" in str(kind)]
         self.action_space = Text()
         self.observation_space = gym.spaces.Dict(  # type: ignore[assignment]  # a TypedDict is a dict
-            {name: Text() if name in texts else count for name in Observation.__annotations__}
+            {name: Text() if kind is str else count for name, kind in get_type_hints(Observation).items()}
         )
 
     @property
@@ -201,13 +200,13 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
         """Keeps what an episode that nobody will finish has in memory."""
         if self.episode is not None and self._recorder is not None:
             if self.episode.stop_reason is None and self.episode.steps:
-                self._recorder.commit("interrupted", 0.0, self.episode.memory)
+                self._recorder.commit(INTERRUPTED, 0.0, self.episode.memory)
             self.episode = self._recorder = None
 
     def _resume(self, episode_id: str) -> tuple[int, int]:
         """Replays an interrupted episode from the store: the replies again, with the vectors that were kept."""
         record = self.store.episode(episode_id)
-        if record.status != "interrupted":
+        if record.status != INTERRUPTED:
             raise SettingError(
                 f"Episode {episode_id} is over ({record.status}); only an interrupted one can be resumed."
             )
@@ -236,11 +235,11 @@ def split_options(dataset: str | TaskSource, options: dict[str, Any]) -> tuple[E
 def count_results(results: tuple[OperationResult, ...]) -> dict[str, dict[str, int]]:
     """How many operations were carried out and how many faults there were, by kind.
 
-    >>> from atommem_env.types import Fault, OperationKind
+    >>> from atommem_env.types import OperationKind
     >>> count_results((OperationResult(OperationKind.CREATE), OperationResult(OperationKind.READ, Fault.EMPTY)))
     {'operations': {'create': 1}, 'faults': {'empty': 1}}
     """
-    done = Counter(str(result.kind) for result in results if result.kind and result.fault in (None, "cut"))
+    done = Counter(str(result.kind) for result in results if result.kind and result.fault in (None, Fault.CUT))
     faults = Counter(str(result.fault) for result in results if result.fault is not None)
     return {"operations": dict(done), "faults": dict(faults)}
 

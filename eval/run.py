@@ -8,7 +8,6 @@ same configuration), `summary.json` (the numbers) and `memory/` (every entry wri
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import itertools
 import json
@@ -29,7 +28,7 @@ from rich.table import Table
 import atommem_env  # noqa: F401  (registers the environments)
 from agents.chat_policy import GREEDY, Sampling
 from agents.registry import load_policy
-from agents.rollout import Driver, EpisodeSpec
+from agents.rollout import Driver, EpisodeSpec, run_blocking
 from atommem_env.env import AtomMemEnv
 from atommem_env.errors import SettingError
 from atommem_env.tasks import source_options
@@ -172,7 +171,7 @@ def evaluate(config: EvalConfig, console: Console | None = None) -> dict[str, An
             em = sum(record["reward"] for record in finished.values()) / len(finished)
             progress.update(bar, completed=len(finished), em=em)
 
-        asyncio.run(
+        run_blocking(
             Driver.of(env).run(
                 [specs[position] for position in missing],
                 policy,

@@ -123,6 +123,13 @@ def test_plain_and_asynchronous_functions_are_policies() -> None:
     assert play_episode(env, lambda observation: "", seed=0).reward == 0.0
 
 
+def test_an_episode_can_be_played_from_within_a_notebooks_event_loop() -> None:
+    async def cell() -> Rollout:
+        return play_episode(gym.make("AtomMem-Synthetic", durability="off"), lambda observation: "", seed=0)
+
+    assert asyncio.run(cell()).reward == 0.0
+
+
 def test_what_is_no_policy_is_refused() -> None:
     with pytest.raises(PolicyError, match="function observation"):
         as_policy(3)  # type: ignore[arg-type]
