@@ -51,3 +51,7 @@ class PromptTooLong(AtomMemError, ValueError):
 
 class StoreError(AtomMemError, RuntimeError):
     """A memory store cannot be opened, read or written as asked."""
+
+
+class SamplesMismatch(AtomMemError, RuntimeError):
+    """The samples that were trained on are not the samples that were made."""

@@ -9,15 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from atommem_env.errors import AtomMemError, DataError, SettingError
+from atommem_env.errors import DataError, SamplesMismatch, SettingError
 from atommem_env.types import Reply, Rollout
 from train.advantages import GroupAdvantages
 
 SampleKey = tuple[int, int, int]  # group, rollout in the group, first turn
-
-
-class SamplesMismatch(AtomMemError, RuntimeError):
-    """The samples that were trained on are not the samples that were made."""
 
 
 @dataclass(frozen=True, slots=True)

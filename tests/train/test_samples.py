@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atommem_env.errors import DataError, SettingError
+from atommem_env.errors import DataError, SamplesMismatch, SettingError
 from atommem_env.types import Observation, Reply, Rollout, StopReason, Turn
 from train.advantages import group_advantages
-from train.samples import Sample, SamplesMismatch, check_all_trained, collate, make_samples, pack, rollout_samples
+from train.samples import Sample, check_all_trained, collate, make_samples, pack, rollout_samples
 
 OBSERVATION: Observation = {
     "phase": "read",
