@@ -48,6 +48,9 @@ class ChatPolicy:
     layout: str = "shared_prefix"
     privileged: bool = False
 
+    def __post_init__(self) -> None:
+        get_layout(self.layout)  # a wrong one is refused before anything is played
+
     @property
     def name(self) -> str:
         return self.model.name

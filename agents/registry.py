@@ -41,7 +41,9 @@ POLICIES: dict[str, tuple[Callable[[EpisodeSettings], Policy], str]] = {
 MODELS = {"smollm2": "SmolLM2-135M-Instruct, a language model on this machine (first: atommem models get smollm2)"}
 
 
-def load_policy(name: str, settings: EpisodeSettings, sampling: Sampling = GREEDY) -> Policy:
+def load_policy(
+    name: str, settings: EpisodeSettings, sampling: Sampling = GREEDY, layout: str = "shared_prefix"
+) -> Policy:
     """The policy called `name`, for episodes with these settings.
 
     Args:
@@ -49,6 +51,7 @@ def load_policy(name: str, settings: EpisodeSettings, sampling: Sampling = GREED
             `Policy` of yours, the module being looked for in the working folder first.
         settings: the dynamics of the episodes; a policy writes in their dialect.
         sampling: how a language model samples; nothing to other policies.
+        layout: how it is shown an observation, see `atommem_env.prompts`; nothing to other policies.
 
     Raises:
         PolicyError: there is none of that name.
@@ -59,7 +62,7 @@ def load_policy(name: str, settings: EpisodeSettings, sampling: Sampling = GREED
     if name in POLICIES:
         return POLICIES[name][0](settings)
     if name in MODELS or (Path(name) / "config.json").is_file():
-        return ChatPolicy(TransformersModel(find_model(name)), settings, sampling)
+        return ChatPolicy(TransformersModel(find_model(name)), settings, sampling, layout)
     module_name, colon, attribute = name.partition(":")
     if not colon:
         raise PolicyError(

@@ -13,8 +13,10 @@ import itertools
 import json
 import os
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import gymnasium as gym
@@ -27,6 +29,7 @@ from rich.table import Table
 
 import atommem_env  # noqa: F401  (registers the environments)
 from agents.chat_policy import GREEDY, Sampling
+from agents.policy import Policy
 from agents.registry import load_policy
 from agents.rollout import Driver, EpisodeSpec, run_blocking
 from atommem_env.env import AtomMemEnv
@@ -38,14 +41,14 @@ from eval.metrics import SCHEMA_VERSION, episode_record, summarise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvalConfig:
-    """What an evaluation is. Options left out are the environment's own."""
+class EnvConfig:
+    """Which episodes a policy plays, and where what comes of them is kept."""
 
     env_id: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ENV_ID")]
     """Environment, for example AtomMem-Synthetic, AtomMem-HotpotQA, AtomMem-2WikiMultiHopQA or AtomMem-MuSiQue."""
     policy: str = "oracle"
     """Policy: a name from `atommem policies`, or module:attribute."""
-    out: Path = Path("runs/eval")
+    out: Path
     """Folder of the run."""
     episodes: int = 50
     """How many episodes."""
@@ -67,14 +70,14 @@ class EvalConfig:
     """off, or episode: keep every entry in the folder's memory/."""
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE")] = ()
     """Any other argument of the environment, for example top_k=12 or operations=["create","read"]."""
+    layout: str = "shared_prefix"
+    """How a language model is shown an observation: shared_prefix, or terse for small models."""
     temperature: float = GREEDY.temperature
     """Of a language model; 0 is greedy."""
     max_new_tokens: int = GREEDY.max_new_tokens
     """Of each reply of a language model; a longer one is cut."""
     in_flight: int = 64
     """Episodes played at the same time; changes the speed only."""
-    resume: bool = False
-    """Go on with an interrupted run in the same folder: only what is missing is played."""
 
     def env_options(self) -> dict[str, Any]:
         """The keyword arguments of `gym.make` that were given."""
@@ -87,6 +90,16 @@ class EvalConfig:
                 raise SettingError(f"--set takes NAME=VALUE, got {pair!r}.")
             options[name] = _value(value)
         return options
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalConfig(EnvConfig):
+    """What an evaluation is. Options left out are the environment's own."""
+
+    out: Path = Path("runs/eval")
+    """Folder of the run."""
+    resume: bool = False
+    """Go on with an interrupted run in the same folder: only what is missing is played."""
 
 
 def _value(text: str) -> Any:
@@ -123,67 +136,34 @@ def evaluate(config: EvalConfig, console: Console | None = None) -> dict[str, An
         SettingError: the folder holds another run, or an interrupted one and `resume` is off.
         Exception: what the policy, the embedder or the store raised. Finished episodes are kept for `resume`.
     """
-    console = console or Console(stderr=True)
-    options = config.env_options()
-    config.out.mkdir(parents=True, exist_ok=True)
-    env = gym.make(config.env_id, **{"store": str(config.out / "memory"), **options}).unwrapped
-    assert isinstance(env, AtomMemEnv)
-    sampling = Sampling(config.temperature, config.max_new_tokens)
-    policy = load_policy(config.policy, env.settings, sampling)
-    defaults = {name: option.default for name, option in source_options(env.source.dataset).items()}
-    identity = {
-        "env_id": config.env_id,
-        "policy": policy.name,
-        "episodes": config.episodes,
-        "seed": config.seed,
-        "options": {**defaults, **options},  # defaults too, so that the run stays what it is when one changes
-        "sampling": dataclasses.asdict(sampling),
-        "settings": dataclasses.asdict(env.settings),
-        "schema_version": SCHEMA_VERSION,
-    }
-    identity = json.loads(json.dumps(identity))
+    env, policy, identity = prepare(config)
     finished = _open_run(config, identity)
     specs = episode_specs(len(env.source), config.episodes, config.seed)
     missing = [position for position in range(len(specs)) if position not in finished]
     tokenizer = get_tokenizer(env.settings.tokenizer)
     started = time.perf_counter()
     lines = config.out / "episodes.jsonl"
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[replies]} replies, EM {task.fields[em]:.3f}"),
-        console=console,
-    )
-    with progress, lines.open("a", encoding="utf-8", newline="\n") as file:
-        bar = progress.add_task(
-            f"{policy.name} on {config.env_id}", total=len(specs), completed=len(finished), em=0.0, replies=0
-        )
-        replies = itertools.count(1)
+    with lines.open("a", encoding="utf-8", newline="\n") as file:
 
         def keep(number: int, rollout: Rollout) -> None:
             record = episode_record(missing[number], rollout, tokenizer)
             finished[record["episode"]] = record
-            file.write(_line(record))
+            file.write(json_line(record))
             file.flush()
-            em = sum(record["reward"] for record in finished.values()) / len(finished)
-            progress.update(bar, completed=len(finished), em=em)
 
-        run_blocking(
-            Driver.of(env).run(
-                [specs[position] for position in missing],
-                policy,
-                in_flight=config.in_flight,
-                finished=keep,
-                replied=lambda: progress.update(bar, replies=next(replies)),
-            )
+        play(
+            config,
+            env,
+            policy,
+            [specs[position] for position in missing],
+            console,
+            rewards_before=[record["reward"] for record in finished.values()],
+            finished=keep,
         )
     seconds = time.perf_counter() - started
     env.close()
     records = [finished[position] for position in range(len(specs))]
-    _replace(lines, "".join(map(_line, records)))
+    replace_file(lines, "".join(map(json_line, records)))
     played = sum(finished[position]["steps"] for position in missing)
     summary = {
         "env_id": config.env_id,
@@ -192,14 +172,94 @@ def evaluate(config: EvalConfig, console: Console | None = None) -> dict[str, An
         **summarise(records),
         "steps_per_second": round(played / seconds, 2) if played else None,
         "settings": {
-            **{name: identity[name] for name in ("seed", "sampling")},
+            **{name: identity[name] for name in ("seed", "layout", "sampling")},
             **identity["options"],
             **identity["settings"],
         },
         "schema_version": SCHEMA_VERSION,
     }
-    _replace(config.out / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    replace_file(config.out / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     return summary
+
+
+def prepare(config: EnvConfig) -> tuple[AtomMemEnv, Policy, dict[str, Any]]:
+    """The environment, the policy, and what tells the run from every other, as `config.json` says it.
+
+    Raises:
+        AtomMemError: the environment or the policy cannot be had as asked.
+    """
+    options = config.env_options()
+    config.out.mkdir(parents=True, exist_ok=True)
+    env = gym.make(config.env_id, **{"store": str(config.out / "memory"), **options}).unwrapped
+    assert isinstance(env, AtomMemEnv)
+    sampling = Sampling(config.temperature, config.max_new_tokens)
+    policy = load_policy(config.policy, env.settings, sampling, config.layout)
+    defaults = {name: option.default for name, option in source_options(env.source.dataset).items()}
+    identity = {
+        "env_id": config.env_id,
+        "policy": policy.name,
+        "episodes": config.episodes,
+        "seed": config.seed,
+        "options": {**defaults, **options},  # defaults too, so that the run stays what it is when one changes
+        "layout": config.layout,
+        "sampling": dataclasses.asdict(sampling),
+        "settings": dataclasses.asdict(env.settings),
+        "schema_version": SCHEMA_VERSION,
+    }
+    return env, policy, json.loads(json.dumps(identity))
+
+
+def play(
+    config: EnvConfig,
+    env: AtomMemEnv,
+    policy: Policy,
+    specs: Sequence[EpisodeSpec],
+    console: Console | None = None,
+    *,
+    rewards_before: Sequence[float] = (),
+    finished: Callable[[int, Rollout], None] = lambda position, rollout: None,
+) -> list[Rollout]:
+    """Plays `specs` in their order under a progress bar.
+
+    Args:
+        console: where the bar is drawn; stderr unless told.
+        rewards_before: of episodes that were played before, for the bar.
+        finished: see `Driver.run`, as for what is returned and raised.
+    """
+    rewards = list(rewards_before)
+    replies = itertools.count(1)
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[replies]} replies, EM {task.fields[em]:.3f}"),
+        console=console or Console(stderr=True),
+    )
+    with progress:
+        bar = progress.add_task(
+            f"{policy.name} on {config.env_id}",
+            total=len(rewards) + len(specs),
+            completed=len(rewards),
+            em=0.0,
+            replies=0,
+        )
+
+        def ended(position: int, rollout: Rollout) -> None:
+            finished(position, rollout)
+            rewards.append(rollout.reward)
+            progress.update(bar, completed=len(rewards), em=fmean(rewards))
+
+        return run_blocking(
+            Driver.of(env).run(
+                specs,
+                policy,
+                in_flight=config.in_flight,
+                finished=ended,
+                replied=lambda: progress.update(bar, replies=next(replies)),
+            )
+        )
 
 
 def _open_run(config: EvalConfig, identity: dict[str, Any]) -> dict[int, dict[str, Any]]:
@@ -208,7 +268,7 @@ def _open_run(config: EvalConfig, identity: dict[str, Any]) -> dict[int, dict[st
     if not config.resume:
         if lines.exists():
             raise SettingError(f"{config.out} holds a run. Go on with it by --resume, or choose another --out.")
-        _replace(path, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
+        replace_file(path, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
         return {}
     if not path.exists():
         raise SettingError(f"Nothing to resume: {path} does not exist. Leave --resume out to start.")
@@ -218,7 +278,7 @@ def _open_run(config: EvalConfig, identity: dict[str, Any]) -> dict[int, dict[st
         told = "; ".join(f"{name} was {before.get(name)!r}, is {identity[name]!r}" for name in changed)
         raise SettingError(f"{config.out} holds a run of another configuration: {told}.")
     records = {record["episode"]: record for record in read_episodes(lines)}
-    _replace(lines, "".join(map(_line, records.values())))
+    replace_file(lines, "".join(map(json_line, records.values())))
     return records
 
 
@@ -232,11 +292,12 @@ def read_episodes(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].split("\n") if line]
 
 
-def _line(record: dict[str, Any]) -> str:
+def json_line(record: dict[str, Any]) -> str:
+    """A record as a line of a JSON lines file."""
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
     """Writes a whole file at once: a reader sees the old or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8", newline="\n")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from atommem_env.errors import SettingError
-from atommem_env.prompts import shared_prefix
+from atommem_env.prompts import shared_prefix, terse
 from atommem_env.types import EpisodeSettings, Message, Observation
 
 Layout = Callable[[Observation, EpisodeSettings], list[Message]]
 
-_LAYOUTS: dict[str, Layout] = {"shared_prefix": shared_prefix.messages}
+_LAYOUTS: dict[str, Layout] = {"shared_prefix": shared_prefix.messages, "terse": terse.messages}
 
 
 def get_layout(name: str) -> Layout:

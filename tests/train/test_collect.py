@@ -1,0 +1,192 @@
+"""Samples are the turns of the episodes that were good enough, all of them and no other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import pyarrow.parquet as pq
+import pytest
+
+from agents.rollout import play_episode
+from atommem_env.errors import SettingError
+from eval.run import EvalConfig, episode_specs, evaluate, read_episodes
+from train.collect import SCHEMA, CollectConfig, collect
+
+POLICIES = '''
+class Half:
+    """Right where the seed is even; half of these episodes have a fault in every reading turn."""
+
+    name = "half"
+    privileged = True
+
+    def begin(self, seed, task):
+        def act(observation):
+            if observation["phase"] == "answer":
+                return f"<final_answer>{'wrong' if seed % 2 else task.questions[0].answers[0]}</final_answer>"
+            return "<create_memory>\\ud800</create_memory>" if seed % 4 == 2 else ""
+
+        return act
+
+
+def always_faulty(observation):
+    return "<create_memory>"
+
+
+half = Half()
+'''
+FILES = ("samples.parquet", "samples.jsonl", "config.json", "summary.json")
+
+
+@pytest.fixture(autouse=True)
+def policies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes a module `collect_policies` of `POLICIES`."""
+    folder = tmp_path / "policies"
+    folder.mkdir()
+    (folder / "collect_policies.py").write_text(POLICIES)
+    monkeypatch.syspath_prepend(str(folder))
+
+
+def config(out: Path, **changes: Any) -> CollectConfig:
+    options = {"env_id": "AtomMem-Synthetic", "policy": "collect_policies:half", "episodes": 24, "layout": "terse"}
+    return CollectConfig(out=out, **{**options, **changes})
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n") if line]
+
+
+def test_rows_are_the_turns_of_the_episodes_that_an_evaluation_finds_good_enough(tmp_path: Path) -> None:
+    summary = collect(config(tmp_path / "samples"))
+    asked = EvalConfig(
+        env_id="AtomMem-Synthetic",
+        policy="collect_policies:half",
+        episodes=24,
+        split="train",
+        out=tmp_path / "eval",
+        durability="off",
+    )
+    evaluate(asked)
+    records = read_episodes(tmp_path / "eval" / "episodes.jsonl")
+    good = [record for record in records if record["reward"] >= 0.5]
+    assert 6 < len(good) < 18
+    rows = lines(tmp_path / "samples")
+    assert [(row["episode"], row["turn"], row["task_id"], row["reward"], row["env_id"]) for row in rows] == [
+        (record["episode"], turn, record["task_id"], 1.0, "AtomMem-Synthetic")
+        for record in good
+        for turn in range(record["steps"])
+    ]
+    faults = sum(sum(record["faults"].values()) for record in good)  # at most one a turn, as the policy is written
+    assert 0 < faults < len(rows)
+    assert summary == {
+        "env_id": "AtomMem-Synthetic",
+        "policy": "half",
+        "privileged": True,
+        "episodes": 24,
+        "kept": len(good),
+        "turns": len(rows),
+        "turns_with_faults": faults,
+        "samples": len(rows),
+        "reward": round(len(good) / 24, 4),
+        "schema_version": 1,
+    }
+    assert json.loads((tmp_path / "samples" / "summary.json").read_text()) == summary
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == sorted(FILES)
+
+    dropped = collect(config(tmp_path / "dropped", drop_faults=True))
+    faulty = "<create_memory>\ufffd</create_memory>"  # as the environment reads it, and as a file can hold it
+    assert sum(row["completion"][0]["content"] == faulty for row in rows) == faults
+    assert lines(tmp_path / "dropped") == [row for row in rows if row["completion"][0]["content"] != faulty]
+    assert (dropped["turns"], dropped["turns_with_faults"]) == (len(rows), faults)
+    assert dropped["samples"] == len(rows) - faults
+
+    everything = collect(config(tmp_path / "all", min_reward=0.0))
+    assert everything["kept"] == 24
+    assert everything["samples"] == sum(record["steps"] for record in records)
+    assert [row for row in lines(tmp_path / "all") if row["reward"] >= 0.5] == rows
+
+
+def test_parquet_and_json_lines_hold_the_same_rows(tmp_path: Path) -> None:
+    collect(config(tmp_path / "samples", policy="oracle", episodes=3, layout="shared_prefix"))
+    table = pq.read_table(tmp_path / "samples" / "samples.parquet")
+    assert table.schema.equals(SCHEMA)
+    assert table.to_pylist() == lines(tmp_path / "samples")
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
+    for name, changes in (("a", {}), ("b", {"in_flight": 1}), ("c", {"seed": 1})):
+        collect(config(tmp_path / name, policy="oracle", episodes=6, **changes))
+    for file in FILES[:3]:
+        a, b, c = ((tmp_path / name / file).read_bytes() for name in "abc")
+        assert a == b != c
+    assert (tmp_path / "a" / "summary.json").read_bytes() == (tmp_path / "b" / "summary.json").read_bytes()
+
+
+def test_the_first_row_read_literally(tmp_path: Path) -> None:
+    collect(config(tmp_path / "samples", episodes=1, min_reward=0.0, policy="constant=yes", layout="shared_prefix"))
+    (spec,) = episode_specs(1_000_000, 1, seed=0)
+    env = gym.make("AtomMem-Synthetic", split="train", durability="off")
+    options = {"index": spec.index, "seed": spec.task_seed}
+    seen = play_episode(env, lambda observation: "", seed=spec.seed, options=options).turns[0].observation
+    first = lines(tmp_path / "samples")[0]
+    system, user = first.pop("prompt")
+    assert system["role"] == "system"
+    assert user["role"] == "user"
+    assert user["content"] == (
+        f"## Question\n{seen['questions']}\n\n## Document, next piece\n{seen['chunk']}\n\n## Scratchpad\n(empty)\n\n"
+        "## Search in force\n(none)\n\n## Memory entries found\n(none)"
+    )
+    assert first == {
+        "completion": [{"role": "assistant", "content": ""}],
+        "env_id": "AtomMem-Synthetic",
+        "task_id": f"synthetic-train-{spec.index}",
+        "episode": 0,
+        "turn": 0,
+        "reward": 0.0,
+    }
+
+
+def test_nothing_to_keep_is_an_error_that_says_what_was_seen_and_what_to_do(tmp_path: Path) -> None:
+    out = tmp_path / "samples"
+    with pytest.raises(SettingError, match=r"0 of 4 .*silent .*0\.5 \(mean 0, best 0\)\. Lower --min-reward"):
+        collect(config(out, policy="silent", episodes=4))
+    faulty = {"policy": "collect_policies:always_faulty", "min_reward": 0.0, "drop_faults": True, "episodes": 2}
+    with pytest.raises(SettingError, match=r"2 of 2 .* turns had faults\. Leave --drop-faults out"):
+        collect(config(out, **faulty))
+    collect(config(out, policy="oracle", episodes=1))  # the folder is still empty, and can be used
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"min_reward": float("nan")}, "min_reward must be between 0 and 1, got nan"),
+        ({"min_reward": 50}, "got 50"),
+        ({"episodes": 0}, "episodes must be at least 1, got 0"),
+        ({"layout": "brief"}, "layout must be one of"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_anything_is_played(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SettingError, match=message):
+        collect(config(tmp_path / "samples", **changes))
+    assert not (tmp_path / "samples").exists()
+
+
+def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    for out in (tmp_path, tmp_path / "notes.txt"):
+        with pytest.raises(SettingError, match="new or empty folder"):
+            collect(config(out))
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_options_reach_the_environment_and_the_configuration(tmp_path: Path) -> None:
+    out = tmp_path / "samples"
+    collect(config(out, policy="oracle", episodes=2, durability="episode", set=("chunk_tokens=64",)))
+    asked = json.loads((out / "config.json").read_text())
+    assert (asked["settings"]["chunk_tokens"], asked["options"]["split"]) == (64, "train")
+    assert (asked["layout"], asked["min_reward"], asked["drop_faults"]) == ("terse", 0.5, False)
+    assert (out / "memory").is_dir()

@@ -1,0 +1,135 @@
+"""`atommem collect`: a teacher's trajectories, as samples for supervised fine-tuning.
+
+    atommem collect AtomMem-Synthetic --policy oracle --episodes 500 --out runs/oracle-samples
+
+Episodes whose reward is too small are left out; of the others every turn is a sample, in TRL's conversational form: `prompt` is
+the chat that shows the observation, in the layout that the *student* is to read, `completion` the reply. The folder `--out` then
+holds them as `samples.parquet` and, the same rows, as `samples.jsonl`, beside `config.json` (what was asked for) and
+`summary.json` (the numbers). The same configuration gives the same bytes. What is left out: a run that is interrupted
+keeps nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+
+from atommem_env.errors import SettingError
+from atommem_env.prompts import get_layout
+from atommem_env.types import Message, Turn
+from eval.run import EnvConfig, episode_specs, json_line, play, prepare, replace_file
+
+_CHAT = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+SCHEMA = pa.schema(
+    [
+        ("prompt", _CHAT),  # what the layout makes of the observation
+        ("completion", _CHAT),  # one message, the reply: the loss is on this alone
+        ("env_id", pa.string()),
+        ("task_id", pa.string()),
+        ("episode", pa.int64()),  # 0 ≤ episode < episodes played
+        ("turn", pa.int64()),  # 0 ≤ turn < turns of the episode
+        ("reward", pa.float64()),  # of the whole episode, in [0, 1]
+    ]
+)
+_ILLEGAL = re.compile("[\ud800-\udfff\x00]")  # the environment reads them as U+FFFD; no file can hold all of them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectConfig(EnvConfig):
+    """Whose trajectories, and which of them. Options left out are the environment's own."""
+
+    out: Path = Path("runs/collect")
+    """Folder of the samples; new or empty."""
+    split: str = "train"
+    """Split of the dataset."""
+    durability: str = "off"
+    """off, or episode: keep every entry in the folder's memory/."""
+    min_reward: float = 0.5
+    """Episodes with a smaller reward (the mean exact match over their questions) are left out."""
+    drop_faults: bool = False
+    """Leave out turns of whose reply an operation was not carried out as written."""
+
+
+def collect(config: CollectConfig, console: Console | None = None) -> dict[str, Any]:
+    """Plays the episodes, writes the samples, and returns what `summary.json` holds.
+
+    Raises:
+        SettingError: the folder is not empty, a setting cannot work, or no turn was good enough.
+        Exception: what the policy, the embedder or the store raised.
+    """
+    layout = get_layout(config.layout)
+    if not 0 <= config.min_reward <= 1:
+        raise SettingError(f"min_reward must be between 0 and 1, got {config.min_reward}.")
+    if config.episodes < 1:
+        raise SettingError(f"episodes must be at least 1, got {config.episodes}.")
+    if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
+        raise SettingError(f"{config.out} must be a new or empty folder, and is not. Choose another --out.")
+    env, policy, identity = prepare(config)
+    rollouts = play(config, env, policy, episode_specs(len(env.source), config.episodes, config.seed), console)
+    env.close()
+    kept = [(number, rollout) for number, rollout in enumerate(rollouts) if rollout.reward >= config.min_reward]
+    turns = sum(len(rollout.turns) for _, rollout in kept)
+    rows = [
+        {
+            "prompt": layout(turn.observation, env.settings),
+            "completion": [Message(role="assistant", content=_ILLEGAL.sub("\ufffd", turn.reply.text))],
+            "env_id": config.env_id,
+            "task_id": rollout.task_id,
+            "episode": episode,
+            "turn": number,
+            "reward": rollout.reward,
+        }
+        for episode, rollout in kept
+        for number, turn in enumerate(rollout.turns)
+        if not (config.drop_faults and _has_fault(turn))
+    ]
+    summary = {
+        "env_id": config.env_id,
+        "policy": policy.name,
+        "privileged": policy.privileged,
+        "episodes": len(rollouts),
+        "kept": len(kept),
+        "turns": turns,  # of the episodes kept
+        "turns_with_faults": sum(_has_fault(turn) for _, rollout in kept for turn in rollout.turns),
+        "samples": len(rows),
+        "reward": round(fmean(rollout.reward for rollout in rollouts), 4),  # mean over all episodes played
+        "schema_version": identity["schema_version"],
+    }
+    if not rows:
+        best = max(rollout.reward for rollout in rollouts)
+        raise SettingError(
+            f"Nothing to keep: {len(kept)} of {len(rollouts)} episodes of {policy.name} reached a reward of "
+            f"{config.min_reward:g} (mean {summary['reward']:g}, best {best:g})"
+            + (f", and all of their {turns} turns had faults. Leave --drop-faults out, " if kept else ". ")
+            + ("or" if kept else "Lower --min-reward, play more --episodes, or")
+            + " choose a better --policy."
+        )
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), config.out / "samples.parquet")
+    replace_file(config.out / "samples.jsonl", "".join(map(json_line, rows)))
+    asked = {"min_reward": config.min_reward, "drop_faults": config.drop_faults}
+    for name, record in (("config", {**identity, **asked}), ("summary", summary)):
+        replace_file(config.out / f"{name}.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    return summary
+
+
+def _has_fault(turn: Turn) -> bool:
+    """Whether something in the reply was not carried out as written, or something was missing from it."""
+    return any(result.fault is not None for result in turn.results)
+
+
+def main(config: CollectConfig) -> None:
+    """Collect a policy's trajectories, every turn a prompt and a completion to train on."""
+    summary = collect(config)
+    Console().print(
+        f"{summary['kept']} of {summary['episodes']} episodes kept (mean reward {summary['reward']:.3f}): "
+        f"{summary['samples']} samples, {summary['turns_with_faults']} of {summary['turns']} turns with faults.\n"
+        f"Written to [bold]{config.out}[/]: samples.parquet, samples.jsonl, config.json, summary.json."
+    )
