@@ -369,7 +369,7 @@ def test_the_index_gives_the_questions_and_the_seed_the_context() -> None:
     assert set(one.documents) != set(other.documents)
     assert source.task(6, seed=1).questions != one.questions
     assert SyntheticSource(split="train").task(5, seed=1).questions != one.questions
-    assert len({source.task(index, 0).questions[0].text for index in range(500)}) == 500
+    assert len({SyntheticSource(split="train").task(index, 0).questions[0].text for index in range(500)}) == 500
 
 
 def test_source_and_task_survive_pickling() -> None:
