@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from agents.registry import MODELS, POLICIES
 from atommem_env.cli import COMMANDS, load
 
 
@@ -56,6 +57,12 @@ def test_a_person_plays_an_episode(tmp_path: Path) -> None:
     left = atommem("play", "AtomMem-Synthetic", input="c kept\n\nq\n")
     assert left.returncode == 0, left.stderr
     assert "You left" in left.stdout
+
+
+def test_policies_are_listed() -> None:
+    listed = atommem("policies")
+    assert listed.returncode == 0, listed.stderr
+    assert all(name in listed.stdout for name in (*POLICIES, *MODELS))
 
 
 def test_a_package_that_hides_ours_is_named(tmp_path: Path) -> None:
