@@ -40,5 +40,5 @@ $(VENV)/.base: pyproject.toml constraints.txt | $(BIN)/python
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) --editable '.[local,dev]'
+	$(PIP) --editable '.[train,dev]'
 	touch $@ $(VENV)/.base

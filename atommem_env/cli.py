@@ -13,6 +13,7 @@ from atommem_env.errors import AtomMemError, ShadowedPackage
 # command → ("module:function", what it does). The only place where this package names those above it.
 COMMANDS = {
     "eval": ("eval.run:main", "Evaluate a policy on an environment: a table, summary.json, every memory entry."),
+    "sft": ("train.sft:main", "Fine-tune a chat model on collected samples."),
     "collect": ("train.collect:main", "Collect a policy's trajectories, as prompts and completions to train on."),
     "play": ("agents.play:main", "Be the policy yourself, in the terminal."),
     "policies": ("agents.play:list_policies", "List the policies that are known by name."),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from agents.batching import Batcher
+from agents.models.chat_tokenizer import ChatTokenizer
 from atommem_env.errors import MissingDependency, PromptTooLong, SettingError
 from atommem_env.types import Message, Reply
 
@@ -54,36 +55,22 @@ class TransformersModel:
     ) -> None:
         try:
             import torch
-            from transformers import AutoModelForCausalLM, AutoTokenizer
+            from transformers import AutoModelForCausalLM
         except ImportError as error:
             raise MissingDependency(f"A local model needs {error.name!r}: pip install 'atommem[local]'.") from error
         self.name = folder.name
         self._device = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else "cpu")
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        if not self._tokenizer.chat_template:
-            raise SettingError(f"The model must be a chat model; {folder} has no chat template in its tokenizer.")
+        self.chat = ChatTokenizer(folder)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
         self._model = model.to(self._device).eval()
         self.window: int = model.config.get_text_config().max_position_embeddings  # tokens of prompt and reply together
         ends = model.generation_config.eos_token_id
-        self._eos_ids = {self._tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-        self._system_role = self._has_system_role()
+        self._eos_ids = {self.chat.backend.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
         self._batcher: Batcher[_Call, Reply] = Batcher(self._run, max_batch, size=lambda call: len(call.prompt_ids))
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """The ids of chat messages, up to where the reply begins. No other function encodes prompts.
-
-        Where the model's template knows no system role, the system message opens the first user message.
-        """
-        chat = list(messages)
-        if not self._system_role and len(chat) > 1 and chat[0]["role"] == "system":
-            system, user = chat[:2]
-            chat[:2] = [{"role": user["role"], "content": f"{system['content']}\n\n{user['content']}"}]
-        # What a document or an entry says is text, also where it spells a control token: it must not end the message.
-        ids = self._tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
-        )
-        return list(ids)
+        """The ids of chat messages, up to where the reply begins."""
+        return self.chat.prompt_ids(messages)
 
     def generate(
         self,
@@ -155,7 +142,7 @@ class TransformersModel:
                 logits_B_V, positions = output.logits[:, -1], positions + 1
         return [
             Reply(
-                text=self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+                text=self.chat.text(ids),
                 prompt_ids=tuple(prompt),
                 completion_ids=tuple(ids),
                 logprobs=tuple(logp),
@@ -234,16 +221,6 @@ class TransformersModel:
             for layer in layers:
                 layer.keys = layer.values = None  # else every prompt would be held twice
         return joined, mask, torch.cat(logits_B)
-
-    def _has_system_role(self) -> bool:
-        """Whether the template shows a system message; some refuse it, some drop it without a word."""
-        from jinja2 import TemplateError
-
-        chat = [{"role": "system", "content": "SYSTEM-PROBE"}, {"role": "user", "content": "USER-PROBE"}]
-        try:
-            return "SYSTEM-PROBE" in self._tokenizer.apply_chat_template(chat, tokenize=False)
-        except TemplateError:
-            return False
 
 
 def _sample(logp_B_V: Tensor, draws_B: Tensor) -> Tensor:

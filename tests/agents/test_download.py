@@ -92,7 +92,7 @@ def test_the_real_model_is_fetched_converted_and_answers() -> None:
     assert (folder / "model.safetensors").stat().st_mtime_ns == made  # nothing is fetched twice
 
     model = TransformersModel(folder)
-    tokenizer: Any = model._tokenizer
+    tokenizer: Any = model.chat.backend
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", 2)
     assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<|endoftext|>", 0)
     generation = model._model.generation_config

@@ -100,13 +100,13 @@ def assert_close(found: Sequence[float], expected: Sequence[float], tolerance: f
 def test_prompt_ids_follow_the_chat_template(model: TransformersModel) -> None:
     ids = model.prompt_ids(chat("w2", "w3"))
     tokens = "<start> system w0 w1 <end> <start> user w2 w3 <end> <start> assistant"
-    assert [model._tokenizer.convert_ids_to_tokens(index) for index in ids] == tokens.split()
+    assert [model.chat.backend.convert_ids_to_tokens(index) for index in ids] == tokens.split()
 
 
 @pytest.mark.parametrize("template", [NO_SYSTEM, DROPS_SYSTEM])
 def test_a_system_message_is_never_lost(tmp_path: Path, template: str) -> None:
     model = TransformersModel(save_tiny_model(tmp_path, template), dtype="float32", device="cpu")
-    text = model._tokenizer.decode(model.prompt_ids(chat("w2", "w3")))
+    text = model.chat.backend.decode(model.prompt_ids(chat("w2", "w3")))
     assert "w0 w1 w2 w3" in text
     assert "system" not in text
 
@@ -177,7 +177,7 @@ def test_tokens_are_drawn_with_their_probabilities(model: TransformersModel) -> 
 
 
 def test_an_end_of_sequence_token_is_kept_and_stops_the_reply(model: TransformersModel) -> None:
-    end = model._tokenizer.eos_token_id
+    end = model.chat.backend.eos_token_id
     replies = model.generate(prompts(model) * 4, max_new_tokens=24, temperature=1.5, seeds=range(28))
     assert {reply.stop for reply in replies} == {"stop", "length"}
     for reply in replies:

@@ -1,0 +1,66 @@
+"""The one place where messages become token ids, in sampling and in training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from atommem_env.errors import MissingDependency, SettingError
+from atommem_env.types import Message
+
+
+class ChatTokenizer:
+    """The tokenizer and chat template of a Hugging Face model folder.
+
+    Raises:
+        MissingDependency: transformers is not installed.
+        SettingError: there is no chat template.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from transformers import AutoTokenizer
+        except ImportError as error:
+            raise MissingDependency(f"A local model needs {error.name!r}: pip install 'atommem[local]'.") from error
+        self.backend: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if not self.backend.chat_template:
+            raise SettingError(f"The model must be a chat model; {folder} has no chat template in its tokenizer.")
+        self._system_role = self._has_system_role()
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """The ids of chat messages, up to where the reply begins.
+
+        Where the model's template knows no system role, the system message opens the first user message.
+        """
+        chat = list(messages)
+        if not self._system_role and len(chat) > 1 and chat[0]["role"] == "system":
+            system, user = chat[:2]
+            chat[:2] = [{"role": user["role"], "content": f"{system['content']}\n\n{user['content']}"}]
+        # What a document or an entry says is text, also where it spells a control token: it must not end the message.
+        ids = self.backend.apply_chat_template(
+            chat, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
+        )
+        return list(ids)
+
+    def completion_ids(self, reply: str) -> list[int]:
+        """The ids of a reply that a model is to learn, its end included; sampled replies keep the ids they were sampled with."""
+        ids = self.backend.encode(reply, add_special_tokens=False, split_special_tokens=True)
+        return [*ids, self.backend.eos_token_id]
+
+    def text(self, completion_ids: Sequence[int]) -> str:
+        """What sampled ids say, special tokens left out."""
+        decoded = self.backend.decode(
+            list(completion_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return str(decoded)
+
+    def _has_system_role(self) -> bool:
+        """Whether the template shows a system message; some refuse it, some drop it without a word."""
+        from jinja2 import TemplateError
+
+        chat = [{"role": "system", "content": "SYSTEM-PROBE"}, {"role": "user", "content": "USER-PROBE"}]
+        try:
+            return "SYSTEM-PROBE" in self.backend.apply_chat_template(chat, tokenize=False)
+        except TemplateError:
+            return False

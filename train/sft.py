@@ -1,0 +1,150 @@
+"""`atommem sft`: supervised fine-tuning of a chat model on collected samples, by TRL.
+
+    atommem models get smollm2
+    atommem collect AtomMem-Synthetic --policy oracle --episodes 100 --layout terse --out runs/samples
+    atommem sft runs/samples --model smollm2 --out runs/sft
+    atommem eval AtomMem-Synthetic --policy runs/sft/model --layout terse --out runs/sft-eval
+
+The loss is on the replies alone. Prompts become ids by the function that also serves in sampling, so that training and
+evaluation see the same tokens. The folder `--out` then holds the model in the form of Hugging Face (`model/`),
+`config.json` and `metrics.jsonl`. What is left out: more than one process, and going on with an interrupted run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pyarrow.parquet as pq
+import tyro
+from rich.console import Console
+
+from agents.models.chat_tokenizer import ChatTokenizer
+from agents.models.download import find_model
+from atommem_env.errors import DataError, MissingDependency, PromptTooLong, SettingError
+from eval.run import json_line, replace_file
+
+_IGNORED = -100  # PyTorch's label of a token without loss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SFTRun:
+    """What is to be learned from what. The defaults are those of AtomMem's public code, but for the learning rate."""
+
+    samples: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SAMPLES")]
+    """Folder that `atommem collect` wrote."""
+    model: str = "smollm2"
+    """The model to start from: smollm2, or the folder of a Hugging Face chat model."""
+    out: Path = Path("runs/sft")
+    """Folder of the run; new or empty."""
+    epochs: float = 3.0
+    """Passes over the samples."""
+    batch_size: int = 16
+    """Samples in an update."""
+    micro_batch_size: int = 2
+    """Samples computed at the same time; changes memory and speed only."""
+    learning_rate: float = 2e-5
+    """Highest learning rate; it rises over the first 3 % of the updates and falls to 0 as a cosine."""
+    lora_rank: int = 0
+    """Train adapters of this rank in every linear layer, merged in the end; 0 trains all weights."""
+    max_tokens: int = 18_384
+    """A longer sample, prompt and reply together, is refused: nothing is cut."""
+    dtype: Literal["bfloat16", "float32"] = "float32"
+    """Of the weights while training; on a GPU float32 weights are computed with in bfloat16."""
+    seed: int = 0
+    """Of the order of the samples."""
+
+
+def read_samples(folder: Path, chat: ChatTokenizer, max_tokens: int) -> Iterator[dict[str, list[int]]]:
+    """The samples as token ids [T] and labels [T], where prompt tokens have the label -100.
+
+    Raises:
+        DataError: the folder holds no samples.
+        PromptTooLong: a sample has more than `max_tokens` tokens.
+    """
+    path = folder / "samples.parquet"
+    if not path.is_file():
+        raise DataError(f"{path} does not exist. Name a folder that `atommem collect --out` wrote.")
+    for row in pq.read_table(path, columns=["prompt", "completion", "episode", "turn"]).to_pylist():
+        prompt = chat.prompt_ids(row["prompt"])
+        completion = chat.completion_ids(row["completion"][0]["content"])
+        if len(prompt) + len(completion) > max_tokens:
+            raise PromptTooLong(
+                f"Turn {row['turn']} of episode {row['episode']} has {len(prompt)} + {len(completion)} tokens, and max_tokens is "
+                f"{max_tokens}. Collect with smaller chunk_tokens and memory_tokens, or raise --max-tokens."
+            )
+        yield {"input_ids": prompt + completion, "labels": [_IGNORED] * len(prompt) + completion}
+
+
+def train(run: SFTRun) -> dict[str, Any]:
+    """Trains, writes the model, and returns the numbers of the last line of `metrics.jsonl`.
+
+    Raises:
+        SettingError: the folder is not empty, or the batch cannot be split.
+        MissingDependency: the extra `train` is not installed.
+    """
+    if run.out.exists() and (not run.out.is_dir() or any(run.out.iterdir())):
+        raise SettingError(f"{run.out} must be a new or empty folder, and is not. Choose another --out.")
+    if run.micro_batch_size < 1 or run.batch_size % run.micro_batch_size:
+        raise SettingError(
+            f"batch_size must be a multiple of micro_batch_size, got {run.batch_size} and {run.micro_batch_size}."
+        )
+    try:
+        import torch
+        from datasets import Dataset
+        from peft import LoraConfig
+        from transformers import AutoModelForCausalLM
+        from trl import SFTConfig, SFTTrainer
+    except ImportError as error:
+        raise MissingDependency(f"Training needs {error.name!r}: pip install 'atommem[train]'.") from error
+    folder = find_model(run.model)
+    chat = ChatTokenizer(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, run.dtype), local_files_only=True)
+    window = model.config.get_text_config().max_position_embeddings
+    samples = list(read_samples(run.samples, chat, min(run.max_tokens, window)))
+    settings = SFTConfig(
+        output_dir=str(run.out / "trainer"),
+        num_train_epochs=run.epochs,
+        per_device_train_batch_size=run.micro_batch_size,
+        gradient_accumulation_steps=run.batch_size // run.micro_batch_size,
+        learning_rate=run.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.03,  # below 1: a share of the updates
+        bf16=torch.cuda.is_available(),
+        activation_checkpointing=torch.cuda.is_available(),  # trades time for memory, of which a CPU has enough
+        dataloader_pin_memory=torch.cuda.is_available(),
+        max_length=None,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        seed=run.seed,
+    )
+    lora = LoraConfig(r=run.lora_rank, lora_alpha=2 * run.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = SFTTrainer(
+        model=model,
+        args=settings,
+        train_dataset=Dataset.from_list(samples),
+        processing_class=chat.backend,
+        peft_config=lora if run.lora_rank else None,
+    )
+    trainer.train()
+    trained = trainer.model.merge_and_unload() if run.lora_rank else trainer.model
+    trained.to(torch.bfloat16).save_pretrained(run.out / "model")
+    chat.backend.save_pretrained(run.out / "model")
+    replace_file(run.out / "config.json", json.dumps(dataclasses.asdict(run), indent=2, default=str) + "\n")
+    replace_file(run.out / "metrics.jsonl", "".join(map(json_line, trainer.state.log_history)))
+    return dict(trainer.state.log_history[-1])
+
+
+def main(run: SFTRun) -> None:
+    """Fine-tune a chat model on collected samples; the loss is on the replies alone."""
+    metrics = train(run)
+    Console().print(
+        f"Mean loss {metrics['train_loss']:.3f} over {metrics['step']} updates, {metrics['train_runtime']:.0f} s.\n"
+        f"The model is in [bold]{run.out / 'model'}[/]: atommem eval ENV_ID --policy {run.out / 'model'}",
+        soft_wrap=True,
+    )
