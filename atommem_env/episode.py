@@ -51,7 +51,9 @@ _EMBEDDED: dict[OperationKind, EmbeddingKind] = {
     OperationKind.READ: "query",
 }
 _NOTICE_LINES = 8  # a reply can have a million faults; the policy reads of so many kinds of them, each with its number
-_SEPARATOR = "\n"  # between entries when evidence is looked for; a passage never spans two of them
+_SEPARATOR = (
+    "\x00"  # between entries when evidence is looked for: in no text and no space, so that no passage spans two
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,10 @@ class Episode:
     def observe(self) -> Observation:
         """What the policy sees now; the same until a reply has been carried out."""
         return self._observation.copy()
+
+    def kept_text(self) -> str:
+        """Scratchpad and entries as one text to look for evidence in; none of it spans two of them."""
+        return _SEPARATOR.join([self.scratchpad, *(entry.text for entry in self.memory.entries())])
 
     def submit(self, reply: str) -> tuple[EmbeddingRequest, ...]:
         """Reads a reply and plans it. Changes nothing: it may be called again, with this reply or another.
@@ -358,7 +364,7 @@ class Episode:
         """Scores the question asked now and goes on to the next."""
         question = self.task.questions[len(self.outcomes)]
         graded = None if answer is None else score(answer, question.answers, self.task.dataset)
-        kept = _SEPARATOR.join([self.scratchpad, *(entry.text for entry in self.memory.entries())])
+        kept = self.kept_text()
         # What the policy had in view when it replied, not what a later operation of the reply changed.
         view = _SEPARATOR.join([self._observation["scratchpad"], *(entry.text for entry in self._shown)])
         outcome = QuestionOutcome(

@@ -157,7 +157,7 @@ class _Story:
             self.replies.append(reply)
             self.results.append(result)
             self.sizes.append(len(episode.memory))
-            self.kept.append("\n".join([episode.scratchpad, *(entry.text for entry in episode.memory.entries())]))
+            self.kept.append(episode.kept_text())
             self.settled += [len(self.kept) - 1] * (len(episode.outcomes) - len(self.settled))
             observation = result.observation
         passages: dict[str, list[str]] = {}

@@ -182,6 +182,13 @@ def test_fault_10_the_default_budget_is_never_less_than_an_episode_needs(task: T
 # ---------------------------------------------------------------------------------------------------- budgets and ablations
 
 
+def test_evidence_torn_over_two_entries_is_not_stored(task: Task, say: Say) -> None:
+    episode = Episode(task, SMALL, seed=0)
+    play(say, episode, "<create_memory>Ada lives</create_memory><create_memory>in Rome.</create_memory>", "", "")
+    say(episode, "<final_answer>Rome</final_answer>")
+    assert (episode.outcomes[0].stored, episode.outcomes[0].retrieved) == (0, 0)
+
+
 def test_the_step_budget_truncates_and_unanswered_questions_count_as_zero(task: Task, say: Say) -> None:
     episode = Episode(task, replace(SMALL, max_steps=4), seed=0)
     result = play(say, episode, "", "", "", "<final_answer>Rome</final_answer>")
