@@ -338,4 +338,5 @@ def main(config: EvalConfig) -> None:
     title = f"{config.env_id}, {summary['episodes']} episodes, {summary['questions']} questions"
     console = Console()
     console.print(results_table([summary], title))
-    console.print(f"Written to [bold]{config.out}[/]: summary.json, episodes.jsonl, config.json, memory/ (LanceDB).")
+    memory = "" if config.durability == "off" else ", memory/ (LanceDB)"
+    console.print(f"Written to [bold]{config.out}[/]: summary.json, episodes.jsonl, config.json{memory}.")
