@@ -218,7 +218,7 @@ class Episode:
     def _make_plan(self, reply: str) -> _Plan:
         results: list[OperationResult] = []
         operations: list[Operation] = []
-        text, replaced = _ILLEGAL.subn("\ufffd", reply)
+        text, replaced = legal_text(reply)
         if replaced:
             results.append(
                 OperationResult(None, Fault.ILLEGAL_TEXT, f"{replaced} characters that cannot be stored became \ufffd.")
@@ -428,6 +428,15 @@ class Episode:
             shown.append(Entry(best.id, cut(best.text, limit, tokenizer)))
             return tuple(shown), f"Of {len(found)} entries found only the first {limit} tokens of {best.id} are shown."
         return tuple(shown), f"Of {len(found)} entries found only {len(shown)} are shown: more exceed {limit} tokens."
+
+
+def legal_text(text: str) -> tuple[str, int]:
+    """`text` with what no file can hold, lone surrogates and NUL, as U+FFFD; and how many of them there were.
+
+    >>> legal_text("a\\x00b")
+    ('a\ufffdb', 1)
+    """
+    return _ILLEGAL.subn("\ufffd", text)
 
 
 def _summary(details: Sequence[str]) -> list[str]:

@@ -12,7 +12,6 @@ keeps nothing.
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -22,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
+from atommem_env.episode import legal_text
 from atommem_env.errors import SettingError
 from atommem_env.prompts import get_layout
 from atommem_env.types import Message, Turn
@@ -39,7 +39,6 @@ SCHEMA = pa.schema(
         ("reward", pa.float64()),  # of the whole episode, in [0, 1]
     ]
 )
-_ILLEGAL = re.compile("[\ud800-\udfff\x00]")  # the environment reads them as U+FFFD; no file can hold all of them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +79,7 @@ def collect(config: CollectConfig, console: Console | None = None) -> dict[str, 
     rows = [
         {
             "prompt": layout(turn.observation, env.settings),
-            "completion": [Message(role="assistant", content=_ILLEGAL.sub("\ufffd", turn.reply.text))],
+            "completion": [Message(role="assistant", content=legal_text(turn.reply.text)[0])],
             "env_id": config.env_id,
             "task_id": rollout.task_id,
             "episode": episode,

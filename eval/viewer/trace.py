@@ -25,7 +25,7 @@ import tyro
 import atommem_env  # noqa: F401  (registers the environments)
 from atommem_env.dialects import get_dialect
 from atommem_env.env import AtomMemEnv
-from atommem_env.episode import Episode
+from atommem_env.episode import Episode, legal_text
 from atommem_env.errors import SettingError, StoreError
 from atommem_env.replay import first_moment, replay
 from atommem_env.scoring import holds
@@ -47,7 +47,6 @@ from eval.run import read_episodes
 
 MOST_EPISODES = 50  # a page of more is slow to open
 
-_ILLEGAL = re.compile("[\ud800-\udfff\x00]")  # what no page can hold; an episode replaces it likewise
 _CHANGES = (OperationKind.CREATE, OperationKind.UPDATE, OperationKind.DELETE)
 
 Child = Element | str
@@ -214,9 +213,9 @@ def _node(tag: str, css: str, *children: Child, **attributes: str) -> Element:
         if isinstance(child, Element):
             element.append(child)
         elif len(element):
-            element[-1].tail = (element[-1].tail or "") + _ILLEGAL.sub("\ufffd", child)
+            element[-1].tail = (element[-1].tail or "") + legal_text(child)[0]
         else:
-            element.text = (element.text or "") + _ILLEGAL.sub("\ufffd", child)
+            element.text = (element.text or "") + legal_text(child)[0]
     return element
 
 
@@ -395,7 +394,7 @@ def _observation(story: _Story, place: int, last_shown: dict[str, tuple[str, int
 
 def _reply(story: _Story, place: int, texts: dict[str, str]) -> list[Element]:
     """The operations in the order written, what each changed, and the reply itself. Keeps `texts` up to date."""
-    reply, result = _ILLEGAL.sub("\ufffd", story.replies[place]), story.results[place]
+    reply, result = legal_text(story.replies[place])[0], story.results[place]
     written = get_dialect(story.episode.settings.dialect).parse(reply)
     first = sum(item.fault is Fault.ILLEGAL_TEXT for item in result.results)  # it stands before all operations
     mutations = iter(result.mutations)
