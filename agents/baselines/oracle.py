@@ -55,7 +55,7 @@ class PerfectReader:
         return act
 
     def _answer(self, task: Task, observation: Observation) -> list[Operation]:
-        # Two questions of a task may have the same text, but then they have the same golds and evidence.
+        # The first of that text: where a dataset asks the same twice in one task, both are answered as the first.
         number = next(i for i, question in enumerate(task.questions) if question.text == observation["question"])
         question = task.questions[number]
         view = observation["scratchpad"] + "\n" + observation["retrieved"]

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from atommem_env import ENVIRONMENTS
 from atommem_env.errors import DatasetNotFound
 from atommem_env.paths import data_folder
 from atommem_env.tasks.catalogue import (
@@ -23,12 +24,6 @@ from atommem_env.tasks.catalogue import (
 )
 
 Dataset = Literal["hotpotqa", "2wikimultihopqa", "musique"]
-
-_ENVIRONMENTS = {
-    "hotpotqa": "AtomMem-HotpotQA",
-    "2wikimultihopqa": "AtomMem-2WikiMultiHopQA",
-    "musique": "AtomMem-MuSiQue",
-}
 
 
 def import_command(
@@ -58,7 +53,7 @@ def import_command(
             dataset, split, file, corpus, lambda path, done: bar.update(tasks[path], completed=done)
         )
     _show(console, [report], "Imported")
-    environment = _ENVIRONMENTS[dataset]
+    environment = next(f"AtomMem-{name}" for name, kwargs in ENVIRONMENTS.items() if kwargs["dataset"] == dataset)
     option = "" if split == "dev" else f', split="{split}"'
     console.print(
         f'Next, in Python: import atommem_env, gymnasium; gymnasium.make("{environment}"{option})', markup=False
