@@ -10,8 +10,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
-quickstart: $(VENV)/.base  ## Install, evaluate the built-in policies on the synthetic tasks, say what to do next
-	$(BIN)/atommem quickstart
+quickstart: $(VENV)/.train  ## Install, train a small policy by SFT and GRPO, show its curve (SMOKE=1: 2 minutes)
+	$(BIN)/atommem quickstart $(if $(SMOKE),--smoke)
 
 test: $(VENV)/.dev  ## Install everything that runs without a GPU, then run all tests
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
@@ -35,10 +35,10 @@ clean:  ## Remove the virtual environment and what was built
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.base: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) --editable .
+$(VENV)/.train: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable '.[train]'
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable '.[train,dev]'
-	touch $@ $(VENV)/.base
+	touch $@ $(VENV)/.train

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from agents.baselines import cheats, oracle
+from agents.baselines import cheats, oracle, world_reader
 from agents.chat_policy import GREEDY, ChatPolicy, Sampling
 from agents.models.download import find_model
 from agents.models.transformers_model import TransformersModel
@@ -32,6 +32,22 @@ POLICIES: dict[str, tuple[Callable[[EpisodeSettings], Policy], str]] = {
     "random-position": (
         lambda settings: oracle.PerfectReader("random-position", settings, oracle.keep_random_positions),
         "* stores the documents at ten random positions: what fixed-position is to be compared with",
+    ),
+    "chain-match": (
+        lambda settings: world_reader.WorldReader("chain-match", settings, world_reader.keep_by_chain),
+        "synthetic tasks only: stores facts that continue the question's chain, and some of later links",
+    ),
+    "type-match": (
+        lambda settings: world_reader.WorldReader("type-match", settings, world_reader.keep_by_type),
+        "synthetic tasks only: stores facts of the relations that the question names, about whomever",
+    ),
+    "random-70": (
+        lambda settings: world_reader.WorldReader("random-70", settings, world_reader.keep_at_random),
+        "synthetic tasks only: stores 70 % of the facts, drawn at random",
+    ),
+    "store-all": (
+        lambda settings: world_reader.WorldReader("store-all", settings, world_reader.keep_all),
+        "synthetic tasks only: stores every fact until the memory is full",
     ),
     "silent": (cheats.Silent, "says nothing"),
     "constant": (cheats.Constant, "answers 'yes' to everything; constant=TEXT answers TEXT"),

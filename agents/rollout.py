@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
+import logging
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,11 +18,13 @@ from agents.policy import Act, Policy, as_policy, reply_to
 from atommem_env.embedders import Embedder, embed
 from atommem_env.env import AtomMemEnv
 from atommem_env.episode import Episode
-from atommem_env.errors import SettingError
+from atommem_env.errors import DataError, MissingDependency, PromptTooLong, SettingError
 from atommem_env.store import MemoryStore
 from atommem_env.types import EmbeddingRequest, EpisodeSettings, Rollout, TaskSource, Turn, Vector
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
+_NOT_MENDED_BY_RETRYING = (SettingError, DataError, PromptTooLong, MissingDependency)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,25 +76,72 @@ class Driver:
             Exception: whatever policy, embedder or store raised first; the other episodes are stopped. A failure is never
                 scored, and what `finished` was told before stands.
         """
+        rollouts = await self._each(specs, policy, in_flight, finished, replied, retries=None)
+        return [rollout for rollout in rollouts if rollout is not None]  # all of them: a failure was raised
+
+    async def run_tolerant(
+        self,
+        specs: Sequence[EpisodeSpec],
+        policy: Policy | Act,
+        *,
+        in_flight: int = 64,
+        retries: int = 1,
+        finished: Callable[[int, Rollout], None] = lambda position, rollout: None,
+        replied: Callable[[], None] = lambda: None,
+    ) -> list[Rollout | None]:
+        """`run` for training, where one lost episode must not end hours of work.
+
+        Args:
+            retries: how often an episode that fails is played anew, from its start.
+
+        Returns:
+            The rollouts, in the order of `specs`; None is one that failed each time, which was logged as a warning.
+
+        Raises:
+            AtomMemError: what playing anew cannot mend: settings, data, prompts that are too long.
+        """
+        return await self._each(specs, policy, in_flight, finished, replied, retries)
+
+    async def _each(
+        self,
+        specs: Sequence[EpisodeSpec],
+        policy: Policy | Act,
+        in_flight: int,
+        finished: Callable[[int, Rollout], None],
+        replied: Callable[[], None],
+        retries: int | None,
+    ) -> list[Rollout | None]:
+        """Plays all; `retries` None raises the first failure."""
         policy = as_policy(policy)
         # Without a thread: a local model has one, and a race of two would change who shares a batch, and so last bits.
         batcher = Batcher(self._embed, max_batch=256, thread=False)
         gate = asyncio.Semaphore(in_flight)
-        rollouts: dict[int, Rollout] = {}
 
-        async def one(position: int, spec: EpisodeSpec) -> None:
+        async def one(position: int, spec: EpisodeSpec) -> Rollout | None:
             async with gate:
-                rollouts[position] = await self._play(spec, policy, batcher, replied)
-                finished(position, rollouts[position])
+                for attempt in itertools.count():
+                    try:
+                        rollout = await self._play(spec, policy, batcher, replied)
+                    except _NOT_MENDED_BY_RETRYING:
+                        raise
+                    except Exception as error:
+                        if retries is None:
+                            raise
+                        _log.warning("Attempt %d at %s failed: %r", attempt + 1, spec, error)
+                        if attempt == retries:
+                            return None
+                    else:
+                        finished(position, rollout)
+                        return rollout
+            raise AssertionError("unreachable")
 
         tasks = [asyncio.ensure_future(one(position, spec)) for position, spec in enumerate(specs)]
         try:
-            await asyncio.gather(*tasks)
+            return await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        return [rollouts[position] for position in range(len(specs))]
 
     async def _play(
         self,

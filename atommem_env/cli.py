@@ -13,12 +13,13 @@ from atommem_env.errors import AtomMemError, ShadowedPackage
 # command → ("module:function", what it does). The only place where this package names those above it.
 COMMANDS = {
     "eval": ("eval.run:main", "Evaluate a policy on an environment: a table, summary.json, every memory entry."),
+    "grpo": ("train.grpo:main", "Train a model by reinforcement learning, on this machine."),
     "sft": ("train.sft:main", "Fine-tune a chat model on collected samples."),
     "collect": ("train.collect:main", "Collect a policy's trajectories, as prompts and completions to train on."),
     "play": ("agents.play:main", "Be the policy yourself, in the terminal."),
     "policies": ("agents.play:list_policies", "List the policies that are known by name."),
     "trace": ("eval.viewer.trace:main", "Write an episode, or a run, as a page to open in a browser."),
-    "quickstart": ("eval.quickstart:main", "Evaluate the built-in policies on the synthetic tasks; needs no data."),
+    "quickstart": ("train.quickstart:main", "Train a small policy by SFT, then GRPO, and see what it gains; needs no data."),
     "data import": ("atommem_env.tasks.catalogue_commands:import_command", "Make a dataset's file known to gym.make."),
     "data list": ("atommem_env.tasks.catalogue_commands:list_command", "Show which datasets were imported."),
     "data verify": ("atommem_env.tasks.catalogue_commands:verify_command", "Check imported data against their hashes."),

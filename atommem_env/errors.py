@@ -55,3 +55,7 @@ class StoreError(AtomMemError, RuntimeError):
 
 class SamplesMismatch(AtomMemError, RuntimeError):
     """The samples that were trained on are not the samples that were made."""
+
+
+class CheckpointError(AtomMemError, OSError):
+    """A training checkpoint cannot be written or read; the message says what is still intact."""

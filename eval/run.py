@@ -41,19 +41,11 @@ from eval.metrics import SCHEMA_VERSION, episode_record, summarise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EnvConfig:
-    """Which episodes a policy plays, and where what comes of them is kept."""
+class EnvOptions:
+    """The environment, and how a language model plays it. Options left out are the environment's own."""
 
     env_id: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ENV_ID")]
     """Environment, for example AtomMem-Synthetic, AtomMem-HotpotQA, AtomMem-2WikiMultiHopQA or AtomMem-MuSiQue."""
-    policy: str = "oracle"
-    """Policy: a name from `atommem policies`, or module:attribute."""
-    out: Path
-    """Folder of the run."""
-    episodes: int = 50
-    """How many episodes."""
-    seed: int = 0
-    """Draws the tasks, their documents and whatever a policy draws."""
     split: str | None = None
     """Split of the dataset."""
     data: Path | None = None
@@ -90,6 +82,20 @@ class EnvConfig:
                 raise SettingError(f"--set takes NAME=VALUE, got {pair!r}.")
             options[name] = _value(value)
         return options
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnvConfig(EnvOptions):
+    """Which episodes a policy plays, and where what comes of them is kept."""
+
+    policy: str = "oracle"
+    """Policy: a name from `atommem policies`, or module:attribute."""
+    out: Path
+    """Folder of the run."""
+    episodes: int = 50
+    """How many episodes."""
+    seed: int = 0
+    """Draws the tasks, their documents and whatever a policy draws."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

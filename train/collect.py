@@ -24,7 +24,7 @@ from rich.console import Console
 from atommem_env.episode import legal_text
 from atommem_env.errors import SettingError
 from atommem_env.prompts import get_layout
-from atommem_env.types import Message, Turn
+from atommem_env.types import Message, Rollout, Turn
 from eval.run import EnvConfig, episode_specs, json_line, play, prepare, replace_file
 
 _CHAT = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -53,6 +53,8 @@ class CollectConfig(EnvConfig):
     """off, or episode: keep every entry in the folder's memory/."""
     min_reward: float = 0.5
     """Episodes with a smaller reward (the mean exact match over their questions) are left out."""
+    drop_guesses: bool = False
+    """Leave out episodes that were won by a guess: not all of a question's evidence was stored when it was answered."""
     drop_faults: bool = False
     """Leave out turns of whose reply an operation was not carried out as written."""
 
@@ -74,7 +76,11 @@ def collect(config: CollectConfig, console: Console | None = None) -> dict[str, 
     env, policy, identity = prepare(config)
     rollouts = play(config, env, policy, episode_specs(len(env.source), config.episodes, config.seed), console)
     env.close()
-    kept = [(number, rollout) for number, rollout in enumerate(rollouts) if rollout.reward >= config.min_reward]
+    kept = [
+        (number, rollout)
+        for number, rollout in enumerate(rollouts)
+        if rollout.reward >= config.min_reward and not (config.drop_guesses and _has_guess(rollout))
+    ]
     turns = sum(len(rollout.turns) for _, rollout in kept)
     rows = [
         {
@@ -113,10 +119,15 @@ def collect(config: CollectConfig, console: Console | None = None) -> dict[str, 
         )
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), config.out / "samples.parquet")
     replace_file(config.out / "samples.jsonl", "".join(map(json_line, rows)))
-    asked = {"min_reward": config.min_reward, "drop_faults": config.drop_faults}
+    asked = {name: getattr(config, name) for name in ("min_reward", "drop_guesses", "drop_faults")}
     for name, record in (("config", {**identity, **asked}), ("summary", summary)):
         replace_file(config.out / f"{name}.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     return summary
+
+
+def _has_guess(rollout: Rollout) -> bool:
+    """Whether a right answer was luck: some of its evidence was not kept."""
+    return any(outcome.em == 1 and outcome.stored < outcome.evidence for outcome in rollout.questions)
 
 
 def _has_fault(turn: Turn) -> bool:

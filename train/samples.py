@@ -139,32 +139,6 @@ def check_all_trained(made: Iterable[Sample], trained: Iterable[SampleKey]) -> N
         )
 
 
-def pack(samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]]:
-    """Spreads the samples over rows of at most `max_tokens` tokens, by first-fit decreasing; each sample stays whole.
-
-    Lengths 3, 5, 2 and 4 in rows of 7 become the rows (5, 2) and (4, 3). The order is a function of the lengths alone.
-
-    Raises:
-        SettingError: a sample is longer than a row.
-    """
-    rows: list[list[Sample]] = []
-    free: list[int] = []  # tokens left in each row
-    for sample in sorted(samples, key=lambda sample: -len(sample.token_ids)):
-        length = len(sample.token_ids)
-        if length > max_tokens:
-            raise SettingError(
-                f"max_tokens must be at least the longest sample's {length} tokens, got {max_tokens}. Raise it, or make the "
-                "environment's chunk_tokens or the policy's max_new_tokens smaller."
-            )
-        row = next((row for row, room in enumerate(free) if room >= length), len(rows))
-        if row == len(rows):
-            rows.append([])
-            free.append(max_tokens)
-        rows[row].append(sample)
-        free[row] -= length
-    return rows
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
     """The arrays of a forward and backward pass. Position t predicts the token at t + 1."""
@@ -182,9 +156,9 @@ class Batch:
 def collate(rows: Sequence[Sequence[Sample]], *, pad_id: int = 0) -> Batch:
     """Lays the samples of each row end to end, pads the rows on the right, and shifts what belongs to the targets.
 
-    A right-padded batch has one sample a row, `collate([[sample] for sample in samples])`. Padding-free training has one row of
-    many, `collate([row])` for each row of `pack`; attention must then stay within a sample, whose beginnings are the zeros of
-    `position_ids_B_T`. One row of 1 2 [3 4] 5 [6] and 7 [8], the trained tokens in brackets:
+    A right-padded batch has one sample a row, `collate([[sample] for sample in samples])`. Where a row has several, attention
+    must stay within a sample, whose beginnings are the zeros of `position_ids_B_T`. (`train.packing` lays out rows of its own, in
+    which samples share beginnings.) One row of 1 2 [3 4] 5 [6] and 7 [8], the trained tokens in brackets:
 
         token_ids      1 2 3 4 5 6 7 8
         position_ids   0 1 2 3 4 5 0 1

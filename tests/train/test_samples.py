@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from atommem_env.errors import DataError, SamplesMismatch, SettingError
 from atommem_env.types import Observation, Reply, Rollout, StopReason, Turn
 from train.advantages import group_advantages
-from train.samples import Sample, check_all_trained, collate, make_samples, pack, rollout_samples
+from train.packing import pack_samples
+from train.samples import Sample, check_all_trained, collate, make_samples, rollout_samples
 
 OBSERVATION: Observation = {
     "phase": "read",
@@ -122,9 +123,9 @@ def test_samples_made_are_samples_trained_with_failures_injected(data: st.DataOb
         assert sample.advantage == pytest.approx(group[sample.rollout] - sum(group) / size)
 
     budget = data.draw(st.integers(30, 60))  # the longest sample has 27 tokens
-    batches = [collate([row]) for row in pack(made, budget)]
-    assert all(batch.token_ids_B_T.shape[1] <= budget for batch in batches)
-    assert sum(int(batch.loss_mask_B_T.sum()) for batch in batches) == sum(sample.trained_tokens for sample in made)
+    batches = pack_samples(made, budget)
+    assert all(batch.tokens <= budget for batch in batches)
+    assert sum(len(batch.targets_N) for batch in batches) == sum(sample.trained_tokens for sample in made)
     trained = [key for batch in batches for key in batch.keys]
     check_all_trained(made, trained)
     if trained:
@@ -142,19 +143,6 @@ def test_advantages_of_other_rollouts_are_refused() -> None:
         make_samples([[rollout(([1], [2]))] * 3], groups)
     with pytest.raises(SettingError, match=r"lost rollouts in \[0\]"):
         make_samples([[rollout(([1], [2])), None]], groups)
-
-
-def test_packing_is_first_fit_decreasing_and_refuses_what_does_not_fit() -> None:
-    samples = [
-        sample
-        for number, length in enumerate([3, 5, 2, 4])
-        for sample in rollout_samples(rollout(([0] * (length - 1), [1])), 0.0, index=number)
-    ]
-    rows = pack(samples, 7)
-    assert [[len(sample.token_ids) for sample in row] for row in rows] == [[5, 2], [4, 3]]
-    assert pack([], 7) == []
-    with pytest.raises(SettingError, match="longest sample's 5 tokens, got 4"):
-        pack(samples, 4)
 
 
 @given(st.lists(rollouts(), min_size=1, max_size=4), st.booleans())

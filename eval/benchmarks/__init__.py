@@ -1,0 +1,1 @@
+"""Benchmarks: what is fast, against which baseline, on the machine at hand; `python -m eval.benchmarks.NAME`."""

@@ -1,0 +1,189 @@
+"""Episodes in flight against lock-step: `python -m eval.benchmarks.rollouts [--out FILE]`, under a minute on two cores.
+
+Episodes have different numbers of turns, and turns replies of different lengths. **In flight**: a fixed number of episodes
+is under way at any moment, each goes on as soon as its own reply ends, and the next one starts when one is over.
+**Lock-step**, the usual loop: as many episodes start together, make each turn together, which takes as long as its longest
+reply, and the next ones start when the last of them is over. Both sample from the same model through
+`TransformersModel.complete` (so in lock-step, too, a finished reply leaves the batch at once), and no token ends a
+reply: its length is drawn beforehand, and both do exactly the same work. They are measured in turns, in one process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from agents.models.chat_tokenizer import ChatTokenizer
+from agents.models.transformers_model import TransformersModel
+from atommem_env.types import Reply
+
+_WORDS = [f"w{index}" for index in range(250)]
+_TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One call of the model."""
+
+    prompt: str
+    reply_tokens: int
+    seed: int
+
+
+Episode = tuple[Turn, ...]
+Play = Callable[[TransformersModel, Sequence[Episode], int], Coroutine[Any, Any, list[list[Reply]]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What was measured; seconds and ratios are medians over the repetitions."""
+
+    episodes: int
+    in_flight: int
+    turns: int
+    prompt_tokens: int
+    reply_tokens: int
+    lock_step_s: float
+    in_flight_s: float
+    ratio: float  # of the two times of one repetition: above 1, in flight is faster
+    ratios: tuple[float, ...]  # one a repetition
+    threads: int
+
+
+def draw_episodes(count: int, seed: int) -> list[Episode]:
+    """Episodes of 2 to 8 turns; prompts of 40 to 120 tokens; replies of 4 to 96, half of them shorter than 20."""
+    rng = np.random.default_rng(seed)
+
+    def turn() -> Turn:
+        prompt = " ".join(rng.choice(_WORDS, size=rng.integers(40, 121)))
+        return Turn(prompt, round(float(np.exp(rng.uniform(np.log(4), np.log(96))))), int(rng.integers(2**31)))
+
+    return [tuple(turn() for _ in range(rng.integers(2, 9))) for _ in range(count)]
+
+
+def random_model(max_batch: int, layers: int = 4, width: int = 128) -> TransformersModel:
+    """A Llama with random weights that reads words and never ends a reply by itself."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(_WORDS)}, unk_token=_WORDS[0]))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    with tempfile.TemporaryDirectory() as folder:
+        PreTrainedTokenizerFast(tokenizer_object=words, chat_template=_TEMPLATE).save_pretrained(folder)
+        chat = ChatTokenizer(Path(folder))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(_WORDS),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    return TransformersModel.of(LlamaForCausalLM(config), chat, name="random", max_batch=max_batch)
+
+
+async def play_in_flight(model: TransformersModel, episodes: Sequence[Episode], in_flight: int) -> list[list[Reply]]:
+    """The replies of each episode."""
+    gate = asyncio.Semaphore(in_flight)
+
+    async def play(episode: Episode) -> list[Reply]:
+        async with gate:
+            return [await _reply(model, turn) for turn in episode]
+
+    return list(await asyncio.gather(*map(play, episodes)))
+
+
+async def play_in_lock_step(model: TransformersModel, episodes: Sequence[Episode], in_flight: int) -> list[list[Reply]]:
+    """The replies of each episode."""
+    replies: list[list[Reply]] = [[] for _ in episodes]
+    for start in range(0, len(episodes), in_flight):
+        together = range(start, min(start + in_flight, len(episodes)))
+        for turn in range(max(len(episodes[index]) for index in together)):
+            acting = [index for index in together if turn < len(episodes[index])]
+            given = await asyncio.gather(*(_reply(model, episodes[index][turn]) for index in acting))
+            for index, reply in zip(acting, given, strict=True):
+                replies[index].append(reply)
+    return replies
+
+
+async def _reply(model: TransformersModel, turn: Turn) -> Reply:
+    return await model.complete(
+        [{"role": "user", "content": turn.prompt}],
+        max_new_tokens=turn.reply_tokens,
+        temperature=1.0,
+        seed=turn.seed,
+    )
+
+
+def measure(model: TransformersModel, episodes: Sequence[Episode], in_flight: int, repeats: int) -> Result:
+    """Times both, one after the other, the one that begins changing with each repetition."""
+    seconds: dict[Play, list[float]] = {play_in_lock_step: [], play_in_flight: []}
+    asyncio.run(play_in_flight(model, episodes[:in_flight], in_flight))  # warms up
+    work = set()
+    for repeat in range(repeats):
+        for play in list(seconds)[:: -1 if repeat % 2 else 1]:
+            begun = time.perf_counter()
+            played = asyncio.run(play(model, episodes, in_flight))
+            seconds[play].append(time.perf_counter() - begun)
+            replies = [reply for episode in played for reply in episode]
+            prompt_tokens = sum(len(reply.prompt_ids) for reply in replies)
+            reply_tokens = sum(len(reply.completion_ids) for reply in replies)
+            work.add((prompt_tokens, reply_tokens))
+    assert len(work) == 1, f"both must do the same work, they did {work} tokens"
+    ratios = [slow / fast for slow, fast in zip(*seconds.values(), strict=True)]
+    return Result(
+        episodes=len(episodes),
+        in_flight=in_flight,
+        turns=sum(map(len, episodes)),
+        prompt_tokens=prompt_tokens,
+        reply_tokens=reply_tokens,
+        lock_step_s=statistics.median(seconds[play_in_lock_step]),
+        in_flight_s=statistics.median(seconds[play_in_flight]),
+        ratio=statistics.median(ratios),
+        ratios=tuple(ratios),
+        threads=torch.get_num_threads(),
+    )
+
+
+def main(*, out: Path | None = None, episodes: int = 64, in_flight: int = 16, repeats: int = 3, seed: int = 0) -> None:
+    """Compare episodes in flight with lock-step and print a table.
+
+    Args:
+        out: JSON file for the numbers.
+        episodes: Episodes to play.
+        in_flight: Episodes under way at a time.
+        repeats: Repetitions of each that are timed; medians are reported.
+        seed: Draws the episodes.
+    """
+    result = measure(random_model(in_flight), draw_episodes(episodes, seed), in_flight, repeats)
+    table = Table(title=f"{episodes} episodes, {result.turns} replies, {in_flight} episodes at a time")
+    for column in ("", "seconds", "new tokens/s"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, seconds in (("lock-step", result.lock_step_s), ("in flight", result.in_flight_s)):
+        table.add_row(name, f"{seconds:.2f}", f"{result.reply_tokens / seconds:,.0f}")
+    table.add_row("ratio", f"{result.ratio:.2f}x", "")
+    Console().print(table)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,50 @@
+"""`eval.benchmarks.rollouts` in small: both ways do the same work, and in flight takes fewer steps."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from eval.benchmarks import rollouts
+
+
+def test_episodes_are_a_function_of_the_seed_and_mixed() -> None:
+    episodes = rollouts.draw_episodes(20, 3)
+    assert episodes == rollouts.draw_episodes(20, 3) != rollouts.draw_episodes(20, 4)
+    assert len({len(episode) for episode in episodes}) > 3
+    lengths = [turn.reply_tokens for episode in episodes for turn in episode]
+    assert 4 <= min(lengths) < 8 < 64 < max(lengths) <= 96
+
+
+def test_both_ways_do_the_same_work_and_in_flight_in_fewer_steps() -> None:
+    model = rollouts.random_model(4, layers=1, width=16)
+    episodes = rollouts.draw_episodes(10, 0)
+    steps = 0
+
+    def count(*_: object) -> None:
+        nonlocal steps
+        steps += 1
+
+    model.model.register_forward_pre_hook(count)
+    in_flight = asyncio.run(rollouts.play_in_flight(model, episodes, 4))
+    in_flight_steps, steps = steps, 0
+    lock_step = asyncio.run(rollouts.play_in_lock_step(model, episodes, 4))
+    for one, other, episode in zip(in_flight, lock_step, episodes, strict=True):
+        assert [reply.completion_ids for reply in one] == [reply.completion_ids for reply in other]
+        assert [len(reply.completion_ids) for reply in one] == [turn.reply_tokens for turn in episode]
+    assert steps > 1.25 * in_flight_steps
+
+
+def test_the_figures_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = rollouts.random_model(2, layers=1, width=16)
+    monkeypatch.setattr(rollouts, "random_model", lambda max_batch: model)
+    rollouts.main(out=tmp_path / "new" / "rollouts.json", episodes=4, in_flight=2, repeats=1)
+    figures = json.loads((tmp_path / "new" / "rollouts.json").read_text())
+    assert figures["ratio"] == pytest.approx(figures["lock_step_s"] / figures["in_flight_s"])
+    assert figures["reply_tokens"] > 0

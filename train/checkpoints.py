@@ -1,0 +1,91 @@
+"""What a training run keeps, so that it goes on after a kill as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from atommem_env.errors import CheckpointError
+
+
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that training changes; of a model with adapters, the adapters."""
+    return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Sets the weights that `trained_weights` gave.
+
+    Raises:
+        CheckpointError: they are those of another model.
+    """
+    own = trained_weights(model)
+    if {name: weight.shape for name, weight in own.items()} != {name: weight.shape for name, weight in weights.items()}:
+        raise CheckpointError("The checkpoint is of another model. Start with the same --model, or with a new --out.")
+    for name, weight in own.items():
+        weight.copy_(weights[name])
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every global random generator that a model, a library or a user's code may draw from."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),  # noqa: NPY002 (a library's draws, not ours)
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Undoes what was drawn since `random_state`."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Replaces `path` by `state`: whoever is killed meanwhile, or runs out of disk, still has the file from before.
+
+    Raises:
+        CheckpointError: it could not be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+        partial.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
+        before = "The one before is intact" if path.exists() else "There is none from before"
+        raise CheckpointError(
+            f"The checkpoint {path} could not be written ({error}); {free / 1e6:,.0f} MB are free there. {before}. "
+            "Make room, then go on with --resume."
+        ) from error
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What `save` was given.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it cannot be read.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"Nothing to resume: {path} does not exist. Leave --resume out to start.")
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}). Start anew with another --out.") from error
+    return state

@@ -1,0 +1,542 @@
+"""`atommem grpo`: reinforcement learning on this machine, from a model that can already play.
+
+    atommem grpo AtomMem-Synthetic --model runs/sft/model --layout terse --out runs/grpo
+
+Each step plays `groups` tasks `group_size` times, compares every rollout with the mean of its group, and makes one update on
+all their turns: on-policy GRPO (DeepSeekMath, arXiv 2402.03300) with the AtomMem paper's settings (arXiv 2601.08323). What
+was sampled is what is trained: the token ids, once each, and a rollout that the infrastructure lost takes its group out.
+
+The folder `--out` then holds `model/` (Hugging Face; the best of the evaluations, in each of which the same held-out episodes
+are played greedily), `metrics.jsonl` and `tensorboard/` (every step), `curve.png`, `config.json`, and `checkpoint.pt`, from which
+`--resume` goes on as if the run had never been stopped. What is left out: more than one process (that is `train/cluster`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import json
+import math
+import shutil
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Literal
+
+import gymnasium as gym
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from agents.chat_policy import ChatPolicy, Sampling
+from agents.models.chat_tokenizer import ChatTokenizer
+from agents.models.download import find_model
+from agents.models.transformers_model import TransformersModel
+from agents.rollout import Driver, EpisodeSpec, run_blocking
+from atommem_env.env import count_results
+from atommem_env.errors import DataError, MissingDependency, SettingError
+from atommem_env.tokens import get_tokenizer
+from atommem_env.types import Rollout
+from eval.metrics import episode_record, summarise
+from eval.run import EnvOptions, episode_specs, json_line, read_episodes, replace_file
+from train.advantages import group_advantages
+from train.samples import Sample, check_all_trained, make_samples
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+METRICS = "metrics.jsonl"
+CHECKPOINT = "checkpoint.pt"
+_RETRIES = 2  # of an episode that the infrastructure failed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GRPORun(EnvOptions):
+    """What is trained on what. The defaults are the paper's, for a model of some billion parameters."""
+
+    model: str = "smollm2"
+    """The model to start from: tiny, smollm2, or the folder of a Hugging Face chat model."""
+    out: Path = Path("runs/grpo")
+    """Folder of the run; new or empty, unless --resume."""
+    resume: bool = False
+    """Go on with an interrupted run in the same folder."""
+    split: str | None = "train"
+    """Split of the dataset to train on."""
+    eval_split: str = "dev"
+    """Split of the held-out episodes."""
+    durability: str | None = "off"
+    """off, or episode: keep every entry of every rollout in the folder's memory/."""
+    temperature: float = 1.0
+    """Of the rollouts; evaluation is greedy."""
+    steps: int = 200
+    """Updates."""
+    groups: int = 16
+    """Tasks in a step."""
+    group_size: int = 16
+    """Rollouts of each task."""
+    learning_rate: float = 1e-6
+    """Highest learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What becomes of the learning rate after the warm-up; linear and cosine end at 0."""
+    warmup_steps: int = 0
+    """Updates over which the learning rate rises."""
+    divide_by_std: bool = False
+    """Divide advantages by the standard deviation of the group."""
+    clip_low: float = 0.2
+    """A token made less likely than 1 - clip_low times its old probability is left there."""
+    clip_high: float = 0.28
+    """A token made more likely than 1 + clip_high times is left there."""
+    kl_coef: float = 0.0
+    """Weight of the KL divergence from the starting model."""
+    importance_cap: float | None = 2.0
+    """Most that a token counts for the sampler's rounding; None: no correction."""
+    max_grad_norm: float = 1.0
+    """A longer gradient is cut to this length."""
+    lora_rank: int = 0
+    """Train adapters of this rank in every linear layer, merged in the end; 0 trains all weights."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What is computed in; weights that are trained are float32 in any case."""
+    micro_batch_tokens: int = 16_384
+    """Tokens computed at the same time in an update; changes memory and speed only."""
+    share_prefixes: bool = True
+    """Compute the prompts' common beginnings once for all rollouts of a group; changes the speed only."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them: less memory, more time."""
+    eval_every: int = 20
+    """Steps between evaluations; 0: none, and the last model counts as the best."""
+    eval_episodes: int = 200
+    """Episodes of an evaluation."""
+    save_every: int = 20
+    """Steps between checkpoints."""
+    seed: int = 0
+    """Of the tasks, of what is sampled, and of new weights."""
+
+    def __post_init__(self) -> None:
+        def check(name: str, ok: bool, expected: str) -> None:
+            if not ok:
+                raise SettingError(f"{name} must be {expected}, got {getattr(self, name)!r}.")
+
+        for name in ("steps", "groups", "save_every", "in_flight", "max_new_tokens", "micro_batch_tokens"):
+            check(name, getattr(self, name) >= 1, "at least 1")
+        check("group_size", self.group_size >= 2, "at least 2 (one rollout has nothing to be compared with)")
+        check("temperature", self.temperature > 0, "above 0 (greedy rollouts of a task are all alike)")
+        for name in ("learning_rate", "max_grad_norm"):
+            check(name, getattr(self, name) > 0, "above 0")
+        for name in ("eval_every", "warmup_steps", "lora_rank"):
+            check(name, getattr(self, name) >= 0, "at least 0")
+        check("eval_episodes", self.eval_episodes >= 1 or not self.eval_every, "at least 1")
+        if self.eval_every and self.data is not None:
+            raise SettingError(
+                "--data names one file, and evaluation needs other questions than training. Import both files with "
+                "`atommem data import` as two splits, or turn evaluation off with --eval-every 0."
+            )
+
+
+class Trainer:
+    """The state of a run: a model, its optimiser, how many steps were made, and the best model so far."""
+
+    def __init__(self, run: GRPORun, console: Console | None = None) -> None:
+        try:
+            import torch
+            from torch.utils.tensorboard import SummaryWriter
+            from transformers.utils.logging import disable_progress_bar
+        except ImportError as error:
+            raise MissingDependency(f"Training needs {error.name!r}: pip install 'atommem[train]'.") from error
+        from train.losses import LossSettings
+        from train.packing import use_packed_attention
+
+        disable_progress_bar()  # of loading and saving: ours tells of more
+        self.run = run
+        self.console = console or Console(stderr=True)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.step = 0
+        self.best: dict[str, Any] = {"em": -1.0, "step": 0, "weights": None}
+        self.loss = LossSettings(
+            clip_low=run.clip_low, clip_high=run.clip_high, kl_coef=run.kl_coef, importance_cap=run.importance_cap
+        )
+        identity = _open_run(run)
+        self.driver = Driver.of(_make_env(run, run.split))
+        self.held_out = Driver.of(_make_env(run, run.eval_split)) if run.eval_every else None
+        for driver in filter(None, (self.driver, self.held_out)):
+            if not len(driver.source):
+                raise DataError(f"The {driver.source.dataset} source has no tasks; choose another --split.")
+        self.specs = episode_specs(len(self.driver.source), run.steps * run.groups, run.seed)
+        torch.manual_seed(run.seed)
+        self.chat = ChatTokenizer(find_model(run.model))
+        self.model = self._load()
+        self.sampled = self.model  # the module that replies are drawn from
+        if run.dtype == "bfloat16" and not run.lora_rank:
+            self.sampled = copy.deepcopy(self.model).requires_grad_(False)
+            for weight in self.sampled.parameters():  # no buffers: rounded rotary frequencies turn late tokens by radians
+                weight.data = weight.data.to(torch.bfloat16)
+        self.sampler = TransformersModel.of(self.sampled, self.chat, name=Path(run.model).name, max_batch=run.in_flight)
+        use_packed_attention(self.model)  # now that the sampler has seen which attention it replaces
+        self.reference = None  # adapters can be switched off; a full model needs a second one
+        if run.kl_coef and not run.lora_rank:
+            self.reference = copy.deepcopy(self.model).requires_grad_(False)
+        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=run.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+        if run.resume:
+            self._resume()
+        else:
+            _check_disk(run.out, 4 * sum(weight.numel() * 4 for weight in trained))  # weights, two moments, the best
+            replace_file(run.out / "config.json", identity)
+        self.tensorboard = SummaryWriter(str(run.out / "tensorboard"), purge_step=self.step + 1)
+
+    # ------------------------------------------------------------------------------------------------------------ the loop
+
+    def train(self) -> dict[str, Any]:
+        """Trains to the end, writes `model/`, and returns the last line of `metrics.jsonl`."""
+        run = self.run
+        with _progress(self.console) as progress:
+            bar = progress.add_task("GRPO", total=run.steps, completed=self.step, told="")
+            if self.step == 0 and run.eval_every:
+                self._keep_line({"step": 0, **self.evaluate()})
+            while self.step < run.steps:
+                line = self.train_step()
+                if run.eval_every and (self.step % run.eval_every == 0 or self.step == run.steps):
+                    line |= self.evaluate()
+                self._keep_line(line)
+                if self.step % run.save_every == 0 or self.step == run.steps:
+                    self.save()
+                told = f"reward {line['reward']:.3f}, best held-out EM {max(self.best['em'], 0):.3f}"
+                progress.update(bar, completed=self.step, told=told)
+        self.tensorboard.close()
+        self.export()
+        return read_episodes(run.out / METRICS)[-1]
+
+    def train_step(self) -> dict[str, Any]:
+        """Plays one step's groups and makes one update; returns its metrics."""
+        started = time.perf_counter()
+        groups = self.play_groups()
+        rewards = [[rollout.reward if rollout else None for rollout in group] for group in groups]
+        advantages = group_advantages(rewards, divide_by_std=self.run.divide_by_std)
+        if advantages.failed_groups == len(groups):
+            raise SettingError(
+                f"Every group of step {self.step + 1} lost a rollout {_RETRIES + 1} times over; the warnings above say why. "
+                f"Mend the cause and go on with --resume from step {self.step // self.run.save_every * self.run.save_every}."
+            )
+        samples = make_samples(groups, advantages)
+        played = time.perf_counter()
+        update = self.update(samples)
+        self.step += 1
+        return {
+            "step": self.step,
+            "reward": fmean(reward for group in rewards for reward in group if reward is not None),
+            "groups_live": advantages.live_groups,
+            "groups_flat": advantages.flat_groups,
+            "groups_failed": advantages.failed_groups,
+            **_behaviour([rollout for group in groups for rollout in group if rollout]),
+            **update,
+            "seconds_rollouts": played - started,
+            "seconds_update": time.perf_counter() - played,
+        }
+
+    def play_groups(self) -> list[list[Rollout | None]]:
+        """The rollouts [groups][group_size] of the next step: the same tasks and draws whenever it is played."""
+        run = self.run
+        tasks = self.specs[self.step * run.groups : (self.step + 1) * run.groups]
+        specs = [
+            EpisodeSpec(task.index, task.task_seed, seed)
+            for task in tasks
+            for seed in np.random.default_rng(task.seed).integers(2**31, size=run.group_size).tolist()
+        ]
+        policy = self._policy(run.temperature)
+        rollouts = run_blocking(self.driver.run_tolerant(specs, policy, in_flight=run.in_flight, retries=_RETRIES))
+        return [rollouts[start : start + run.group_size] for start in range(0, len(rollouts), run.group_size)]
+
+    def update(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """One optimiser step on the mean loss over all trained tokens of `samples`; returns metrics.
+
+        Raises:
+            SamplesMismatch: a sample was left out or trained on twice.
+            DataError: the gradient is not finite; the weights are as before.
+        """
+        import torch
+
+        from train.losses import grpo_loss, token_entropy, token_logprobs
+        from train.packing import pack_samples, packed_logits
+
+        run = self.run
+        learning_rate = self._learning_rate()
+        metrics: dict[str, float] = defaultdict(float)
+        if samples:
+            total = sum(sample.trained_tokens for sample in samples)
+            batches = pack_samples(samples, run.micro_batch_tokens, share_prefixes=run.share_prefixes)
+            trained: list[Any] = []
+            gap_max = 0.0
+            self.model.train()
+            for batch in batches:
+                targets, sampled, advantages = (
+                    torch.from_numpy(array).to(self.device)
+                    for array in (batch.targets_N, batch.logprobs_N, batch.advantages_N)
+                )
+                with self._autocast():
+                    logits = packed_logits(self.model, batch)
+                    reference = self._reference_logprobs(batch, targets) if run.kl_coef else None
+                logp = token_logprobs(logits, targets, run.temperature)
+                # One update a step: the policy before it is the policy itself, and only the gradient tells them apart.
+                loss, parts = grpo_loss(
+                    logp, logp.detach(), sampled, advantages,
+                    total_tokens=total, reference_N=reference, settings=self.loss,
+                )  # fmt: skip
+                loss.backward()
+                gap = (logp.detach() - sampled).abs()
+                gap_max = max(gap_max, gap.max().item())
+                for name, value in parts.items():
+                    metrics[name] += float(value)
+                metrics["entropy"] += token_entropy(logits.detach(), run.temperature).sum().item() / total
+                metrics["logprob_gap_mean"] += gap.sum().item() / total
+                trained += batch.keys
+            check_all_trained(samples, trained)
+            norm = torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], run.max_grad_norm).item()
+            if not np.isfinite(norm):
+                raise DataError(
+                    f"The gradient of step {self.step + 1} is not finite. The weights are as before it; lower --learning-rate, "
+                    "or compute in float32, and go on with --resume."
+                )
+            for weights in self.optimizer.param_groups:
+                weights["lr"] = learning_rate
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            tokens = sum(len(sample.token_ids) for sample in samples)
+            computed = sum(len(batch.token_ids_T) for batch in batches)
+            metrics |= {
+                "logprob_gap_max": gap_max,  # of the sampler's log-probabilities from the trainer's
+                "grad_norm": norm,
+                "trained_tokens": total,
+                "prefix_share": 1 - computed / tokens,  # of all tokens: those not computed again
+            }
+            self._sync()
+        return {"samples": len(samples), "learning_rate": learning_rate, **metrics}
+
+    def evaluate(self) -> dict[str, Any]:
+        """Plays the held-out episodes greedily; remembers the weights if they are the best so far."""
+        assert self.held_out is not None
+        from train.checkpoints import trained_weights
+
+        run, driver = self.run, self.held_out
+        started = time.perf_counter()
+        specs = episode_specs(len(driver.source), run.eval_episodes, run.seed)
+        rollouts = run_blocking(driver.run(specs, self._policy(0.0), in_flight=run.in_flight))
+        tokenizer = get_tokenizer(driver.settings.tokenizer)
+        numbers = summarise([episode_record(place, rollout, tokenizer) for place, rollout in enumerate(rollouts)])
+        if numbers["em"] > self.best["em"]:
+            weights = {name: weight.to("cpu", copy=True) for name, weight in trained_weights(self.model).items()}
+            self.best = {"em": numbers["em"], "step": self.step, "weights": weights}
+        return {
+            "eval_em": numbers["em"],
+            "eval_em_ci95": numbers["em_ci95"],
+            "eval_evidence_stored": numbers["evidence_recall"]["stored"],
+            "eval_faults": round(sum(numbers["faults"].values()), 4),
+            "seconds_eval": time.perf_counter() - started,
+        }
+
+    # -------------------------------------------------------------------------------------------------- what a run keeps
+
+    def save(self) -> None:
+        """Writes all that `--resume` needs.
+
+        Raises:
+            CheckpointError: it could not be written; the one before is intact.
+        """
+        from train import checkpoints
+
+        state = {
+            "step": self.step,  # and so the place in the data and in the schedule: both are functions of it
+            "weights": checkpoints.trained_weights(self.model),
+            "optimizer": self.optimizer.state_dict(),
+            "random": checkpoints.random_state(),
+            "best": self.best,
+        }
+        checkpoints.save(self.run.out / CHECKPOINT, state)
+
+    def _resume(self) -> None:
+        from train import checkpoints
+
+        lines = []
+        if (self.run.out / CHECKPOINT).exists():  # else it was stopped before the first
+            state = checkpoints.load(self.run.out / CHECKPOINT)
+            checkpoints.load_weights(self.model, state["weights"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            checkpoints.set_random_state(state["random"])
+            self.step, self.best = state["step"], state["best"]
+            self._sync()
+            # What was logged after the checkpoint will be logged again.
+            lines = [line for line in read_episodes(self.run.out / METRICS) if line["step"] <= self.step]
+        replace_file(self.run.out / METRICS, "".join(map(json_line, lines)))
+
+    def export(self) -> None:
+        """Writes the best model in the form of Hugging Face to `model/`, and the curve."""
+        from train.checkpoints import load_weights, trained_weights
+        from train.curve import draw_curve
+
+        last = {name: weight.clone() for name, weight in trained_weights(self.model).items()}
+        if self.best["weights"] is not None:
+            load_weights(self.model, self.best["weights"])
+        model = copy.deepcopy(self.model).merge_and_unload() if self.run.lora_rank else self.model
+        partial = self.run.out / ".model.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial)
+        self.chat.backend.save_pretrained(partial)
+        shutil.rmtree(self.run.out / "model", ignore_errors=True)
+        partial.rename(self.run.out / "model")
+        load_weights(self.model, last)
+        draw_curve(self.run.out / METRICS, self.run.out / "curve.png")
+
+    def _keep_line(self, line: dict[str, Any]) -> None:
+        rounded = {name: round(value, 6) if isinstance(value, float) else value for name, value in line.items()}
+        with (self.run.out / METRICS).open("a", encoding="utf-8", newline="\n") as file:
+            file.write(json_line(rounded))
+        for name, value in _numbers(line):
+            self.tensorboard.add_scalar(name, value, line["step"])
+
+    # -------------------------------------------------------------------------------------------------------------- the model
+
+    def _load(self) -> Any:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        run = self.run
+        # What is trained is float32, also where the computing is not: a small update would be lost in a bfloat16 weight.
+        dtype = getattr(torch, run.dtype if run.lora_rank else "float32")
+        folder = find_model(run.model)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(self.device)
+        if run.lora_rank:
+            from peft import LoraConfig, get_peft_model
+
+            adapters = LoraConfig(r=run.lora_rank, lora_alpha=2 * run.lora_rank, target_modules="all-linear")
+            model = get_peft_model(model, adapters)
+        if run.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()
+        return model
+
+    def _policy(self, temperature: float) -> ChatPolicy:
+        sampling = Sampling(temperature, self.run.max_new_tokens)
+        return ChatPolicy(self.sampler, self.driver.settings, sampling, self.run.layout)
+
+    def _sync(self) -> None:
+        """Hands the trained weights to the module that is sampled from, where that is another."""
+        import torch
+
+        if self.sampled is not self.model:
+            with torch.no_grad():
+                for ours, theirs in zip(self.model.parameters(), self.sampled.parameters(), strict=True):
+                    theirs.copy_(ours)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        import torch
+
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.dtype == "bfloat16")
+
+    def _reference_logprobs(self, batch: Any, targets: Tensor) -> Tensor:
+        """[N] of the starting model."""
+        import torch
+
+        from train.losses import token_logprobs
+        from train.packing import packed_logits
+
+        without_adapters = self.model.disable_adapter() if self.run.lora_rank else contextlib.nullcontext()
+        with torch.no_grad(), without_adapters:
+            return token_logprobs(packed_logits(self.reference or self.model, batch), targets, self.run.temperature)
+
+    def _learning_rate(self) -> float:
+        """Of the next update."""
+        run = self.run
+        if self.step < run.warmup_steps:
+            return run.learning_rate * (self.step + 1) / (run.warmup_steps + 1)
+        done = (self.step - run.warmup_steps) / max(run.steps - run.warmup_steps, 1)
+        factors = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+        return run.learning_rate * factors[run.schedule]
+
+
+def _behaviour(rollouts: Sequence[Rollout]) -> dict[str, Any]:
+    """What the policy did: operations carried out a turn, by kind; faults and turns an episode; tokens and cuts a reply."""
+    turns = [turn for rollout in rollouts for turn in rollout.turns]
+    done: Counter[str] = Counter()
+    faults = 0
+    for turn in turns:
+        counts = count_results(turn.results)
+        done.update(counts["operations"])
+        faults += sum(counts["faults"].values())
+    return {
+        "operations": {name: done[name] / len(turns) for name in sorted(done)},
+        "faults": faults / len(rollouts),
+        "turns": len(turns) / len(rollouts),
+        "prompt_tokens": fmean(len(turn.reply.prompt_ids) for turn in turns),
+        "reply_tokens": fmean(len(turn.reply.completion_ids) for turn in turns),
+        "replies_cut": sum(turn.reply.stop == "length" for turn in turns) / len(turns),
+    }
+
+
+def _make_env(run: GRPORun, split: str | None) -> gym.Env[Any, Any]:
+    options = {**run.env_options(), "store": str(run.out / "memory")}
+    return gym.make(run.env_id, **options | ({"split": split} if split else {}))
+
+
+def _open_run(run: GRPORun) -> str:
+    """Checks that the folder fits; returns the text of `config.json`."""
+    path = run.out / "config.json"
+    asked = {name: value for name, value in dataclasses.asdict(run).items() if name not in ("out", "resume")}
+    identity = json.loads(json.dumps(asked, default=str))
+    if run.resume:
+        if not path.is_file():
+            raise SettingError(f"Nothing to resume: {path} does not exist. Leave --resume out to start.")
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name in identity if before.get(name) != identity[name]]
+        if changed:
+            told = "; ".join(f"{name} was {before.get(name)!r}, is {identity[name]!r}" for name in changed)
+            raise SettingError(f"{run.out} holds a run of another configuration: {told}.")
+    elif run.out.exists() and (not run.out.is_dir() or any(run.out.iterdir())):
+        raise SettingError(f"{run.out} must be a new or empty folder, and is not. Choose another --out, or --resume.")
+    run.out.mkdir(parents=True, exist_ok=True)
+    return json.dumps(identity, indent=2) + "\n"
+
+
+def _check_disk(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < 2 * needed:  # the checkpoint before stays until the next is complete
+        raise SettingError(
+            f"Checkpoints need about {2 * needed / 1e9:.1f} GB (two of {needed / 1e9:.1f} GB at the moment of a change); "
+            f"{free / 1e9:.1f} GB are free in {folder}. Make room, or choose another --out."
+        )
+
+
+def _numbers(line: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in line.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)):
+            yield prefix + name, value
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[told]}"),
+        console=console,
+    )
+
+
+def main(run: GRPORun) -> None:
+    """Train a model by reinforcement learning (GRPO) on an environment."""
+    trainer = Trainer(run)
+    trainer.train()
+    console = Console()
+    best = trainer.best
+    if best["weights"] is not None:
+        console.print(f"Best held-out exact match {100 * best['em']:.1f} % after {best['step']} of {run.steps} steps.")
+    console.print(
+        f"The model is in [bold]{run.out / 'model'}[/], the curve in {run.out / 'curve.png'}. Evaluate it:\n"
+        f"  atommem eval {run.env_id} --policy {run.out / 'model'} --layout {run.layout} --split test",
+        soft_wrap=True,
+    )
