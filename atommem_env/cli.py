@@ -26,6 +26,7 @@ COMMANDS = {
     "models get": ("agents.models.download:get_command", "Fetch a model's weights and make them ready."),
 }
 _OURS = ("agents", "eval", "train")
+_WITH_PRESETS = ("collect", "sft", "grpo")
 
 _EXAMPLES = """\
 examples:
@@ -49,10 +50,11 @@ def main() -> None:
     import tyro
 
     try:
-        function = load(COMMANDS[command][0])
-        tyro.cli(
-            function, prog=f"atommem {command}", args=words[len(command.split()) :], config=(tyro.conf.OmitArgPrefixes,)
-        )
+        function, rest = load(COMMANDS[command][0]), words[len(command.split()) :]
+        if command in _WITH_PRESETS:
+            load("train.presets:call")(command, function, rest)
+        else:
+            tyro.cli(function, prog=f"atommem {command}", args=rest, config=(tyro.conf.OmitArgPrefixes,))
     except AtomMemError as error:
         notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
         print(f"atommem {command}: {error}{notes}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import random
 import shutil
 from pathlib import Path
@@ -67,8 +68,10 @@ def save(path: Path, state: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-        partial.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
+        free = 0
+        if path.parent.is_dir():
+            partial.unlink(missing_ok=True)
+            free = shutil.disk_usage(path.parent).free
         before = "The one before is intact" if path.exists() else "There is none from before"
         raise CheckpointError(
             f"The checkpoint {path} could not be written ({error}); {free / 1e6:,.0f} MB are free there. {before}. "
@@ -86,6 +89,6 @@ def load(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"Nothing to resume: {path} does not exist. Leave --resume out to start.")
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}). Start anew with another --out.") from error
     return state

@@ -38,12 +38,13 @@ from agents.models.download import find_model
 from agents.models.transformers_model import TransformersModel
 from agents.rollout import Driver, EpisodeSpec, run_blocking
 from atommem_env.env import count_results
-from atommem_env.errors import DataError, MissingDependency, SettingError
+from atommem_env.errors import CheckpointError, DataError, MissingDependency, SettingError
 from atommem_env.tokens import get_tokenizer
 from atommem_env.types import Rollout
 from eval.metrics import episode_record, summarise
 from eval.run import EnvOptions, episode_specs, json_line, read_episodes, replace_file
 from train.advantages import group_advantages
+from train.memory_needed import check_memory
 from train.samples import Sample, check_all_trained, make_samples
 
 if TYPE_CHECKING:
@@ -158,6 +159,7 @@ class Trainer:
         self.loss = LossSettings(
             clip_low=run.clip_low, clip_high=run.clip_high, kl_coef=run.kl_coef, importance_cap=run.importance_cap
         )
+        check_memory(run)
         identity = _open_run(run)
         self.driver = Driver.of(_make_env(run, run.split))
         self.held_out = Driver.of(_make_env(run, run.eval_split)) if run.eval_every else None
@@ -171,7 +173,8 @@ class Trainer:
         self.sampled = self.model  # the module that replies are drawn from
         if run.dtype == "bfloat16" and not run.lora_rank:
             self.sampled = copy.deepcopy(self.model).requires_grad_(False)
-            for weight in self.sampled.parameters():  # no buffers: rounded rotary frequencies turn late tokens by radians
+            # Not `.to`, which would round buffers too: the rotary frequencies, which turn late tokens by radians.
+            for weight in self.sampled.parameters():
                 weight.data = weight.data.to(torch.bfloat16)
         self.sampler = TransformersModel.of(self.sampled, self.chat, name=Path(run.model).name, max_batch=run.in_flight)
         use_packed_attention(self.model)  # now that the sampler has seen which attention it replaces
@@ -390,10 +393,16 @@ class Trainer:
 
     def _keep_line(self, line: dict[str, Any]) -> None:
         rounded = {name: round(value, 6) if isinstance(value, float) else value for name, value in line.items()}
-        with (self.run.out / METRICS).open("a", encoding="utf-8", newline="\n") as file:
-            file.write(json_line(rounded))
-        for name, value in _numbers(line):
-            self.tensorboard.add_scalar(name, value, line["step"])
+        try:
+            with (self.run.out / METRICS).open("a", encoding="utf-8", newline="\n") as file:
+                file.write(json_line(rounded))
+            for name, value in _numbers(line):
+                self.tensorboard.add_scalar(name, value, line["step"])
+        except OSError as error:
+            raise CheckpointError(
+                f"The metrics of step {line['step']} could not be written to {self.run.out} ({error}). The last checkpoint "
+                "is intact: make room, then go on with --resume."
+            ) from error
 
     # -------------------------------------------------------------------------------------------------------------- the model
 

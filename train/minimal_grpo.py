@@ -110,7 +110,7 @@ def play(
 def sample_turns(
     model: PreTrainedModel, prompts: Sequence[list[int]], *, eos_id: int, max_new_tokens: int, greedy: bool = False
 ) -> list[Turn]:
-    """A reply to each prompt, drawn from the distribution that is trained: at temperature 1, with no token ruled out."""
+    """A reply to each prompt, drawn from the distribution that is trained: temperature 1, no token ruled out."""
     turns = [Turn(prompt) for prompt in prompts]
     # Padding goes to the left, so that in every row the next token follows the last column. It is never looked at.
     pads = [max(map(len, prompts)) - len(prompt) for prompt in prompts]

@@ -27,6 +27,7 @@ from agents.models.chat_tokenizer import ChatTokenizer
 from agents.models.download import find_model
 from atommem_env.errors import DataError, MissingDependency, PromptTooLong, SettingError
 from eval.run import json_line, replace_file
+from train.memory_needed import check_memory
 
 _IGNORED = -100  # PyTorch's label of a token without loss
 
@@ -101,6 +102,7 @@ def train(run: SFTRun) -> dict[str, Any]:
         from trl import SFTConfig, SFTTrainer
     except ImportError as error:
         raise MissingDependency(f"Training needs {error.name!r}: pip install 'atommem[train]'.") from error
+    check_memory(run)
     folder = find_model(run.model)
     chat = ChatTokenizer(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, run.dtype), local_files_only=True)
@@ -118,6 +120,7 @@ def train(run: SFTRun) -> dict[str, Any]:
         activation_checkpointing=torch.cuda.is_available(),  # trades time for memory, of which a CPU has enough
         dataloader_pin_memory=torch.cuda.is_available(),
         max_length=None,
+        train_sampling_strategy="group_by_length",  # batches of about one length: little padding
         logging_steps=1,
         save_strategy="no",
         report_to="none",
@@ -133,7 +136,7 @@ def train(run: SFTRun) -> dict[str, Any]:
     )
     trainer.train()
     trained = trainer.model.merge_and_unload() if run.lora_rank else trainer.model
-    trained.to(torch.bfloat16).save_pretrained(run.out / "model")
+    trained.to(getattr(torch, run.dtype)).save_pretrained(run.out / "model")
     chat.backend.save_pretrained(run.out / "model")
     replace_file(run.out / "config.json", json.dumps(dataclasses.asdict(run), indent=2, default=str) + "\n")
     replace_file(run.out / "metrics.jsonl", "".join(map(json_line, trainer.state.log_history)))

@@ -52,7 +52,7 @@ class RowCache(Cache):
         super().__init__(layers=[])
         self._limits = max_rows, max_places
         self._states: Tensor | None = None  # [layers, 2, rows, H, places, D], its first B rows in use
-        self._rows = self._places = torch.empty(0)  # [B] of the tokens being read
+        self._rows = self._places = torch.empty(0)  # [B] of the tokens to be written
         self._width = 0  # places in use by the longest row
 
     def write_next(self, places: Tensor, width: int) -> None:
@@ -224,8 +224,8 @@ class ContinuousBatcher:
         await future
 
     async def _serve(self) -> None:
-        batch = Batch(*self._arguments)
         try:
+            batch = Batch(*self._arguments)
             while True:
                 await self._let_others_come()
                 self._forget_cancelled(batch)
@@ -241,7 +241,8 @@ class ContinuousBatcher:
             raise
         except Exception as error:
             for future in self._futures.values():
-                future.set_exception(error)
+                if not future.done():
+                    future.set_exception(error)
 
     def _forget_cancelled(self, batch: Batch) -> None:
         cancelled = {row for row, future in self._futures.items() if future.done()}

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
     from agents.models.decoding import Row
 
-Dtype = Literal["bfloat16", "float32"]
+Dtype = Literal["auto", "bfloat16", "float32"]
 Device = Literal["auto", "cpu"]
+_CACHE_BYTES = 4 * 2**30
 
 
 class TransformersModel:
@@ -28,9 +29,10 @@ class TransformersModel:
 
     Args:
         folder: A Hugging Face model folder, see `agents.models.download.find_model`.
-        dtype: Of weights and activations; probabilities are always computed in float32.
+        dtype: Of weights and activations, "auto" as they were saved; probabilities are always computed in float32.
         device: "auto" is the GPU where there is one.
-        max_batch: Most calls of `complete` that are answered together.
+        max_batch: Most calls of `complete` that are answered together. None: as many as have room for the keys and values of
+            full windows in 4 GiB, but from 16 to 128.
 
     Attributes:
         name: What tables call it.
@@ -44,7 +46,7 @@ class TransformersModel:
     """
 
     def __init__(
-        self, folder: Path, *, dtype: Dtype = "bfloat16", device: Device = "auto", max_batch: int = 16
+        self, folder: Path, *, dtype: Dtype = "auto", device: Device = "auto", max_batch: int | None = None
     ) -> None:
         try:
             import torch
@@ -52,9 +54,9 @@ class TransformersModel:
         except ImportError as error:
             raise MissingDependency(f"A local model needs {error.name!r}: pip install 'atommem[local]'.") from error
         chat = ChatTokenizer(folder)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
         model.to("cuda" if device == "auto" and torch.cuda.is_available() else "cpu")
-        self._set_up(model.eval(), chat, folder.name, max_batch)
+        self._set_up(model.eval(), chat, folder.name, max_batch or _rows_for(model))
 
     @classmethod
     def of(cls, model: Module, chat: ChatTokenizer, *, name: str, max_batch: int = 16) -> TransformersModel:
@@ -166,3 +168,11 @@ class TransformersModel:
             logprobs=tuple(row.logprobs),
             stop="stop" if row.ids[-1] in self._eos_ids else "length",
         )
+
+
+def _rows_for(model: Any) -> int:
+    """A batch that no machine is too small for, larger where the model is small."""
+    config = model.config.get_text_config()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    place = 2 * config.num_hidden_layers * config.num_key_value_heads * size * model.dtype.itemsize  # bytes a token
+    return max(16, min(128, _CACHE_BYTES // (place * config.max_position_embeddings)))

@@ -95,7 +95,7 @@ def test_the_real_model_is_fetched_converted_and_answers() -> None:
     tokenizer: Any = model.chat.backend
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", 2)
     assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<|endoftext|>", 0)
-    generation = model._model.generation_config
+    generation = model.model.generation_config
     assert (generation.eos_token_id, generation.pad_token_id) == (2, 0)
     assert model.window == 8192
     # As in the model's training: digits stand alone, and white space before them stays one token.

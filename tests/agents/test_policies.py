@@ -1,5 +1,7 @@
 import asyncio
+import itertools
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,14 @@ from agents.registry import POLICIES
 from agents.rollout import Driver, EpisodeSpec
 from atommem_env.embedders import get_embedder
 from atommem_env.env import AtomMemEnv
-from atommem_env.errors import EmbeddingError, PolicyError
+from atommem_env.errors import (
+    DataError,
+    EmbeddingError,
+    MissingDependency,
+    PolicyError,
+    PromptTooLong,
+    SettingError,
+)
 from atommem_env.types import Fault, Message, Observation, Reply, Rollout
 
 SPECS = [EpisodeSpec(index, index + 100, index + 200) for index in range(24)]
@@ -171,6 +180,61 @@ def test_an_infrastructure_failure_stops_the_run_and_is_never_a_reward_of_zero()
         )
     assert "in episode" in failure.value.__notes__[0]
     assert told == []
+
+
+class Frail:
+    """The oracle, whose episodes with a seed in `fails` raise in their second reply so many times."""
+
+    name, privileged = "frail", True
+
+    def __init__(self, drive: Driver, fails: dict[int, int], error: type[Exception] = ConnectionError) -> None:
+        self.oracle = load_policy("oracle", drive.settings)
+        self.fails, self.error = fails, error
+        self.begun: Counter[int] = Counter()
+
+    def begin(self, seed: int, task: Any) -> Any:
+        self.begun[seed] += 1
+        act, broken = self.oracle.begin(seed, task), self.begun[seed] <= self.fails.get(seed, 0)
+
+        def reply(observation: Observation) -> Any:
+            if broken and observation["step"] == 1:
+                raise self.error("the server is gone")
+            return act(observation)
+
+        return reply
+
+
+def test_for_training_a_failed_episode_is_played_anew_and_one_that_fails_each_time_is_none(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    drive, specs = driver(), SPECS[:6]
+    whole = asyncio.run(drive.run_tolerant(specs, Frail(drive, {})))
+    assert whole == asyncio.run(drive.run(specs, Frail(drive, {})))
+    assert not caplog.records
+    policy = Frail(drive, {specs[1].seed: 1, specs[2].seed: 2, specs[4].seed: 3})
+    told: list[int] = []
+    replies = itertools.count()
+    rollouts = asyncio.run(
+        drive.run_tolerant(
+            specs, policy, retries=2, finished=lambda place, rollout: told.append(place), replied=lambda: next(replies)
+        )
+    )
+    assert rollouts == [*whole[:4], None, whole[5]]
+    assert sorted(told) == [0, 1, 2, 3, 5]
+    assert [policy.begun[spec.seed] for spec in specs] == [1, 2, 3, 1, 3, 1]
+    assert len(caplog.records) == 1 + 2 + 3
+    assert all("server is gone" in record.message for record in caplog.records)
+    assert sum(f"seed={specs[4].seed}" in record.message for record in caplog.records) == 3
+
+
+@pytest.mark.parametrize("error", [SettingError, DataError, PromptTooLong, MissingDependency])
+def test_what_playing_anew_cannot_mend_is_raised_at_once(error: type[Exception]) -> None:
+    drive = driver()
+    policy = Frail(drive, {SPECS[3].seed: 1}, error)
+    with pytest.raises(error, match="gone") as failure:
+        asyncio.run(drive.run_tolerant(SPECS[:6], policy, retries=5))
+    assert f"seed={SPECS[3].seed}" in failure.value.__notes__[0]
+    assert policy.begun[SPECS[3].seed] == 1
 
 
 def test_fault_8_a_model_is_shown_the_system_text_apart_from_the_observation_and_every_episode_is_played() -> None:

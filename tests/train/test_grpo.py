@@ -366,7 +366,7 @@ def test_a_reward_or_gradient_that_is_not_finite_changes_nothing(
             trainer.train_step()
     with monkeypatch.context() as patched:
         patched.setattr("train.losses.token_mean", lambda values, total: values.sum() / total * float("inf"))
-        with pytest.raises(DataError, match="gradient of step .* is not finite"):
+        with pytest.raises(DataError, match=r"gradient of step .* is not finite"):
             live_step(trainer)
     assert not changed(before, trainer.model)
 
@@ -449,10 +449,11 @@ def test_killed_and_resumed_is_never_killed(
     moment: str, make_run: Callable[..., GRPORun], never_killed: GRPORun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(**RESUMABLE)
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        target, call, after = MOMENTS[moment]
+    target, call, after = MOMENTS[moment]
+    with monkeypatch.context() as patched:
         kill_at(patched, target, call, after=after)
-        begin(run).train()
+        with pytest.raises(Killed):
+            begin(run).train()
     with (run.out / METRICS).open("a") as file:
         file.write('{"step": 4, "rewa')  # and it was killed while it wrote this
     torch.rand(7)  # what the next process drew before
@@ -488,13 +489,15 @@ def test_a_process_killed_in_the_middle_of_a_step_goes_on(
 
 
 @pytest.mark.parametrize("changes", [{"lora_rank": 2}, {"dtype": "bfloat16"}, {"kl_coef": 0.1, "in_flight": 2}])
-def test_other_kinds_of_runs_resume_as_well(changes: dict[str, Any], make_run: Callable[..., GRPORun]) -> None:
+def test_other_kinds_of_runs_resume_as_well(
+    changes: dict[str, Any], make_run: Callable[..., GRPORun], monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, halved = (make_run(name, **RESUMABLE | {"steps": 3, "save_every": 1} | changes) for name in ("one", "two"))
     begin(whole).train()
-    started = begin(halved)
-    with pytest.MonkeyPatch.context() as patched, pytest.raises(Killed):
+    with monkeypatch.context() as patched:
         kill_at(patched, "train.grpo:Trainer.train_step", 2, after=True)
-        started.train()
+        with pytest.raises(Killed):
+            begin(halved).train()
     resumed(halved).train()
     assert same_ends(halved, whole)
 
@@ -579,34 +582,36 @@ def test_only_the_same_run_is_resumed_and_no_folder_overwritten(
 
 
 def test_a_full_disk_at_a_checkpoint_leaves_the_one_before_and_the_run_goes_on(
-    make_run: Callable[..., GRPORun], never_killed: GRPORun
+    make_run: Callable[..., GRPORun], never_killed: GRPORun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    resource = pytest.importorskip("resource")
+    resource = pytest.importorskip("resource")  # a limit on a file's size fails as a full disk does, in the write
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
     run = make_run(**RESUMABLE)
     trainer = begin(run)
-    trainer.train_step = limited(trainer.train_step, 4, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (65536, -1)))
-    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    real = trainer.train_step
+
+    def step() -> dict[str, Any]:
+        if trainer.step == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (65_536, usual[1]))
+        return real()
+
+    monkeypatch.setattr(trainer, "train_step", step)
     try:
-        with pytest.raises(CheckpointError, match="could not be written.*The one before is intact"):
+        with pytest.raises(CheckpointError, match=r"could not be written.*The one before is intact"):
             trainer.train()
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
     assert checkpoints.load(run.out / CHECKPOINT)["step"] == 2
     assert not list(run.out.glob(".*"))
     resumed(run).train()
     assert same_ends(run, never_killed)
 
 
-def limited(step: Callable[[], Any], number: int, limit: Callable[[], None]) -> Callable[[], Any]:
-    """`step`, which lets the disk be full from its `number`th call on."""
-    calls = itertools.count(1)
-
-    def stepping() -> Any:
-        if next(calls) == number:
-            limit()
-        return step()
-
-    return stepping
+def test_metrics_that_cannot_be_written_end_the_run_with_a_word(make_run: Callable[..., GRPORun]) -> None:
+    trainer = begin(make_run())
+    (trainer.run.out / METRICS).mkdir()
+    with pytest.raises(CheckpointError, match="metrics of step 1 could not be written"):
+        trainer.train()
 
 
 def test_too_little_disk_is_noticed_before_the_first_step(

@@ -253,7 +253,7 @@ def lowercase() -> Iterator[str]:
 
 
 def small(folder: Path, **changes: Any) -> Run:
-    options: dict[str, Any] = {"groups": 2, "group_size": 4, "max_new_tokens": 6, "eval_episodes": 4, "eval_every": 100}
+    options: dict[str, Any] = {"groups": 2, "group_size": 4, "num_docs": 4, "max_new_tokens": 6, "eval_episodes": 4}
     return Run(model=folder, **options | changes)
 
 
@@ -264,11 +264,11 @@ def numbers(text: str, name: str) -> list[float]:
 def test_the_loop_learns_and_its_model_can_be_loaded(
     folder: Path, lowercase: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(small(folder, env_id=lowercase, out=tmp_path / "model", steps=12, group_size=8, learning_rate=1e-2))
+    train(small(folder, env_id=lowercase, out=tmp_path / "model", steps=8, group_size=8, learning_rate=3e-2))
     told = capsys.readouterr().out
     rewards = numbers(told, r"(?m)^step .*reward")
-    assert len(rewards) == 12
-    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.15
+    assert len(rewards) == 8
+    assert np.mean(rewards[-2:]) > np.mean(rewards[:2]) + 0.2
     assert max(numbers(told, "gap")) < 1e-4
     before, after = numbers(told, "held-out reward")
     assert after > before
@@ -280,7 +280,7 @@ def test_the_same_seed_trains_the_same_model(
     folder: Path, lowercase: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def weights(name: str, seed: int) -> list[Tensor]:
-        train(small(folder, env_id=lowercase, out=tmp_path / name, steps=2, seed=seed))
+        train(small(folder, env_id=lowercase, out=tmp_path / name, steps=1, seed=seed))
         return list(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name).parameters())
 
     first, again, other = weights("first", 0), weights("again", 0), weights("other", 1)

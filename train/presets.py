@@ -1,0 +1,206 @@
+"""One dial: `atommem collect | sft | grpo --preset NAME` sets every option that the command line does not give.
+
+A preset is a TOML file, `configs/NAME.toml` or one of the user's own, and complete: from an empty folder its three commands,
+one after the other, make the model. Its tables:
+
+    [env]                       the environment, of collect and grpo: fields of `eval.run.EnvOptions`
+    [collect] [sft] [grpo]      fields of `CollectConfig`, `SFTRun` and `GRPORun`
+    [model]                     the model's `config.json` as far as its size follows from it; with it a run that cannot fit
+                                is refused before anyone has fetched the weights
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import tomllib
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import tyro
+
+from agents.models.download import find_model
+from atommem_env.errors import ModelNotFound, SettingError
+from eval.run import EnvOptions
+from train.collect import CollectConfig
+from train.grpo import GRPORun
+from train.memory_needed import check_memory
+from train.sft import SFTRun
+
+FOLDER = Path(__file__).resolve().parents[1] / "configs"
+NAMES = ("tiny", "smollm2", "qwen3-0.6b", "qwen3-8b-lora")  # from the smallest machine to the largest
+_Config = TypeVar("_Config", CollectConfig, SFTRun, GRPORun)
+_COMMANDS: dict[str, type[Any]] = {"collect": CollectConfig, "sft": SFTRun, "grpo": GRPORun}
+_MODEL_FIELDS = {
+    "model_type": str,
+    "hidden_size": int,
+    "intermediate_size": int,
+    "num_hidden_layers": int,
+    "num_attention_heads": int,
+    "num_key_value_heads": int,
+    "head_dim": int,
+    "vocab_size": int,
+    "max_position_embeddings": int,
+    "tie_word_embeddings": bool,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A saved configuration of the training commands."""
+
+    path: Path
+    configs: dict[type, Any]  # of each command; a field that is required and not named is tyro.MISSING
+    model: dict[str, Any]  # of a `config.json`; {}: the file has no [model]
+
+
+def load_preset(name: str, made: type[_Config]) -> _Config:
+    """The configuration of one command in a preset.
+
+    Raises:
+        SettingError: as in `read_preset`.
+    """
+    config: _Config = read_preset(name).configs[made]
+    return config
+
+
+def read_preset(name: str) -> Preset:
+    """The preset of that name, or the one in that TOML file.
+
+    Raises:
+        SettingError: there is none, or something in it is not as it must be; the message lists what there is.
+    """
+    path = FOLDER / f"{name}.toml" if name in NAMES else Path(name)
+    if not path.is_file():
+        raise SettingError(f"--preset takes {', '.join(NAMES)}, or the path of a TOML file; got {name!r}.")
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingError(f"{path} is not TOML: {error}.") from error
+    known = ("env", *_COMMANDS, "model")
+    for table, values in tables.items():
+        if table not in known or not isinstance(values, dict):
+            raise SettingError(f"{path}: there is no table [{table}]. There are: {', '.join(known)}.")
+    env = _read_table(path, "env", tables.get("env", {}), _fields(EnvOptions))
+    configs: dict[type, Any] = {}
+    for command, made in _COMMANDS.items():
+        own = _read_table(path, command, tables.get(command, {}), _fields(made))
+        shared = env if issubclass(made, EnvOptions) else {}
+        missing = {
+            field.name: tyro.MISSING
+            for field in dataclasses.fields(made)
+            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        }
+        try:
+            configs[made] = made(**missing | shared | own)
+        except SettingError as error:
+            error.add_note(f"in {path}, [{command}]")
+            raise
+    model = _read_table(path, "model", tables.get("model", {}), _MODEL_FIELDS)
+    if model and len(model) < len(_MODEL_FIELDS):
+        raise SettingError(f"{path}: [model] must have all of {', '.join(_MODEL_FIELDS)}; it has {', '.join(model)}.")
+    return Preset(path, configs, model)
+
+
+def call(command: str, function: Callable[[Any], None], words: Sequence[str]) -> None:
+    """Runs a training command with its arguments, those of the command line before those of `--preset`.
+
+    Raises:
+        SettingError: as in `read_preset`, or the preset's model, not on this machine yet, cannot fit.
+    """
+    preset_argument = argparse.ArgumentParser(prog=f"atommem {command}", add_help=False, allow_abbrev=False)
+    preset_argument.add_argument("--preset")
+    given, rest = preset_argument.parse_known_args(words)
+    made = _COMMANDS[command]
+    told = f"--preset NAME sets every option that is not given:\n{', '.join(NAMES)}, or a TOML file of yours."
+    if issubclass(made, EnvOptions):
+        told += "\nWhat --set names is added to the preset's."
+    parse = partial(
+        tyro.cli,
+        made,
+        prog=f"atommem {command}",
+        description=f"{inspect.getdoc(function)}\n\n{told}",
+        args=rest,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    if given.preset is None:
+        function(parse())
+        return
+    preset = read_preset(given.preset)
+    default = preset.configs[made]
+    config = parse(default=default)
+    if isinstance(config, EnvOptions) and config.set != default.set:
+        config = dataclasses.replace(config, set=(*default.set, *config.set))  # of two values the later one counts
+    if isinstance(config, SFTRun | GRPORun) and preset.model and config.model == default.model:
+        try:
+            find_model(config.model)
+        except ModelNotFound:
+            check_memory(config, preset.model)  # first: nobody shall fetch what cannot run here
+    function(config)
+
+
+def _fields(made: type) -> dict[str, Any]:
+    """Name → type of a configuration's fields."""
+    hints = get_type_hints(made)
+    return {field.name: hints[field.name] for field in dataclasses.fields(made)}
+
+
+def _read_table(path: Path, table: str, values: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    read = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise SettingError(f"{path}: [{table}] has no {name!r}. It has: {', '.join(fields)}.")
+        try:
+            read[name] = _convert(value, fields[name])
+        except TypeError:
+            expected = " or ".join(_names(fields[name]))
+            raise SettingError(f"{path}: [{table}] {name} must be {expected}, got {value!r}.") from None
+    return read
+
+
+def _convert(value: Any, expected: Any) -> Any:
+    """A value of TOML as a field's type has it; TypeError where it is of another.
+
+    >>> _convert(["a=1"], tuple[str, ...]), _convert(1, float | None)
+    (('a=1',), 1.0)
+    """
+    origin = get_origin(expected)
+    if origin in (Union, UnionType):
+        for option in get_args(expected):
+            with suppress(TypeError):
+                return _convert(value, option)
+    elif origin is Literal:
+        if value in get_args(expected):
+            return value
+    elif origin is tuple:
+        if isinstance(value, list):
+            return tuple(_convert(item, get_args(expected)[0]) for item in value)
+    elif expected is Path and isinstance(value, str):
+        return Path(value)
+    elif expected is float and type(value) is int:
+        return float(value)
+    elif type(value) is expected:
+        return value
+    raise TypeError
+
+
+def _names(expected: Any) -> list[str]:
+    """What a type accepts, in words.
+
+    >>> _names(Literal["a", "b"]), _names(tuple[str, ...]), _names(int | None)
+    (["'a'", "'b'"], ['a list of strings'], ['a whole number'])
+    """
+    origin = get_origin(expected)
+    if origin in (Union, UnionType):
+        return [name for option in get_args(expected) if option is not NoneType for name in _names(option)]
+    if origin is Literal:
+        return [repr(option) for option in get_args(expected)]
+    if origin is tuple:
+        return ["a list of strings"]
+    return [{int: "a whole number", float: "a number", bool: "true or false"}.get(expected, "a string")]
