@@ -41,6 +41,10 @@ POLICIES: dict[str, tuple[Callable[[EpisodeSettings], Policy], str]] = {
         lambda settings: world_reader.WorldReader("type-match", settings, world_reader.keep_by_type),
         "synthetic tasks only: stores facts of the relations that the question names, about whomever",
     ),
+    "type-70": (
+        lambda settings: world_reader.WorldReader("type-70", settings, world_reader.keep_most_by_type),
+        "synthetic tasks only: stores 70 % of what type-match stores, at random",
+    ),
     "random-70": (
         lambda settings: world_reader.WorldReader("random-70", settings, world_reader.keep_at_random),
         "synthetic tasks only: stores 70 % of the facts, drawn at random",
@@ -54,7 +58,10 @@ POLICIES: dict[str, tuple[Callable[[EpisodeSettings], Policy], str]] = {
     "random": (cheats.Random, "random operations with random words of what it sees"),
     "spam": (cheats.Spam, "floods the memory and answers in every turn"),
 }
-MODELS = {"smollm2": "SmolLM2-135M-Instruct, a language model on this machine (first: atommem models get smollm2)"}
+MODELS = {
+    "tiny": "a base model of the synthetic world that has yet to learn the game (0.9 million parameters; use --layout terse)",
+    "smollm2": "SmolLM2-135M-Instruct, a language model on this machine (first: atommem models get smollm2)",
+}
 
 
 def load_policy(

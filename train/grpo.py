@@ -272,7 +272,8 @@ class Trainer:
             batches = pack_samples(samples, run.micro_batch_tokens, share_prefixes=run.share_prefixes)
             trained: list[Any] = []
             gap_max = 0.0
-            self.model.train()
+            # In eval mode, as it samples: dropout would train another distribution. Checkpointing needs the other mode.
+            self.model.train(run.gradient_checkpointing)
             for batch in batches:
                 targets, sampled, advantages = (
                     torch.from_numpy(array).to(self.device)
@@ -421,7 +422,7 @@ class Trainer:
             adapters = LoraConfig(r=run.lora_rank, lora_alpha=2 * run.lora_rank, target_modules="all-linear")
             model = get_peft_model(model, adapters)
         if run.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
         return model
 

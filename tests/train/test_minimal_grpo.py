@@ -117,8 +117,13 @@ def test_it_stays_a_file_to_read_that_stands_alone() -> None:
 # ------------------------------------------------------------------------------------------------------------- sampling
 
 
-def test_what_is_noted_in_sampling_is_what_the_trainer_computes(model: Any) -> None:
+@pytest.mark.parametrize("positions", ["relative", "absolute"])
+def test_what_is_noted_in_sampling_is_what_the_trainer_computes(model: Any, positions: str) -> None:
     torch.manual_seed(2)
+    if positions == "absolute":  # where a wrong offset shows
+        config = transformers.GPT2Config(vocab_size=99, n_positions=32, n_embd=32, n_layer=2, n_head=2)
+        model = transformers.GPT2LMHeadModel(config).eval()
+        model.transformer.wpe.weight.data.normal_()
     turns = sample_turns(model, [[5], [6, 7, 8, 9, 10], [11, 12, 13]], eos_id=NEVER, max_new_tokens=9)
     noted = torch.tensor([logp for turn in turns for logp in turn.logprobs])
     assert len(noted) == 27
@@ -274,6 +279,25 @@ def test_the_loop_learns_and_its_model_can_be_loaded(
     assert after > before
     ChatTokenizer(tmp_path / "model")
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+
+
+def test_each_update_is_of_its_own_rollouts_alone(
+    folder: Path, model: Any, lowercase: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Played again beside the loop, with weights that hardly move."""
+    train(small(folder, env_id=lowercase, steps=2, learning_rate=1e-12))
+    told = numbers(capsys.readouterr().out, "gradient")
+    options: dict[str, Any] = {"split": "train", "num_docs": 4, **minimal_grpo.TASK, **minimal_grpo.MEMORY}
+    envs = [gym.make(lowercase, **options) for _ in range(8)]
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    for gradient in told:
+        seeds = np.repeat(rng.integers(2**31, size=2), 4).tolist()
+        rollouts = play(model, ChatTokenizer(folder), envs, seeds, max_new_tokens=6)
+        add_gradients(model, make_samples([rollouts[:4], rollouts[4:]]))
+        expected = sum(float((part**2).sum()) for part in gradients(model)) ** 0.5
+        assert gradient == pytest.approx(expected, abs=1e-3)
+    assert len(told) == 2
 
 
 def test_the_same_seed_trains_the_same_model(

@@ -1,0 +1,198 @@
+"""The sum of memory: by hand in a small case, exact where it is exact, and what it says when it is too large."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from atommem_env.errors import ModelNotFound, SettingError  # noqa: E402
+from train.collect import SCHEMA  # noqa: E402
+from train.grpo import GRPORun, Trainer  # noqa: E402
+from train.memory_needed import ModelSize, check_memory, memory_needed, refuse_too_large  # noqa: E402
+from train.presets import NAMES, load_preset, read_preset  # noqa: E402
+from train.sft import SFTRun, train  # noqa: E402
+
+GB = 10**9
+SIZE = ModelSize(
+    parameters=1000, linear_width=50, layers=2, hidden=8, intermediate=16, heads=2, kv_heads=1, head_dim=4,
+    normalised_heads=False, vocabulary=10, window=500,
+)  # fmt: skip
+RUN = GRPORun(
+    env_id="AtomMem-Synthetic", num_docs=8, set=("chunk_tokens=64", "top_k=3"), max_new_tokens=16,
+    groups=2, group_size=4, in_flight=100, eval_every=0, micro_batch_tokens=100,
+)  # fmt: skip
+
+
+def sizes(run: SFTRun | GRPORun, phase: str, size: ModelSize = SIZE, *, gpu: bool = False) -> dict[str, int]:
+    return {item.what: item.size for item in memory_needed(run, size, gpu=gpu)[phase]}
+
+
+def size_of(preset: str) -> ModelSize:
+    return ModelSize.of(transformers.AutoConfig.for_model(**read_preset(preset).model))
+
+
+def test_a_small_case_by_hand() -> None:
+    # A prompt has 64 tokens of text and 3 entries of 16; 8 rollouts play at once, and no more.
+    assert sizes(RUN, "plays") == {
+        "weights": 4000,
+        "Adam's moments": 8000,
+        "keys and values": 8 * (64 + 48 + 16) * 2 * (2 * 4) * 4 * 2,
+        "next tokens' probabilities": 8 * 10 * 28,
+    }
+    # A group's turn is 64 + 4 × (48 + 16) = 320 tokens, of which 4 × 16 are replies: 20 of 100.
+    assert sizes(RUN, "updates") == {
+        "weights": 4000,
+        "gradients": 4000,
+        "Adam's moments": 8000,
+        "activations": 100 * 2 * 4 * (6 * 8 + 5 * 8 + 4 * 16),
+        "logits of the replies": 20 * 10 * 4 * 4,
+    }
+
+
+def test_every_setting_acts_where_it_should() -> None:
+    plain = sizes(RUN, "updates")
+    mixed = sizes(replace(RUN, dtype="bfloat16"), "updates")
+    assert mixed["weights"] == 4000  # trained ones stay float32
+    assert mixed["copy that plays"] == mixed["weights in bfloat16"] == 2000
+    assert mixed["activations"] < plain["activations"]
+    adapters = sizes(replace(RUN, dtype="bfloat16", lora_rank=3), "updates")
+    assert (adapters["weights"], adapters["adapters"], adapters["gradients"]) == (2000, 600, 600)
+    assert adapters["Adam's moments"] == 1200
+    assert "copy that plays" not in adapters
+    assert sizes(replace(RUN, kl_coef=0.1), "plays")["starting model"] == 4000
+    assert "starting model" not in sizes(replace(RUN, kl_coef=0.1, lora_rank=3), "plays")  # adapters are switched off
+    judged = replace(RUN, eval_every=1)
+    assert sizes(judged, "plays")["best weights so far"] == 4000
+    assert "best weights so far" not in sizes(judged, "plays", gpu=True)
+    recomputed = sizes(replace(RUN, gradient_checkpointing=True), "updates", replace(SIZE, layers=20))
+    assert 5 * recomputed["activations, recomputed"] < sizes(RUN, "updates", replace(SIZE, layers=20))["activations"]
+    few = replace(RUN, in_flight=4)
+    assert 2 * sizes(few, "plays")["keys and values"] == sizes(RUN, "plays")["keys and values"]
+    assert sizes(RUN, "plays", replace(SIZE, window=64))["keys and values"] * 2 == sizes(RUN, "plays")["keys and values"]
+    # A step of 2 groups × 5 turns × 320 tokens does not fill a larger micro-batch.
+    full = sizes(replace(RUN, micro_batch_tokens=10**6), "updates")["activations"]
+    assert full == plain["activations"] // 100 * (2 * 4 * 320)
+
+
+def test_samples_are_counted_by_their_characters(tmp_path: Path) -> None:
+    row = {"env_id": "", "task_id": "", "episode": 0, "turn": 0, "reward": 1.0}
+    chats = [(["a" * 100, "é" * 300], "b" * 100), (["a" * 10], "b")]
+    rows = [
+        {
+            **row,
+            "prompt": [{"role": "user", "content": text} for text in prompt],
+            "completion": [{"role": "assistant", "content": reply}],
+        }
+        for prompt, reply in chats
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), tmp_path / "samples.parquet")
+    run = SFTRun(samples=tmp_path, micro_batch_size=3)
+    assert sizes(run, "trains") == {
+        "weights": 4000,
+        "gradients": 4000,
+        "Adam's moments": 8000,
+        "activations": 3 * (500 // 5) * 2 * 4 * (6 * 8 + 5 * 8 + 4 * 16),
+    }
+    assert sizes(replace(run, max_tokens=50), "trains")["activations"] == sizes(run, "trains")["activations"] // 2
+    assert "activations, recomputed" in sizes(run, "trains", gpu=True)
+    assert sizes(replace(run, samples=tmp_path / "none"), "trains")["activations"] == 0
+
+
+def test_parameters_are_those_of_the_published_models() -> None:
+    assert size_of("qwen3-0.6b").parameters == 596_049_920
+    assert size_of("qwen3-8b-lora").parameters == 8_190_735_360
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+def test_adapters_are_counted_as_peft_makes_them(rank: int) -> None:
+    peft = pytest.importorskip("peft")
+    config = transformers.Qwen3Config(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, tie_word_embeddings=False,
+    )  # fmt: skip
+    size = ModelSize.of(config)
+    model = transformers.Qwen3ForCausalLM(config)
+    assert size.parameters == sum(weight.numel() for weight in model.parameters())
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules="all-linear"))
+    trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
+    assert sizes(replace(RUN, lora_rank=rank), "plays", size)["adapters"] == 4 * trained
+
+
+def test_activations_are_near_what_autograd_keeps() -> None:
+    import torch
+
+    config = transformers.Qwen3Config(
+        vocab_size=50, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=64, max_position_embeddings=512, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = transformers.Qwen3ForCausalLM(config)
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(torch.zeros(1, 512, dtype=torch.long), logits_to_keep=1)
+    assert output.logits.requires_grad
+    real = sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in weights)
+    run = replace(RUN, micro_batch_tokens=512)
+    estimate = sizes(run, "updates", ModelSize.of(config))["activations"]
+    assert 0.8 * real <= estimate <= 1.1 * real
+
+
+def test_the_refusal_has_the_sum_and_what_would_help() -> None:
+    size = size_of("qwen3-8b-lora")
+    run = load_preset("qwen3-8b-lora", GRPORun)
+    with pytest.raises(SettingError) as refused:
+        refuse_too_large(run, size, 24 * GB, gpu=True)
+    told = str(refused.value)
+    assert "Qwen/Qwen3-8B needs about" in told
+    assert "24.0 GB are free on the GPU" in told
+    assert "16.4 GB  8,190,735,360 parameters × 2 bytes" in told
+    assert "--in-flight than 24" in told
+    phase = max(memory_needed(run, size, gpu=True).values(), key=lambda items: sum(item.size for item in items))
+    assert f"{sum(item.size for item in phase) / GB:.1f} GB\n" in told
+    assert all(item.what in told and item.how in told for item in phase)
+    refuse_too_large(run, size, 80 * GB, gpu=True)
+    with pytest.raises(SettingError, match="no GPU") as refused:
+        refuse_too_large(replace(run, in_flight=1, lora_rank=0, dtype="float32"), size, 24 * GB, gpu=False)
+    assert all(remedy in str(refused.value) for remedy in ("--lora-rank", "--dtype bfloat16", "--micro-batch-tokens"))
+    assert "--gradient-checkpointing" not in str(refused.value)  # it is on
+
+
+@pytest.mark.parametrize(("preset", "memory"), [("qwen3-0.6b", 24), ("qwen3-8b-lora", 80)])
+def test_presets_fit_where_they_say(preset: str, memory: int) -> None:
+    for made in (SFTRun, GRPORun):
+        refuse_too_large(load_preset(preset, made), size_of(preset), int(0.95 * memory * GB), gpu=True)
+
+
+def test_whoever_trains_is_asked_first(undecided: Path, tmp_path: Path) -> None:
+    run = replace(RUN, model=str(undecided), out=tmp_path / "run")
+    check_memory(run)  # a tiny model fits anywhere
+    huge = transformers.AutoConfig.from_pretrained(undecided)
+    huge.hidden_size, huge.intermediate_size = 2**20, 2**21
+    huge.save_pretrained(tmp_path / "huge")  # no weights, no tokenizer: nothing else can be said of it
+    for refused in (
+        lambda: Trainer(replace(run, model=str(tmp_path / "huge"))),
+        lambda: train(SFTRun(samples=tmp_path, model=str(tmp_path / "huge"), out=tmp_path / "run")),
+    ):
+        with pytest.raises(SettingError, match=r"huge needs about [\d.]+ GB"):
+            refused()
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ModelNotFound):
+        check_memory(replace(run, model=str(tmp_path / "nowhere")))
+
+
+def test_every_preset_names_a_model_whose_size_is_known_before_it_is_fetched() -> None:
+    large = [name for name in NAMES if name.startswith("qwen")]
+    assert all(math.prod((size_of(name).layers, size_of(name).window)) > 10**6 for name in large)
