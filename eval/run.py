@@ -9,7 +9,6 @@ same configuration), `summary.json` (the numbers) and `memory/` (every entry wri
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import os
 import time
@@ -233,39 +232,40 @@ def play(
         finished: see `Driver.run`, as for what is returned and raised.
     """
     rewards = list(rewards_before)
-    replies = itertools.count(1)
-    progress = Progress(
+    replies = 0
+    with step_progress(console or Console(stderr=True)) as progress:
+        bar = progress.add_task(f"{policy.name} on {config.env_id}", total=len(rewards) + len(specs), told="")
+
+        def show() -> None:
+            em = f", EM {fmean(rewards):.3f}" if rewards else ""
+            progress.update(bar, completed=len(rewards), told=f"{replies} replies{em}")
+
+        def ended(position: int, rollout: Rollout) -> None:
+            finished(position, rollout)
+            rewards.append(rollout.reward)
+            show()
+
+        def replied() -> None:
+            nonlocal replies
+            replies += 1
+            show()
+
+        show()
+        driver = Driver.of(env)
+        return run_blocking(driver.run(specs, policy, in_flight=config.in_flight, finished=ended, replied=replied))
+
+
+def step_progress(console: Console) -> Progress:
+    """A bar that counts, and tells of more beside: its tasks have the field `told`."""
+    return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[replies]} replies, EM {task.fields[em]:.3f}"),
-        console=console or Console(stderr=True),
+        TextColumn("{task.fields[told]}"),
+        console=console,
     )
-    with progress:
-        bar = progress.add_task(
-            f"{policy.name} on {config.env_id}",
-            total=len(rewards) + len(specs),
-            completed=len(rewards),
-            em=0.0,
-            replies=0,
-        )
-
-        def ended(position: int, rollout: Rollout) -> None:
-            finished(position, rollout)
-            rewards.append(rollout.reward)
-            progress.update(bar, completed=len(rewards), em=fmean(rewards))
-
-        return run_blocking(
-            Driver.of(env).run(
-                specs,
-                policy,
-                in_flight=config.in_flight,
-                finished=ended,
-                replied=lambda: progress.update(bar, replies=next(replies)),
-            )
-        )
 
 
 def _open_run(config: EvalConfig, identity: dict[str, Any]) -> dict[int, dict[str, Any]]:

@@ -30,7 +30,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import gymnasium as gym
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from agents.chat_policy import ChatPolicy, Sampling
 from agents.models.chat_tokenizer import ChatTokenizer
@@ -42,7 +41,7 @@ from atommem_env.errors import CheckpointError, DataError, MissingDependency, Se
 from atommem_env.tokens import get_tokenizer
 from atommem_env.types import Rollout
 from eval.metrics import episode_record, summarise
-from eval.run import EnvOptions, episode_specs, json_line, read_episodes, replace_file
+from eval.run import EnvOptions, episode_specs, json_line, read_episodes, replace_file, step_progress
 from train.advantages import group_advantages
 from train.memory_needed import check_memory
 from train.samples import Sample, check_all_trained, make_samples
@@ -85,6 +84,8 @@ class GRPORun(EnvOptions):
     """What becomes of the learning rate after the warm-up; linear and cosine end at 0."""
     warmup_steps: int = 0
     """Updates over which the learning rate rises."""
+    fault_penalty: float = 0.0
+    """Taken off the reward for each operation that was not carried out as written; in training alone."""
     divide_by_std: bool = False
     """Divide advantages by the standard deviation of the group."""
     clip_low: float = 0.2
@@ -195,7 +196,7 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Trains to the end, writes `model/`, and returns the last line of `metrics.jsonl`."""
         run = self.run
-        with _progress(self.console) as progress:
+        with step_progress(self.console) as progress:
             bar = progress.add_task("GRPO", total=run.steps, completed=self.step, told="")
             if self.step == 0 and run.eval_every:
                 self._keep_line({"step": 0, **self.evaluate()})
@@ -217,7 +218,11 @@ class Trainer:
         started = time.perf_counter()
         groups = self.play_groups()
         rewards = [[rollout.reward if rollout else None for rollout in group] for group in groups]
-        advantages = group_advantages(rewards, divide_by_std=self.run.divide_by_std)
+        penalised = [
+            [rollout.reward - self.run.fault_penalty * _faults(rollout) if rollout else None for rollout in group]
+            for group in groups
+        ]
+        advantages = group_advantages(penalised, divide_by_std=self.run.divide_by_std)
         if advantages.failed_groups == len(groups):
             raise SettingError(
                 f"Every group of step {self.step + 1} lost a rollout {_RETRIES + 1} times over; the warnings above say why. "
@@ -465,18 +470,19 @@ class Trainer:
         return run.learning_rate * factors[run.schedule]
 
 
+def _faults(rollout: Rollout) -> int:
+    return sum(result.fault is not None for turn in rollout.turns for result in turn.results)
+
+
 def _behaviour(rollouts: Sequence[Rollout]) -> dict[str, Any]:
     """What the policy did: operations carried out a turn, by kind; faults and turns an episode; tokens and cuts a reply."""
     turns = [turn for rollout in rollouts for turn in rollout.turns]
     done: Counter[str] = Counter()
-    faults = 0
     for turn in turns:
-        counts = count_results(turn.results)
-        done.update(counts["operations"])
-        faults += sum(counts["faults"].values())
+        done.update(count_results(turn.results)["operations"])
     return {
         "operations": {name: done[name] / len(turns) for name in sorted(done)},
-        "faults": faults / len(rollouts),
+        "faults": fmean(map(_faults, rollouts)),
         "turns": len(turns) / len(rollouts),
         "prompt_tokens": fmean(len(turn.reply.prompt_ids) for turn in turns),
         "reply_tokens": fmean(len(turn.reply.completion_ids) for turn in turns),
@@ -523,18 +529,6 @@ def _numbers(line: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, floa
             yield from _numbers(value, f"{prefix}{name}/")
         elif isinstance(value, (int, float)):
             yield prefix + name, value
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[told]}"),
-        console=console,
-    )
 
 
 def main(run: GRPORun) -> None:

@@ -26,7 +26,7 @@ from rich.console import Console
 from agents.models.chat_tokenizer import ChatTokenizer
 from agents.models.download import find_model
 from atommem_env.errors import DataError, MissingDependency, PromptTooLong, SettingError
-from eval.run import json_line, replace_file
+from eval.run import json_line, replace_file, step_progress
 from train.memory_needed import check_memory
 
 _IGNORED = -100  # PyTorch's label of a token without loss
@@ -98,11 +98,13 @@ def train(run: SFTRun) -> dict[str, Any]:
         import torch
         from datasets import Dataset
         from peft import LoraConfig
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, ProgressCallback, TrainerCallback
+        from transformers.utils.logging import disable_progress_bar
         from trl import SFTConfig, SFTTrainer
     except ImportError as error:
         raise MissingDependency(f"Training needs {error.name!r}: pip install 'atommem[train]'.") from error
     check_memory(run)
+    disable_progress_bar()  # of loading and saving: ours tells of more
     folder = find_model(run.model)
     chat = ChatTokenizer(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, run.dtype), local_files_only=True)
@@ -120,7 +122,6 @@ def train(run: SFTRun) -> dict[str, Any]:
         activation_checkpointing=torch.cuda.is_available(),  # trades time for memory, of which a CPU has enough
         dataloader_pin_memory=torch.cuda.is_available(),
         max_length=None,
-        train_sampling_strategy="group_by_length",  # batches of about one length: little padding
         logging_steps=1,
         save_strategy="no",
         report_to="none",
@@ -134,7 +135,17 @@ def train(run: SFTRun) -> dict[str, Any]:
         processing_class=chat.backend,
         peft_config=lora if run.lora_rank else None,
     )
-    trainer.train()
+    trainer.remove_callback(ProgressCallback)  # it prints a dictionary for each update
+    with step_progress(Console(stderr=True)) as progress:
+        bar = progress.add_task("SFT", total=None, told="")
+
+        class Bar(TrainerCallback):
+            def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+                told = f"loss {logs['loss']:.3f}" if "loss" in logs else ""
+                progress.update(bar, total=state.max_steps, completed=state.global_step, told=told)
+
+        trainer.add_callback(Bar())
+        trainer.train()
     trained = trainer.model.merge_and_unload() if run.lora_rank else trainer.model
     trained.to(getattr(torch, run.dtype)).save_pretrained(run.out / "model")
     chat.backend.save_pretrained(run.out / "model")

@@ -26,6 +26,7 @@ pytest.importorskip("tensorboard")
 transformers = pytest.importorskip("transformers")
 
 from rich.console import Console  # noqa: E402
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
 from agents.registry import load_policy  # noqa: E402
 from agents.rollout import play_episode  # noqa: E402
@@ -486,6 +487,9 @@ def test_a_process_killed_in_the_middle_of_a_step_goes_on(
     assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3]
     resumed(run).train()
     assert same_ends(run, never_killed)
+    shown = EventAccumulator(str(run.out / "tensorboard")).Reload()
+    assert [event.step for event in shown.Scalars("reward")] == [1, 2, 3, 4, 5]
+    assert [event.step for event in shown.Scalars("eval_em")] == [0, 2, 4, 5]
 
 
 @pytest.mark.parametrize("changes", [{"lora_rank": 2}, {"dtype": "bfloat16"}, {"kl_coef": 0.1, "in_flight": 2}])
