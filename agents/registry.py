@@ -41,9 +41,9 @@ POLICIES: dict[str, tuple[Callable[[EpisodeSettings], Policy], str]] = {
         lambda settings: world_reader.WorldReader("type-match", settings, world_reader.keep_by_type),
         "synthetic tasks only: stores facts of the relations that the question names, about whomever",
     ),
-    "type-70": (
-        lambda settings: world_reader.WorldReader("type-70", settings, world_reader.keep_most_by_type),
-        "synthetic tasks only: stores 70 % of what type-match stores, at random",
+    "first-link": (
+        lambda settings: world_reader.WorldReader("first-link", settings, world_reader.keep_first_link),
+        "synthetic tasks only: stores facts of the first relation that the question names, and few of the others",
     ),
     "random-70": (
         lambda settings: world_reader.WorldReader("random-70", settings, world_reader.keep_at_random),

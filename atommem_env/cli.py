@@ -19,7 +19,10 @@ COMMANDS = {
     "play": ("agents.play:main", "Be the policy yourself, in the terminal."),
     "policies": ("agents.play:list_policies", "List the policies that are known by name."),
     "trace": ("eval.viewer.trace:main", "Write an episode, or a run, as a page to open in a browser."),
-    "quickstart": ("train.quickstart:main", "Train a small policy by SFT, then GRPO, and see what it gains; needs no data."),
+    "quickstart": (
+        "train.quickstart:main",
+        "Train a small policy by SFT, then GRPO, and see what it gains; needs no data.",
+    ),
     "data import": ("atommem_env.tasks.catalogue_commands:import_command", "Make a dataset's file known to gym.make."),
     "data list": ("atommem_env.tasks.catalogue_commands:list_command", "Show which datasets were imported."),
     "data verify": ("atommem_env.tasks.catalogue_commands:verify_command", "Check imported data against their hashes."),

@@ -18,6 +18,7 @@ import copy
 import dataclasses
 import json
 import math
+import shlex
 import shutil
 import time
 from collections import Counter, defaultdict
@@ -539,8 +540,11 @@ def main(run: GRPORun) -> None:
     best = trainer.best
     if best["weights"] is not None:
         console.print(f"Best held-out exact match {100 * best['em']:.1f} % after {best['step']} of {run.steps} steps.")
+    same = [f"--num-docs {run.num_docs}" if run.num_docs else "", f"--set {shlex.join(run.set)}" if run.set else ""]
     console.print(
-        f"The model is in [bold]{run.out / 'model'}[/], the curve in {run.out / 'curve.png'}. Evaluate it:\n"
-        f"  atommem eval {run.env_id} --policy {run.out / 'model'} --layout {run.layout} --split test",
+        f"The model is in {run.out / 'model'}, the curve in {run.out / 'curve.png'}. Evaluate it:\n  atommem eval {run.env_id} "
+        f"--policy {run.out / 'model'} --layout {run.layout} --split test {' '.join(filter(None, same))}",
         soft_wrap=True,
+        markup=False,
+        highlight=False,
     )

@@ -38,7 +38,7 @@ def test_a_model_of_the_hub_is_found_in_its_cache_and_else_named_with_its_comman
 ) -> None:
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ModelNotFound, match="hf download some/Model-0.6B"):
+    with pytest.raises(ModelNotFound, match=r"hf download some/Model-0\.6B"):
         find_model("some/Model-0.6B")
     cached = tmp_path / "models--some--Model-0.6B"
     snapshot = cached / "snapshots" / "abc"

@@ -13,7 +13,7 @@ from atommem_env.tasks.synthetic import SyntheticSource
 from atommem_env.tasks.synthetic_world import FILLERS, INSTRUMENT, RELATIONS
 from atommem_env.types import EpisodeSettings, Observation, OperationKind, Rollout
 
-READERS = ("chain-match", "type-match", "random-70", "store-all")
+READERS = ("chain-match", "type-match", "first-link", "random-70", "store-all")
 QUESTION = "Who leads the company where Ada Brook works?"
 SEARCH = "<read_memory>Ada Brook employer</read_memory>"
 
@@ -43,9 +43,9 @@ def see(**shown: Any) -> Observation:
     return Observation(**{**nothing, **asked, "step": 0, "steps_left": 9, **shown})  # type: ignore[typeddict-item]
 
 
-def reply(policy: str, *observations: Observation, **settings: Any) -> str:
+def reply(policy: str, *observations: Observation, seed: int = 0, **settings: Any) -> str:
     """What a policy says to the last of these."""
-    act = load_policy(policy, EpisodeSettings(**settings)).begin(0, None)
+    act = load_policy(policy, EpisodeSettings(**settings)).begin(seed, None)
     replies = [act(observation) for observation in observations]
     assert isinstance(replies[-1], str)
     return replies[-1]
@@ -162,6 +162,18 @@ def test_random_keeps_seven_tenths_and_the_same_ones_for_the_same_seed() -> None
     total, kept = (sum(map(created, play(policy, capacity=None))) for policy in ("store-all", "random-70"))
     assert kept / total == pytest.approx(0.7, abs=0.04)
     assert play("random-70", 5) == play("random-70", 5)
+
+
+def test_first_link_keeps_the_first_relation_and_three_tenths_of_the_later_ones() -> None:
+    chunk = "\n".join(f"{name}\n{name} works at Iron Bank." for name in ("Ada Brook", "Leo Snow", "Ida Pike"))
+    late = [
+        f"{first} {last}" for first in ("Acorn", "Amber", "Apex", "Lion") for last in ("Bank", "Mills", "Foods", "Labs")
+    ]
+    chunk += "\n" + "\n".join(f"{name}\n{name} is led by Otto Knox." for name in late)
+    replies = [reply("first-link", see(chunk=chunk), seed=seed) for seed in range(40)]
+    assert all(text.count("works at") == 3 for text in replies)
+    kept = sum(text.count("is led by") for text in replies) / (40 * len(late))
+    assert kept == pytest.approx(0.3, abs=0.06)
 
 
 def test_in_a_bounded_memory_a_rule_that_selects_pays() -> None:
