@@ -5,7 +5,7 @@
 
 **shares**: where the time of `train.grpo.Trainer.train_step` goes. A part has the time that was spent in its functions, but
 for what they spent in other parts; what no part has is "other" (event loop, driver, metrics of the step). Everything but
-forward, backward, optimiser and the arithmetic on logits is *outside the model*.
+forward, backward, optimiser, the arithmetic on logits and the copies of cached keys and values is *outside the model*.
 
 **trl**: the same model, prompts and numbers of tokens through `trl.GRPOTrainer` and through ours, one after the other, step by
 step, in one process. One turn, for TRL knows no environment with a memory; replies of a fixed length, for the end of a reply is
@@ -44,7 +44,7 @@ import train.grpo
 import train.losses
 import train.packing
 from agents.models.chat_tokenizer import ChatTokenizer
-from agents.models.decoding import Batch
+from agents.models.decoding import Batch, RowCache
 from agents.rollout import Driver
 from atommem_env.episode import Episode
 from atommem_env.tasks.synthetic_world import vocabulary
@@ -60,6 +60,7 @@ Seconds = tuple[float, float]  # on the wall, of the processor
 MODEL_PARTS = (
     "sampling: forward",
     "sampling: softmax, draw",
+    "sampling: keys and values",
     "update: forward",
     "update: loss",
     "update: backward",
@@ -222,14 +223,15 @@ def _watching(trainer: Trainer, clock: Clock) -> Iterator[None]:
     watched: tuple[tuple[Any, str, str | Callable[[], str]], ...] = (
         (trainer.model, "forward", forward),
         (Batch, "_sample", "sampling: softmax, draw"),
+        *((RowCache, name, "sampling: keys and values") for name in ("write_next", "insert", "move")),
         (train.losses, "token_logprobs", "update: loss"),
         (train.losses, "grpo_loss", "update: loss"),
         (train.losses, "token_entropy", "update: loss"),
         (torch.Tensor, "backward", "update: backward"),
         (torch.nn.utils, "clip_grad_norm_", "update: optimiser"),
         (trainer.optimizer, "step", "update: optimiser"),
-        (Batch, "join", "rows and cache"),
-        (Batch, "step", "rows and cache"),
+        (Batch, "join", "rows of the batch"),
+        (Batch, "step", "rows of the batch"),
         (type(trainer.driver.source), "task", "drawing tasks"),
         (Episode, "__init__", "episode: begin"),
         (Episode, "observe", "episode: observe"),

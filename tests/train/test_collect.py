@@ -108,6 +108,21 @@ def test_rows_are_the_turns_of_the_episodes_that_an_evaluation_finds_good_enough
     assert [row for row in lines(tmp_path / "all") if row["reward"] >= 0.5] == rows
 
 
+def test_episodes_won_by_a_guess_can_be_left_out(tmp_path: Path) -> None:
+    task = ("hops=[1,2]", "capacity=2", "chunk_tokens=64", "scratchpad=false", "unanswerable=0.0")
+    options = {"policy": "random-70", "num_docs": 6, "set": task, "episodes": 60, "min_reward": 1.0}
+    kept = {drop: collect(config(tmp_path / str(drop), drop_guesses=drop, **options))["kept"] for drop in (False, True)}
+    asked = EvalConfig(
+        env_id="AtomMem-Synthetic", policy="random-70", num_docs=6, set=task, episodes=60, split="train",
+        out=tmp_path / "eval", durability="off",
+    )  # fmt: skip
+    evaluate(asked)
+    won = [record for record in read_episodes(tmp_path / "eval" / "episodes.jsonl") if record["reward"] == 1]
+    known = [record for record in won if all(one["stored"] == one["evidence"] for one in record["questions"])]
+    assert kept == {False: len(won), True: len(known)}
+    assert len(known) < len(won)
+
+
 def test_parquet_and_json_lines_hold_the_same_rows(tmp_path: Path) -> None:
     collect(config(tmp_path / "samples", policy="oracle", episodes=3, layout="shared_prefix"))
     table = pq.read_table(tmp_path / "samples" / "samples.parquet")

@@ -84,7 +84,7 @@ def test_every_part_of_a_step_is_found_and_shares_add_up(model: Path) -> None:
         sum(share for part, share in shares.wall.items() if part not in steps.MODEL_PARTS)
     )
     assert 0 < shares.outside_wall < 1
-    expected = {"rows and cache", "drawing tasks", "episode: observe", "episode: carry out", "chat to ids"}
+    expected = {"rows of the batch", "drawing tasks", "episode: observe", "episode: carry out", "chat to ids"}
     assert {*steps.MODEL_PARTS, *expected, steps.OTHER} <= {part for part, share in shares.wall.items() if share > 0}
     assert shares.wall["update: backward"] > 0  # so rewards were given: untrained, none would be earned
     assert len(shares.outside_by_step) == 2
