@@ -24,6 +24,7 @@ from atommem_env.types import EmbeddingRequest, EpisodeSettings, Rollout, TaskSo
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
+_PAUSE = 0.5  # seconds before an episode is played anew, doubled each time
 _NOT_MENDED_BY_RETRYING = (SettingError, DataError, PromptTooLong, MissingDependency)
 
 
@@ -130,6 +131,7 @@ class Driver:
                         _log.warning("Attempt %d at %s failed: %r", attempt + 1, spec, error)
                         if attempt == retries:
                             return None
+                        await asyncio.sleep(_PAUSE * 2**attempt)  # an outage may pass
                     else:
                         finished(position, rollout)
                         return rollout

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
-WITH_WEIGHTS = ("atommem models get", "smollm2", "runs/sft")  # run where ATOMMEM_TEST_SMOLLM2 is set
+WITH_WEIGHTS = ("atommem models get", "smollm2")  # run where ATOMMEM_TEST_SMOLLM2 is set
 
 
 def blocks(language: str) -> list[str]:

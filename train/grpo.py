@@ -130,6 +130,8 @@ class GRPORun(EnvOptions):
         for name in ("eval_every", "warmup_steps", "lora_rank"):
             check(name, getattr(self, name) >= 0, "at least 0")
         check("eval_episodes", self.eval_episodes >= 1 or not self.eval_every, "at least 1")
+        if self.eval_every and self.split == self.eval_split:
+            raise SettingError(f"split and eval_split are both {self.split!r}; held-out episodes are those of another split.")
         if self.eval_every and self.data is not None:
             raise SettingError(
                 "--data names one file, and evaluation needs other questions than training. Import both files with "

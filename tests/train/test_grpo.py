@@ -517,6 +517,7 @@ def test_other_kinds_of_runs_resume_as_well(
         ({"groups": 0}, "groups must be at least 1"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
         ({"data": Path("train.json"), "eval_every": 5}, "--eval-every 0"),
+        ({"eval_every": 5, "split": "dev"}, "split and eval_split are both 'dev'"),
         ({"eval_every": 5, "eval_episodes": 0}, "eval_episodes must be at least 1"),
         ({"learning_rate": float("nan")}, "learning_rate must be above 0"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be above 0"),
