@@ -85,6 +85,8 @@ class GRPORun(EnvOptions):
     """What becomes of the learning rate after the warm-up; linear and cosine end at 0."""
     warmup_steps: int = 0
     """Updates over which the learning rate rises."""
+    fault_penalty: float = 0.0
+    """Taken off the reward for each operation that was not carried out as written; in training alone."""
     divide_by_std: bool = False
     """Divide advantages by the standard deviation of the group."""
     clip_low: float = 0.2
@@ -219,7 +221,11 @@ class Trainer:
         started = time.perf_counter()
         groups = self.play_groups()
         rewards = [[rollout.reward if rollout else None for rollout in group] for group in groups]
-        advantages = group_advantages(rewards, divide_by_std=self.run.divide_by_std)
+        penalised = [
+            [rollout.reward - self.run.fault_penalty * _faults(rollout) if rollout else None for rollout in group]
+            for group in groups
+        ]
+        advantages = group_advantages(penalised, divide_by_std=self.run.divide_by_std)
         if advantages.failed_groups == len(groups):
             raise SettingError(
                 f"Every group of step {self.step + 1} lost a rollout {_RETRIES + 1} times over; the warnings above say why. "

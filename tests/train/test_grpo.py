@@ -175,6 +175,16 @@ def test_a_run_learns_what_is_rewarded(make_run: Callable[..., GRPORun], undecid
     assert [play_episode(env, policy, seed=seed).reward for seed in range(3)] == [1.0, 1.0, 1.0]
 
 
+def test_a_penalty_on_faults_is_trained_on_and_is_no_part_of_the_reward(make_run: Callable[..., GRPORun]) -> None:
+    never_right = {"set": (*TASKS, ANSWERABLE)}
+    without = begin(make_run("without", **never_right)).train_step()
+    penalised = begin(make_run("penalised", fault_penalty=0.1, **never_right)).train_step()
+    assert without["faults"] > 0
+    assert (without["groups_live"], without["samples"]) == (0, 0)
+    assert penalised["groups_live"] > 0
+    assert penalised["reward"] == without["reward"] == 0
+
+
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_the_kl_term_is_zero_at_the_start_and_grows(lora_rank: int, make_run: Callable[..., GRPORun]) -> None:
     trainer = begin(make_run(kl_coef=0.1, lora_rank=lora_rank, learning_rate=1e-2))
@@ -522,6 +532,7 @@ def test_other_kinds_of_runs_resume_as_well(
         ({"learning_rate": float("nan")}, "learning_rate must be above 0"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be above 0"),
         ({"clip_low": 0.0}, "clip_low must be above 0"),
+        ({"fault_penalty": -0.1}, "fault_penalty must be at least 0"),
         ({"kl_coef": -1.0}, "kl_coef must be at least 0"),
         ({"importance_cap": 0.5}, "importance_cap must be None or at least 1"),
     ],

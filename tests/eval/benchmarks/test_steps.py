@@ -114,7 +114,7 @@ def test_trl_does_the_same_work_and_both_are_written(
 
 def test_the_end_of_a_reply_is_a_token_that_the_model_lacks(model: Path, tmp_path: Path) -> None:
     endless = TransformersModel(steps._never_ending(model, tmp_path / "endless"))
-    prompts, seeds = [[7, 8, 9]] * 16, range(16)
+    prompts, seeds = [[7, 8, 9]] * 64, range(64)
     for one, ends in ((TransformersModel(model), True), (endless, False)):
-        replies = one.generate(prompts, max_new_tokens=200, temperature=1.0, seeds=seeds)
+        replies = one.generate(prompts, max_new_tokens=50, temperature=1.0, seeds=seeds)
         assert any(reply.stop == "stop" for reply in replies) is ends
