@@ -126,6 +126,7 @@ class GRPORun(EnvOptions):
         for name in ("steps", "groups", "save_every", "in_flight", "max_new_tokens", "micro_batch_tokens"):
             check(name, getattr(self, name) >= 1, "at least 1")
         check("group_size", self.group_size >= 2, "at least 2 (one rollout has nothing to be compared with)")
+        check("fault_penalty", 0 <= self.fault_penalty < math.inf, "at least 0")
         check("temperature", self.temperature > 0, "above 0 (greedy rollouts of a task are all alike)")
         for name in ("learning_rate", "max_grad_norm"):
             check(name, getattr(self, name) > 0, "above 0")
