@@ -276,16 +276,25 @@ def _open_run(config: EvalConfig, identity: dict[str, Any]) -> dict[int, dict[st
             raise SettingError(f"{config.out} holds a run. Go on with it by --resume, or choose another --out.")
         replace_file(path, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
         return {}
-    if not path.exists():
+    check_unchanged(path, identity)
+    records = {record["episode"]: record for record in read_episodes(lines)}
+    replace_file(lines, "".join(map(json_line, records.values())))
+    return records
+
+
+def check_unchanged(path: Path, identity: dict[str, Any]) -> None:
+    """Whether the run that is to be resumed is the one that `config.json` at `path` describes.
+
+    Raises:
+        SettingError: there is none, or it is another; the message names what differs.
+    """
+    if not path.is_file():
         raise SettingError(f"Nothing to resume: {path} does not exist. Leave --resume out to start.")
     before = json.loads(path.read_text(encoding="utf-8"))
     changed = [name for name in identity if before.get(name) != identity[name]]
     if changed:
         told = "; ".join(f"{name} was {before.get(name)!r}, is {identity[name]!r}" for name in changed)
-        raise SettingError(f"{config.out} holds a run of another configuration: {told}.")
-    records = {record["episode"]: record for record in read_episodes(lines)}
-    replace_file(lines, "".join(map(json_line, records.values())))
-    return records
+        raise SettingError(f"{path.parent} holds a run of another configuration: {told}.")
 
 
 def read_episodes(path: Path) -> list[dict[str, Any]]:

@@ -42,7 +42,7 @@ from atommem_env.errors import CheckpointError, DataError, MissingDependency, Se
 from atommem_env.tokens import get_tokenizer
 from atommem_env.types import Rollout
 from eval.metrics import episode_record, summarise
-from eval.run import EnvOptions, episode_specs, json_line, read_episodes, replace_file, step_progress
+from eval.run import EnvOptions, check_unchanged, episode_specs, json_line, read_episodes, replace_file, step_progress
 from train.advantages import group_advantages
 from train.memory_needed import check_memory
 from train.samples import Sample, check_all_trained, make_samples
@@ -134,7 +134,9 @@ class GRPORun(EnvOptions):
             check(name, getattr(self, name) >= 0, "at least 0")
         check("eval_episodes", self.eval_episodes >= 1 or not self.eval_every, "at least 1")
         if self.eval_every and self.split == self.eval_split:
-            raise SettingError(f"split and eval_split are both {self.split!r}; held-out episodes are those of another split.")
+            raise SettingError(
+                f"split and eval_split are both {self.split!r}; held-out episodes are those of another split."
+            )
         if self.eval_every and self.data is not None:
             raise SettingError(
                 "--data names one file, and evaluation needs other questions than training. Import both files with "
@@ -505,13 +507,7 @@ def _open_run(run: GRPORun) -> str:
     asked = {name: value for name, value in dataclasses.asdict(run).items() if name not in ("out", "resume")}
     identity = json.loads(json.dumps(asked, default=str))
     if run.resume:
-        if not path.is_file():
-            raise SettingError(f"Nothing to resume: {path} does not exist. Leave --resume out to start.")
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name in identity if before.get(name) != identity[name]]
-        if changed:
-            told = "; ".join(f"{name} was {before.get(name)!r}, is {identity[name]!r}" for name in changed)
-            raise SettingError(f"{run.out} holds a run of another configuration: {told}.")
+        check_unchanged(path, identity)
     elif run.out.exists() and (not run.out.is_dir() or any(run.out.iterdir())):
         raise SettingError(f"{run.out} must be a new or empty folder, and is not. Choose another --out, or --resume.")
     run.out.mkdir(parents=True, exist_ok=True)
