@@ -282,6 +282,16 @@ def _open_run(config: EvalConfig, identity: dict[str, Any]) -> dict[int, dict[st
     return records
 
 
+def check_new(folder: Path, otherwise: str = "") -> None:
+    """Whether a run can begin in `folder`; `otherwise` is what to do besides choosing another.
+
+    Raises:
+        SettingError: it is a file, or holds something.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise SettingError(f"{folder} must be a new or empty folder, and is not. Choose another --out{otherwise}.")
+
+
 def check_unchanged(path: Path, identity: dict[str, Any]) -> None:
     """Whether the run that is to be resumed is the one that `config.json` at `path` describes.
 

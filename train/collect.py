@@ -25,7 +25,7 @@ from atommem_env.episode import legal_text
 from atommem_env.errors import SettingError
 from atommem_env.prompts import get_layout
 from atommem_env.types import Message, Rollout, Turn
-from eval.run import EnvConfig, episode_specs, json_line, play, prepare, replace_file
+from eval.run import EnvConfig, check_new, episode_specs, json_line, play, prepare, replace_file
 
 _CHAT = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 SCHEMA = pa.schema(
@@ -71,8 +71,7 @@ def collect(config: CollectConfig, console: Console | None = None) -> dict[str, 
         raise SettingError(f"min_reward must be between 0 and 1, got {config.min_reward}.")
     if config.episodes < 1:
         raise SettingError(f"episodes must be at least 1, got {config.episodes}.")
-    if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
-        raise SettingError(f"{config.out} must be a new or empty folder, and is not. Choose another --out.")
+    check_new(config.out)
     env, policy, identity = prepare(config)
     rollouts = play(config, env, policy, episode_specs(len(env.source), config.episodes, config.seed), console)
     env.close()

@@ -42,7 +42,16 @@ from atommem_env.errors import CheckpointError, DataError, MissingDependency, Se
 from atommem_env.tokens import get_tokenizer
 from atommem_env.types import Rollout
 from eval.metrics import episode_record, summarise
-from eval.run import EnvOptions, check_unchanged, episode_specs, json_line, read_episodes, replace_file, step_progress
+from eval.run import (
+    EnvOptions,
+    check_new,
+    check_unchanged,
+    episode_specs,
+    json_line,
+    read_episodes,
+    replace_file,
+    step_progress,
+)
 from train.advantages import group_advantages
 from train.memory_needed import check_memory
 from train.samples import Sample, check_all_trained, make_samples
@@ -508,8 +517,8 @@ def _open_run(run: GRPORun) -> str:
     identity = json.loads(json.dumps(asked, default=str))
     if run.resume:
         check_unchanged(path, identity)
-    elif run.out.exists() and (not run.out.is_dir() or any(run.out.iterdir())):
-        raise SettingError(f"{run.out} must be a new or empty folder, and is not. Choose another --out, or --resume.")
+    else:
+        check_new(run.out, ", or --resume")
     run.out.mkdir(parents=True, exist_ok=True)
     return json.dumps(identity, indent=2) + "\n"
 

@@ -26,7 +26,7 @@ from rich.console import Console
 from agents.models.chat_tokenizer import ChatTokenizer
 from agents.models.download import find_model
 from atommem_env.errors import DataError, MissingDependency, PromptTooLong, SettingError
-from eval.run import json_line, replace_file, step_progress
+from eval.run import check_new, json_line, replace_file, step_progress
 from train.memory_needed import check_memory
 
 _IGNORED = -100  # PyTorch's label of a token without loss
@@ -88,8 +88,7 @@ def train(run: SFTRun) -> dict[str, Any]:
         SettingError: the folder is not empty, or the batch cannot be split.
         MissingDependency: the extra `train` is not installed.
     """
-    if run.out.exists() and (not run.out.is_dir() or any(run.out.iterdir())):
-        raise SettingError(f"{run.out} must be a new or empty folder, and is not. Choose another --out.")
+    check_new(run.out)
     if run.micro_batch_size < 1 or run.batch_size % run.micro_batch_size:
         raise SettingError(
             f"batch_size must be a multiple of micro_batch_size, got {run.batch_size} and {run.micro_batch_size}."

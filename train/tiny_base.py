@@ -145,7 +145,7 @@ def build_model(tokenizer: Any, seed: int) -> Any:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    # Wider than the usual 0.02, which is meant for models of ten times the width: it halves the time to the first copy.
+    # Wider than the usual 0.02, which is meant for models of ten times the width.
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() < 2:
