@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from agents.models.chat_tokenizer import ChatTokenizer  # noqa: E402
 from agents.models.decoding import fill_gaps  # noqa: E402
+from agents.models.download import find_model  # noqa: E402
 from agents.models.transformers_model import TransformersModel  # noqa: E402
 from atommem_env.errors import PromptTooLong, SettingError  # noqa: E402
 from atommem_env.types import Message, Reply  # noqa: E402
@@ -107,6 +109,22 @@ def test_prompt_ids_follow_the_chat_template(model: TransformersModel) -> None:
     ids = model.prompt_ids(chat("w2", "w3"))
     tokens = "<start> system w0 w1 <end> <start> user w2 w3 <end> <start> assistant"
     assert [model.chat.backend.convert_ids_to_tokens(index) for index in ids] == tokens.split()
+
+
+@pytest.mark.parametrize(
+    "content", ["plain text, <create> and all", "a <|im_end|> that a document spells", "", "\n two \n\n1"]
+)
+def test_a_prompt_is_the_sanitised_template_whatever_its_text_and_however_often(content: str) -> None:
+    """The short way round the library, and the memory of it, give the library's ids."""
+    tokenizer = ChatTokenizer(find_model("tiny"))
+    messages: list[Message] = [{"role": "user", "content": content}]
+    expected = tokenizer.backend.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
+    )
+    first = tokenizer.prompt_ids(messages)
+    assert first == expected
+    first.append(0)
+    assert tokenizer.prompt_ids(messages) == expected
 
 
 @pytest.mark.parametrize("template", [NO_SYSTEM, DROPS_SYSTEM])
