@@ -15,20 +15,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
-import json
 import math
 import shlex
 import shutil
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
-import gymnasium as gym
 import numpy as np
 from rich.console import Console
 
@@ -37,15 +34,11 @@ from agents.models.chat_tokenizer import ChatTokenizer
 from agents.models.download import find_model
 from agents.models.transformers_model import TransformersModel
 from agents.rollout import Driver, EpisodeSpec, run_blocking
-from atommem_env.env import count_results
 from atommem_env.errors import CheckpointError, DataError, MissingDependency, SettingError
 from atommem_env.tokens import get_tokenizer
 from atommem_env.types import Rollout
 from eval.metrics import episode_record, summarise
 from eval.run import (
-    EnvOptions,
-    check_new,
-    check_unchanged,
     episode_specs,
     json_line,
     read_episodes,
@@ -54,7 +47,9 @@ from eval.run import (
 )
 from train.advantages import group_advantages
 from train.memory_needed import check_memory
+from train.rollouts import behaviour, training_rewards
 from train.samples import Sample, check_all_trained, make_samples
+from train.settings import GRPOSettings, make_env, open_run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,92 +60,21 @@ _RETRIES = 2  # of an episode that the infrastructure failed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GRPORun(EnvOptions):
-    """What is trained on what. The defaults are the paper's, for a model of some billion parameters."""
+class GRPORun(GRPOSettings):
+    """A training run on one machine."""
 
-    model: str = "smollm2"
-    """The model to start from: tiny, smollm2, or the folder of a Hugging Face chat model."""
-    out: Path = Path("runs/grpo")
-    """Folder of the run; new or empty, unless --resume."""
-    resume: bool = False
-    """Go on with an interrupted run in the same folder."""
-    split: str | None = "train"
-    """Split of the dataset to train on."""
-    eval_split: str = "dev"
-    """Split of the held-out episodes."""
-    durability: str | None = "off"
-    """off, or episode: keep every entry of every rollout in the folder's memory/."""
-    temperature: float = 1.0
-    """Of the rollouts; evaluation is greedy."""
-    steps: int = 200
-    """Updates."""
-    groups: int = 16
-    """Tasks in a step."""
-    group_size: int = 16
-    """Rollouts of each task."""
-    learning_rate: float = 1e-6
-    """Highest learning rate."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What becomes of the learning rate after the warm-up; linear and cosine end at 0."""
-    warmup_steps: int = 0
-    """Updates over which the learning rate rises."""
-    fault_penalty: float = 0.0
-    """Taken off the reward for each operation that was not carried out as written; in training alone."""
-    divide_by_std: bool = False
-    """Divide advantages by the standard deviation of the group."""
-    clip_low: float = 0.2
-    """A token made less likely than 1 - clip_low times its old probability is left there."""
-    clip_high: float = 0.28
-    """A token made more likely than 1 + clip_high times is left there."""
-    kl_coef: float = 0.0
-    """Weight of the KL divergence from the starting model."""
-    importance_cap: float | None = 2.0
-    """Most that a token counts for the sampler's rounding; None: no correction."""
-    max_grad_norm: float = 1.0
-    """A longer gradient is cut to this length."""
     lora_rank: int = 0
     """Train adapters of this rank in every linear layer, merged in the end; 0 trains all weights."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What is computed in; weights that are trained are float32 in any case."""
-    micro_batch_tokens: int = 16_384
-    """Tokens computed at the same time in an update; changes memory and speed only."""
     share_prefixes: bool = True
     """Compute the prompts' common beginnings once for all rollouts of a group; changes the speed only."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: less memory, more time."""
-    eval_every: int = 20
-    """Steps between evaluations; 0: none, and the last model counts as the best."""
-    eval_episodes: int = 200
-    """Episodes of an evaluation."""
-    save_every: int = 20
-    """Steps between checkpoints."""
-    seed: int = 0
-    """Of the tasks, of what is sampled, and of new weights."""
 
     def __post_init__(self) -> None:
-        def check(name: str, ok: bool, expected: str) -> None:
-            if not ok:
-                raise SettingError(f"{name} must be {expected}, got {getattr(self, name)!r}.")
-
-        for name in ("steps", "groups", "save_every", "in_flight", "max_new_tokens", "micro_batch_tokens"):
-            check(name, getattr(self, name) >= 1, "at least 1")
-        check("group_size", self.group_size >= 2, "at least 2 (one rollout has nothing to be compared with)")
-        check("fault_penalty", 0 <= self.fault_penalty < math.inf, "at least 0")
-        check("temperature", self.temperature > 0, "above 0 (greedy rollouts of a task are all alike)")
-        for name in ("learning_rate", "max_grad_norm"):
-            check(name, getattr(self, name) > 0, "above 0")
-        for name in ("eval_every", "warmup_steps", "lora_rank"):
-            check(name, getattr(self, name) >= 0, "at least 0")
-        check("eval_episodes", self.eval_episodes >= 1 or not self.eval_every, "at least 1")
-        if self.eval_every and self.split == self.eval_split:
-            raise SettingError(
-                f"split and eval_split are both {self.split!r}; held-out episodes are those of another split."
-            )
-        if self.eval_every and self.data is not None:
-            raise SettingError(
-                "--data names one file, and evaluation needs other questions than training. Import both files with "
-                "`atommem data import` as two splits, or turn evaluation off with --eval-every 0."
-            )
+        GRPOSettings.__post_init__(self)  # super() does not work in a class with slots
+        self._check("lora_rank", self.lora_rank >= 0, "at least 0")
 
 
 class Trainer:
@@ -176,9 +100,9 @@ class Trainer:
             clip_low=run.clip_low, clip_high=run.clip_high, kl_coef=run.kl_coef, importance_cap=run.importance_cap
         )
         check_memory(run)
-        identity = _open_run(run)
-        self.driver = Driver.of(_make_env(run, run.split))
-        self.held_out = Driver.of(_make_env(run, run.eval_split)) if run.eval_every else None
+        identity = open_run(run)
+        self.driver = Driver.of(make_env(run, run.split))
+        self.held_out = Driver.of(make_env(run, run.eval_split)) if run.eval_every else None
         for driver in filter(None, (self.driver, self.held_out)):
             if not len(driver.source):
                 raise DataError(f"The {driver.source.dataset} source has no tasks; choose another --split.")
@@ -233,11 +157,9 @@ class Trainer:
         started = time.perf_counter()
         groups = self.play_groups()
         rewards = [[rollout.reward if rollout else None for rollout in group] for group in groups]
-        penalised = [
-            [rollout.reward - self.run.fault_penalty * _faults(rollout) if rollout else None for rollout in group]
-            for group in groups
-        ]
-        advantages = group_advantages(penalised, divide_by_std=self.run.divide_by_std)
+        advantages = group_advantages(
+            training_rewards(groups, self.run.fault_penalty), divide_by_std=self.run.divide_by_std
+        )
         if advantages.failed_groups == len(groups):
             raise SettingError(
                 f"Every group of step {self.step + 1} lost a rollout {_RETRIES + 1} times over; the warnings above say why. "
@@ -253,7 +175,7 @@ class Trainer:
             "groups_live": advantages.live_groups,
             "groups_flat": advantages.flat_groups,
             "groups_failed": advantages.failed_groups,
-            **_behaviour([rollout for group in groups for rollout in group if rollout]),
+            **behaviour([rollout for group in groups for rollout in group if rollout]),
             **update,
             "seconds_rollouts": played - started,
             "seconds_update": time.perf_counter() - played,
@@ -483,44 +405,6 @@ class Trainer:
         done = (self.step - run.warmup_steps) / max(run.steps - run.warmup_steps, 1)
         factors = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
         return run.learning_rate * factors[run.schedule]
-
-
-def _faults(rollout: Rollout) -> int:
-    return sum(result.fault is not None for turn in rollout.turns for result in turn.results)
-
-
-def _behaviour(rollouts: Sequence[Rollout]) -> dict[str, Any]:
-    """What the policy did: operations carried out a turn, by kind; faults and turns an episode; tokens and cuts a reply."""
-    turns = [turn for rollout in rollouts for turn in rollout.turns]
-    done: Counter[str] = Counter()
-    for turn in turns:
-        done.update(count_results(turn.results)["operations"])
-    return {
-        "operations": {name: done[name] / len(turns) for name in sorted(done)},
-        "faults": fmean(map(_faults, rollouts)),
-        "turns": len(turns) / len(rollouts),
-        "prompt_tokens": fmean(len(turn.reply.prompt_ids) for turn in turns),
-        "reply_tokens": fmean(len(turn.reply.completion_ids) for turn in turns),
-        "replies_cut": sum(turn.reply.stop == "length" for turn in turns) / len(turns),
-    }
-
-
-def _make_env(run: GRPORun, split: str | None) -> gym.Env[Any, Any]:
-    options = {**run.env_options(), "store": str(run.out / "memory")}
-    return gym.make(run.env_id, **options | ({"split": split} if split else {}))
-
-
-def _open_run(run: GRPORun) -> str:
-    """Checks that the folder fits; returns the text of `config.json`."""
-    path = run.out / "config.json"
-    asked = {name: value for name, value in dataclasses.asdict(run).items() if name not in ("out", "resume")}
-    identity = json.loads(json.dumps(asked, default=str))
-    if run.resume:
-        check_unchanged(path, identity)
-    else:
-        check_new(run.out, ", or --resume")
-    run.out.mkdir(parents=True, exist_ok=True)
-    return json.dumps(identity, indent=2) + "\n"
 
 
 def _check_disk(folder: Path, needed: int) -> None:

@@ -87,10 +87,10 @@ def read_preset(name: str) -> Preset:
     for table, values in tables.items():
         if table not in known or not isinstance(values, dict):
             raise SettingError(f"{path}: there is no table [{table}]. There are: {', '.join(known)}.")
-    env = _read_table(path, "env", tables.get("env", {}), _fields(EnvOptions))
+    env = read_table(path, "env", tables.get("env", {}), fields_of(EnvOptions))
     configs: dict[type, Any] = {}
     for command, made in _COMMANDS.items():
-        own = _read_table(path, command, tables.get(command, {}), _fields(made))
+        own = read_table(path, command, tables.get(command, {}), fields_of(made))
         shared = env if issubclass(made, EnvOptions) else {}
         missing = {
             field.name: tyro.MISSING
@@ -102,7 +102,7 @@ def read_preset(name: str) -> Preset:
         except SettingError as error:
             error.add_note(f"in {path}, [{command}]")
             raise
-    model = _read_table(path, "model", tables.get("model", {}), _MODEL_FIELDS)
+    model = read_table(path, "model", tables.get("model", {}), _MODEL_FIELDS)
     if model and len(model) < len(_MODEL_FIELDS):
         raise SettingError(f"{path}: [model] must have all of {', '.join(_MODEL_FIELDS)}; it has {', '.join(model)}.")
     return Preset(path, configs, model)
@@ -145,13 +145,13 @@ def call(command: str, function: Callable[[Any], None], words: Sequence[str]) ->
     function(config)
 
 
-def _fields(made: type) -> dict[str, Any]:
+def fields_of(made: type) -> dict[str, Any]:
     """Name → type of a configuration's fields."""
     hints = get_type_hints(made)
     return {field.name: hints[field.name] for field in dataclasses.fields(made)}
 
 
-def _read_table(path: Path, table: str, values: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+def read_table(path: Path, table: str, values: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     read = {}
     for name, value in values.items():
         if name not in fields:

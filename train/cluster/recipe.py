@@ -1,0 +1,244 @@
+"""What a cluster run is, and how OpenRLHF is told: a recipe's settings, and the flags that they become."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from agents.rollout import EpisodeSpec
+from atommem_env.errors import SettingError
+from eval.run import EnvOptions, episode_specs, json_line, replace_file
+from train.presets import fields_of, read_table
+from train.settings import GRPOSettings
+
+FOLDER = Path(__file__).resolve().parents[2] / "configs" / "cluster"
+EXECUTOR = Path(__file__).with_name("executor.py")
+SPARES = 3  # of each prompt
+_SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterRun(GRPOSettings):
+    """A training run on a cluster. `micro_batch_tokens` is of each GPU."""
+
+    nodes: int = 1
+    """Machines."""
+    gpus_per_node: int = 8
+    """GPUs of each machine that this run takes."""
+    colocate: bool = True
+    """Engines and trainer take turns on all GPUs; else `engines` × `tensor_parallel` GPUs sample and the others train."""
+    engines: int = 8
+    """vLLM engines."""
+    tensor_parallel: int = 1
+    """GPUs of each engine."""
+    zero_stage: int = 3
+    """DeepSpeed: 2 shards gradients and moments over the GPUs, 3 the weights as well."""
+    offload_optimizer: bool = False
+    """Keep Adam's moments in the machines' memory instead of the GPUs'."""
+    gradient_checkpointing: bool = True
+    """Compute activations twice instead of keeping them: less memory, more time."""
+    max_tokens: int = 16_384
+    """Longest prompt and reply together; a longer prompt ends the run: nothing is cut."""
+    gpu_memory_utilization: float = 0.6
+    """Share of its GPU's memory that an engine may take."""
+    asynchronous: bool = False
+    """Sample the next step while this one is trained on; its samples are one update old."""
+    partial_rollouts: bool = False
+    """With `asynchronous`: new weights reach episodes in the middle."""
+    dynamic_filtering: bool = False
+    """Play another task in the place of one whose rollouts all have the same reward."""
+    retries: int = 2
+    """How often an episode that the infrastructure failed is played anew before its group is dropped and replaced."""
+    embedding_model: str | None = None
+    """The model that an embedding service of the run's own serves, for the embedder openai:MODEL; else it runs elsewhere."""
+    embedding_gpu_memory: float = 0.1
+    """Share of one GPU's memory that this service may take."""
+    wandb_project: str | None = None
+    """Also log to this project of Weights & Biases; the key is read from WANDB_API_KEY."""
+    openrlhf: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FLAG")] = ()
+    """Any other flags of OpenRLHF, for example --vllm.enforce_eager or --ds.zpg=8; they come last, and so count."""
+
+    def __post_init__(self) -> None:
+        GRPOSettings.__post_init__(self)
+        for name in ("nodes", "gpus_per_node", "engines", "tensor_parallel"):
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        self._check("zero_stage", self.zero_stage in (2, 3), "2 or 3")
+        self._check("retries", self.retries >= 0, "at least 0")
+        self._check("gpu_memory_utilization", 0 < self.gpu_memory_utilization <= 1, "above 0 and at most 1")
+        self._check("partial_rollouts", self.asynchronous or not self.partial_rollouts, "false without asynchronous")
+        self._check("colocate", not (self.colocate and self.asynchronous), "false with asynchronous")
+
+    @property
+    def gpus(self) -> int:
+        """All GPUs of the run."""
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def training_gpus(self) -> int:
+        """GPUs that DeepSpeed shards the model over: the data-parallel ranks."""
+        return self.gpus if self.colocate else self.gpus - self.engines * self.tensor_parallel
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What OpenRLHF takes for a prompt: the name of an episode."""
+
+    split: str  # train or held_out
+    place: int  # among the prompts of its file; a spare has the place of what it replaces
+    spec: EpisodeSpec
+
+    def text(self) -> str:
+        return json.dumps({"split": self.split, "place": self.place, **dataclasses.asdict(self.spec)})
+
+    @classmethod
+    def of(cls, text: str) -> Prompt:
+        fields = json.loads(text)
+        return cls(fields.pop("split"), fields.pop("place"), EpisodeSpec(**fields))
+
+
+def read_recipe(name: str) -> ClusterRun:
+    """The recipe of that name in `configs/cluster/`, or the one in that TOML file.
+
+    Raises:
+        SettingError: there is none, or something in it is not as it must be.
+    """
+    names = recipe_names()
+    path = FOLDER / f"{name}.toml" if name in names else Path(name)
+    if not path.is_file():
+        raise SettingError(f"RECIPE is one of {', '.join(names)}, or the path of a TOML file; got {name!r}.")
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingError(f"{path} is not TOML: {error}.") from error
+    for table in tables:
+        if table not in ("env", "cluster"):
+            raise SettingError(f"{path}: there is no table [{table}]. There are: env, cluster.")
+    env = read_table(path, "env", tables.get("env", {}), fields_of(EnvOptions))
+    own = read_table(path, "cluster", tables.get("cluster", {}), fields_of(ClusterRun))
+    if "env_id" not in env:
+        raise SettingError(f"{path}: [env] must name env_id, for example AtomMem-HotpotQA.")
+    try:
+        return ClusterRun(**env | own)
+    except SettingError as error:
+        error.add_note(f"in {path}")
+        raise
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with this package."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def write_prompts(run: ClusterRun, train_tasks: int, held_out_tasks: int) -> None:
+    """Writes the files of prompts into the run's folder: a prompt names a task, which the executor plays.
+
+    OpenRLHF reads `prompts.jsonl`, exactly those of all steps, and `held_out.jsonl`. The tasks of `spares.jsonl` take the
+    places of those whose group is dropped or filtered: the spares of place p are its lines p, p + N, …, with N prompts in all,
+    so that a resumed run takes the same ones.
+    """
+    wanted = run.steps * run.groups
+    train = episode_specs(train_tasks, (1 + SPARES) * wanted, run.seed)
+    files = {"prompts": ("train", train[:wanted]), "spares": ("train", train[wanted:])}
+    if run.eval_every:
+        files["held_out"] = ("held_out", episode_specs(held_out_tasks, run.eval_episodes, run.seed))
+    for name, (split, specs) in files.items():
+        prompts = (Prompt(split=split, place=place % wanted, spec=spec).text() for place, spec in enumerate(specs))
+        lines = "".join(json_line({"prompt": prompt, "datasource": split}) for prompt in prompts)
+        replace_file(run.out / f"{name}.jsonl", lines)
+
+
+def openrlhf_flags(run: ClusterRun, model: Path) -> list[str]:
+    """The arguments of `openrlhf.cli.train_ppo_ray`.
+
+    Args:
+        model: the folder of the model to start from.
+    """
+    per_node = run.gpus_per_node if run.colocate else run.training_gpus // run.nodes
+    rollouts = run.groups * run.group_size
+    flags: dict[str, Any] = {
+        "actor.model_name_or_path": model,
+        "train.agent_func_path": EXECUTOR,
+        "data.prompt_dataset": run.out / "prompts.jsonl",
+        "data.input_key": "prompt",
+        "data.max_len": run.max_tokens,
+        "rollout.max_new_tokens": run.max_new_tokens,
+        "rollout.temperature": run.temperature,
+        "rollout.batch_size": run.groups,
+        "rollout.n_samples_per_prompt": run.group_size,
+        "rollout.micro_batch_size": 1,
+        "rollout.max_tokens_per_gpu": run.micro_batch_tokens,
+        "train.batch_size": rollouts,  # one update a step: on-policy
+        "train.micro_batch_size": 1,
+        "train.dynamic_batch_enable": True,
+        "train.max_tokens_per_gpu": run.micro_batch_tokens,
+        "train.seed": run.seed,
+        "actor.num_nodes": run.nodes,
+        "actor.num_gpus_per_node": per_node,
+        "ref.num_nodes": run.nodes,
+        "ref.num_gpus_per_node": per_node,
+        "actor.adam.lr": run.learning_rate,
+        "actor.lr_scheduler": _SCHEDULES[run.schedule],
+        "actor.lr_warmup_ratio": run.warmup_steps / run.steps,
+        "actor.max_norm": run.max_grad_norm,
+        "actor.eps_clip_low_high": (run.clip_low, run.clip_high),
+        "actor.entropy_coef": 0,  # logged, not trained on
+        "actor.gradient_checkpointing_enable": run.gradient_checkpointing,
+        "algo.advantage.estimator": "group_norm" if run.divide_by_std else "dr_grpo",
+        "algo.kl.init_coef": run.kl_coef,
+        "algo.kl.use_loss": run.kl_coef > 0,
+        "algo.kl.estimator": "k3",
+        "algo.dynamic_filtering_enable": run.dynamic_filtering,
+        "vllm.num_engines": run.engines,
+        "vllm.tensor_parallel_size": run.tensor_parallel,
+        "vllm.gpu_memory_utilization": run.gpu_memory_utilization,
+        "vllm.enable_prefix_caching": True,
+        "train.colocate_all": run.colocate,
+        "train.colocate_actor_ref": run.kl_coef > 0,
+        "vllm.enable_sleep": run.colocate,
+        "ds.enable_sleep": run.colocate,
+        "ds.zero_stage": run.zero_stage,
+        "ds.adam_offload": run.offload_optimizer,
+        "ds.packing_samples": True,
+        "train.async_enable": run.asynchronous,
+        "train.partial_rollout_enable": run.partial_rollouts,
+        "eval.steps": run.eval_every or -1,
+        "eval.temperature": 0,
+        "eval.n_samples_per_prompt": 1,
+        "ckpt.path": run.out / "checkpoints",
+        "ckpt.output_dir": run.out / "model",
+        "ckpt.save_steps": run.save_every,
+        "ckpt.load_enable": run.resume,
+        "logger.tensorboard_dir": run.out / "tensorboard",
+        "logger.wandb.run_name": run.out.name,
+    }
+    # The correction also makes the engines record the log-probabilities that were sampled with; without a cap it changes nothing.
+    cap = 1e9 if run.importance_cap is None else run.importance_cap
+    flags |= {
+        "algo.advantage.is_correction_level": "token",
+        "algo.advantage.is_correction_mode": "clip",
+        "algo.advantage.is_correction_threshold": (0, cap),
+    }
+    if run.eval_every:
+        flags["eval.dataset"] = run.out / "held_out.jsonl"
+    if run.wandb_project:
+        flags |= {"logger.wandb.key": "$WANDB_API_KEY", "logger.wandb.project": run.wandb_project}
+    return [*_words(flags), *(word for flag in run.openrlhf for word in flag.split("=", 1))]
+
+
+def _words(flags: dict[str, Any]) -> list[str]:
+    words: list[str] = []
+    for name, value in flags.items():
+        if value is False:
+            continue
+        words.append(f"--{name}")
+        if isinstance(value, tuple):
+            words += map(str, value)
+        elif value is not True:
+            words.append(str(value))
+    return words

@@ -1,0 +1,119 @@
+"""What GRPO is, whoever carries it out: the settings that both trainers have, one machine's and the cluster's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium as gym
+
+from atommem_env.errors import SettingError
+from eval.run import EnvOptions, check_new, check_unchanged
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GRPOSettings(EnvOptions):
+    """What is trained on what. The defaults are the paper's, for a model of some billion parameters."""
+
+    model: str = "smollm2"
+    """The model to start from: tiny, smollm2, or the folder of a Hugging Face chat model."""
+    out: Path = Path("runs/grpo")
+    """Folder of the run; new or empty, unless --resume."""
+    resume: bool = False
+    """Go on with an interrupted run in the same folder."""
+    split: str | None = "train"
+    """Split of the dataset to train on."""
+    eval_split: str = "dev"
+    """Split of the held-out episodes."""
+    durability: str | None = "off"
+    """off, or episode: keep every entry of every rollout in the folder's memory/."""
+    temperature: float = 1.0
+    """Of the rollouts; evaluation is greedy."""
+    steps: int = 200
+    """Updates."""
+    groups: int = 16
+    """Tasks in a step."""
+    group_size: int = 16
+    """Rollouts of each task."""
+    learning_rate: float = 1e-6
+    """Highest learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What becomes of the learning rate after the warm-up; linear and cosine end at 0."""
+    warmup_steps: int = 0
+    """Updates over which the learning rate rises."""
+    fault_penalty: float = 0.0
+    """Taken off the reward for each operation that was not carried out as written; in training alone."""
+    divide_by_std: bool = False
+    """Divide advantages by the standard deviation of the group."""
+    clip_low: float = 0.2
+    """A token made less likely than 1 - clip_low times its old probability is left there."""
+    clip_high: float = 0.28
+    """A token made more likely than 1 + clip_high times is left there."""
+    kl_coef: float = 0.0
+    """Weight of the KL divergence from the starting model."""
+    importance_cap: float | None = 2.0
+    """Most that a token counts for the sampler's rounding; None: no correction."""
+    max_grad_norm: float = 1.0
+    """A longer gradient is cut to this length."""
+    micro_batch_tokens: int = 16_384
+    """Tokens computed at the same time in an update; changes memory and speed only."""
+    eval_every: int = 20
+    """Steps between evaluations; 0: none, and the last model counts as the best."""
+    eval_episodes: int = 200
+    """Episodes of an evaluation."""
+    save_every: int = 20
+    """Steps between checkpoints."""
+    seed: int = 0
+    """Of the tasks, of what is sampled, and of new weights."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "groups", "save_every", "in_flight", "max_new_tokens", "micro_batch_tokens"):
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        self._check("group_size", self.group_size >= 2, "at least 2 (one rollout has nothing to be compared with)")
+        self._check("fault_penalty", 0 <= self.fault_penalty < math.inf, "at least 0")
+        self._check("temperature", self.temperature > 0, "above 0 (greedy rollouts of a task are all alike)")
+        for name in ("learning_rate", "max_grad_norm"):
+            self._check(name, getattr(self, name) > 0, "above 0")
+        for name in ("eval_every", "warmup_steps"):
+            self._check(name, getattr(self, name) >= 0, "at least 0")
+        self._check("eval_episodes", self.eval_episodes >= 1 or not self.eval_every, "at least 1")
+        if self.eval_every and self.split == self.eval_split:
+            raise SettingError(
+                f"split and eval_split are both {self.split!r}; held-out episodes are those of another split."
+            )
+        if self.eval_every and self.data is not None:
+            raise SettingError(
+                "--data names one file, and evaluation needs other questions than training. Import both files with "
+                "`atommem data import` as two splits, or turn evaluation off with --eval-every 0."
+            )
+
+    def _check(self, name: str, ok: bool, expected: str) -> None:
+        if not ok:
+            raise SettingError(f"{name} must be {expected}, got {getattr(self, name)!r}.")
+
+
+def make_env(run: GRPOSettings, split: str | None) -> gym.Env[Any, Any]:
+    """The environment of a run, with the tasks of one split."""
+    options = {**run.env_options(), "store": str(run.out / "memory")}
+    return gym.make(run.env_id, **options | ({"split": split} if split else {}))
+
+
+def open_run(run: GRPOSettings) -> str:
+    """Checks that the run's folder fits; returns the text of its `config.json`.
+
+    Raises:
+        SettingError: a new run in a folder that is not empty, or what is to be resumed is another run.
+    """
+    path = run.out / "config.json"
+    asked = {name: value for name, value in dataclasses.asdict(run).items() if name not in ("out", "resume")}
+    identity = json.loads(json.dumps(asked, default=str))
+    if run.resume:
+        check_unchanged(path, identity)
+    else:
+        check_new(run.out, ", or --resume")
+    run.out.mkdir(parents=True, exist_ok=True)
+    return json.dumps(identity, indent=2) + "\n"
