@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import itertools
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import gymnasium as gym
@@ -18,14 +17,14 @@ from agents.policy import Act, Policy, as_policy, reply_to
 from atommem_env.embedders import Embedder, embed
 from atommem_env.env import AtomMemEnv
 from atommem_env.episode import Episode
-from atommem_env.errors import DataError, MissingDependency, PromptTooLong, SettingError
+from atommem_env.errors import DataError, EngineDied, MissingDependency, PromptTooLong, SettingError
 from atommem_env.store import MemoryStore
 from atommem_env.types import EmbeddingRequest, EpisodeSettings, Rollout, TaskSource, Turn, Vector
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _PAUSE = 0.5  # seconds before an episode is played anew, doubled each time
-_NOT_MENDED_BY_RETRYING = (SettingError, DataError, PromptTooLong, MissingDependency)
+_NOT_MENDED_BY_RETRYING = (SettingError, DataError, PromptTooLong, MissingDependency, EngineDied)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +45,21 @@ class Driver:
     settings: EpisodeSettings
     embedder: Embedder
     store: MemoryStore
+    # Whether embedding leaves the event loop free, as one by a distant service should. It is off because a local model has a
+    # thread of its own: a race of two would change who shares a batch, and so last bits.
+    embed_in_thread: bool = False
+    _batcher: Batcher[tuple[EmbeddingRequest, ...], list[Vector]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_batcher", Batcher(self._embed, max_batch=256, thread=self.embed_in_thread))
 
     @classmethod
-    def of(cls, env: gym.Env[Any, Any]) -> Driver:
+    def of(cls, env: gym.Env[Any, Any], *, embed_in_thread: bool = False) -> Driver:
         """The parts of an environment of ours, so that a run has the settings of `gym.make`."""
         inner = env.unwrapped
         if not isinstance(inner, AtomMemEnv):
             raise SettingError(f"Expected an AtomMem environment, got {type(inner).__name__}.")
-        return cls(inner.env_id, inner.source, inner.settings, inner.embedder, inner.store)
+        return cls(inner.env_id, inner.source, inner.settings, inner.embedder, inner.store, embed_in_thread)
 
     async def run(
         self,
@@ -114,28 +120,18 @@ class Driver:
     ) -> list[Rollout | None]:
         """Plays all; `retries` None raises the first failure."""
         policy = as_policy(policy)
-        # Without a thread: a local model has one, and a race of two would change who shares a batch, and so last bits.
-        batcher = Batcher(self._embed, max_batch=256, thread=False)
         gate = asyncio.Semaphore(in_flight)
 
         async def one(position: int, spec: EpisodeSpec) -> Rollout | None:
             async with gate:
-                for attempt in itertools.count():
-                    try:
-                        rollout = await self._play(spec, policy, batcher, replied)
-                    except _NOT_MENDED_BY_RETRYING:
-                        raise
-                    except Exception as error:
-                        if retries is None:
-                            raise
-                        _log.warning("Attempt %d at %s failed: %r", attempt + 1, spec, error)
-                        if attempt == retries:
-                            return None
-                        await asyncio.sleep(_PAUSE * 2**attempt)  # an outage may pass
-                    else:
-                        finished(position, rollout)
-                        return rollout
-            raise AssertionError("unreachable")
+                rollout: Rollout | None
+                if retries is None:
+                    rollout = await self.play(spec, policy, replied=replied)
+                else:
+                    rollout = await self.play_tolerant(spec, policy, retries=retries, replied=replied)
+                if rollout is not None:
+                    finished(position, rollout)
+                return rollout
 
         tasks = [asyncio.ensure_future(one(position, spec)) for position, spec in enumerate(specs)]
         try:
@@ -145,13 +141,23 @@ class Driver:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _play(
-        self,
-        spec: EpisodeSpec,
-        policy: Policy,
-        batcher: Batcher[tuple[EmbeddingRequest, ...], list[Vector]],
-        replied: Callable[[], None],
-    ) -> Rollout:
+    async def play_tolerant(
+        self, spec: EpisodeSpec, policy: Policy, *, retries: int, replied: Callable[[], None] = lambda: None
+    ) -> Rollout | None:
+        """One episode of `run_tolerant`, for a caller that has an event loop of its own."""
+        for attempt in range(retries + 1):
+            if attempt:
+                await asyncio.sleep(_PAUSE * 2 ** (attempt - 1))  # an outage may pass
+            try:
+                return await self.play(spec, policy, replied=replied)
+            except _NOT_MENDED_BY_RETRYING:
+                raise
+            except Exception as error:
+                _log.warning("Attempt %d at %s failed: %r", attempt + 1, spec, error)
+        return None
+
+    async def play(self, spec: EpisodeSpec, policy: Policy, *, replied: Callable[[], None] = lambda: None) -> Rollout:
+        """One episode of `run`; what is embedded shares its batches with all other episodes of this driver."""
         task = self.source.task(spec.index, spec.task_seed)
         episode = Episode(task, self.settings, spec.seed)
         recorder = self.store.begin(
@@ -169,7 +175,7 @@ class Driver:
                 observation = episode.observe()
                 reply = await reply_to(act, observation)
                 requests = episode.submit(reply.text)
-                result = episode.resolve(await batcher(requests) if requests else [])
+                result = episode.resolve(await self._batcher(requests) if requests else [])
                 recorder.record(episode.steps, reply.text, result)
                 turns.append(Turn(observation, reply, result.results))
                 replied()

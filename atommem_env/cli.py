@@ -23,13 +23,21 @@ COMMANDS = {
         "train.quickstart:main",
         "Train a small policy by SFT, then GRPO, and see what it gains; needs no data.",
     ),
+    "train cluster": (
+        "train.cluster.launch:main",
+        "Train on one or many GPU machines, by OpenRLHF, DeepSpeed, vLLM and Ray.",
+    ),
+    "train cluster-sft": ("train.cluster.sft:main", "Fine-tune on collected samples on many GPUs, by OpenRLHF."),
     "data import": ("atommem_env.tasks.catalogue_commands:import_command", "Make a dataset's file known to gym.make."),
     "data list": ("atommem_env.tasks.catalogue_commands:list_command", "Show which datasets were imported."),
     "data verify": ("atommem_env.tasks.catalogue_commands:verify_command", "Check imported data against their hashes."),
     "models get": ("agents.models.download:get_command", "Fetch a model's weights and make them ready."),
 }
 _OURS = ("agents", "eval", "train")
-_WITH_PRESETS = ("collect", "sft", "grpo")
+# those whose options have defaults from a file: what parses their words and calls their function
+_PARSERS = dict.fromkeys(("collect", "sft", "grpo"), "train.presets:call") | {
+    "train cluster": "train.cluster.launch:call"
+}
 
 _EXAMPLES = """\
 examples:
@@ -54,8 +62,8 @@ def main() -> None:
 
     try:
         function, rest = load(COMMANDS[command][0]), words[len(command.split()) :]
-        if command in _WITH_PRESETS:
-            load("train.presets:call")(command, function, rest)
+        if command in _PARSERS:
+            load(_PARSERS[command])(command, function, rest)
         else:
             tyro.cli(function, prog=f"atommem {command}", args=rest, config=(tyro.conf.OmitArgPrefixes,))
     except AtomMemError as error:
@@ -66,7 +74,8 @@ def main() -> None:
 
 def overview() -> str:
     """The text of `atommem --help`."""
-    lines = [f"  {command:<12} {purpose}" for command, (_, purpose) in COMMANDS.items()]
+    width = max(map(len, COMMANDS))
+    lines = [f"  {command:<{width}} {purpose}" for command, (_, purpose) in COMMANDS.items()]
     head = [
         "usage: atommem COMMAND …",
         "",

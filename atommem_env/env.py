@@ -72,7 +72,8 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
     `em`, `f1` and `evidence` (passages, how many were stored, how many retrieved), each a tuple with an item a question.
 
     ## Arguments
-    * `embedder` ("hashing"): "hashing", "minilm", or an object with the methods of `atommem_env.embedders.Embedder`.
+    * `embedder` ("hashing"): "hashing", "minilm", "openai:MODEL" (a service, at OPENAI_BASE_URL), or an object with the
+      methods of `atommem_env.embedders.Embedder`.
     * `store` (None): the LanceDB folder that keeps the memories; None is `memory/EMBEDDER` in the data folder.
     * `durability` ("episode"): "off", or "episode": committed when the episode ends, is left or the environment is closed.
     * `render_mode` (None): "ansi" or "human".

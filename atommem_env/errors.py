@@ -45,6 +45,10 @@ class PolicyError(AtomMemError, RuntimeError):
     """A policy raised or returned something that is not a reply; an infrastructure failure, never a reward."""
 
 
+class EngineDied(AtomMemError, RuntimeError):
+    """The engine that a model runs in is gone; playing an episode anew cannot bring it back."""
+
+
 class PromptTooLong(AtomMemError, ValueError):
     """A prompt and its reply do not fit into the model's window."""
 

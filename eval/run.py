@@ -56,7 +56,7 @@ class EnvOptions:
     questions: int | None = None
     """Questions in each task."""
     embedder: str | None = None
-    """hashing or minilm."""
+    """hashing, minilm, or openai:MODEL: a service that speaks the OpenAI API, at OPENAI_BASE_URL."""
     durability: str | None = None
     """off, or episode: keep every entry in the folder's memory/."""
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE")] = ()

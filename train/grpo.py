@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from rich.console import Console
 
-from agents.chat_policy import ChatPolicy, Sampling
+from agents.chat_policy import GREEDY, ChatPolicy, Sampling
 from agents.models.chat_tokenizer import ChatTokenizer
 from agents.models.download import find_model
 from agents.models.transformers_model import TransformersModel
@@ -426,16 +426,38 @@ def _numbers(line: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, floa
 
 def main(run: GRPORun) -> None:
     """Train a model by reinforcement learning (GRPO) on an environment."""
-    trainer = Trainer(run)
-    trainer.train()
-    console = Console()
-    best = trainer.best
-    if best["weights"] is not None:
-        console.print(f"Best held-out exact match {100 * best['em']:.1f} % after {best['step']} of {run.steps} steps.")
-    same = [f"--num-docs {run.num_docs}" if run.num_docs else "", f"--set {shlex.join(run.set)}" if run.set else ""]
+    Trainer(run).train()
+    tell_end(run, Console())
+
+
+def tell_end(run: GRPOSettings, console: Console) -> None:
+    """Says what a run that has come to its end leaves, and how to evaluate it."""
+    evaluated = [line for line in read_episodes(run.out / METRICS) if "eval_em" in line]
+    if evaluated:
+        best = max(evaluated, key=lambda line: line["eval_em"])  # the first of equals, as the trainers keep it
+        console.print(
+            f"Best held-out exact match {100 * best['eval_em']:.1f} % after {best['step']} of {run.steps} steps."
+        )
+    words = [
+        "atommem",
+        "eval",
+        run.env_id,
+        "--policy",
+        str(run.out / "model"),
+        "--layout",
+        run.layout,
+        "--split",
+        "test",
+    ]
+    for name in ("num_docs", "questions", "embedder", "corpus"):
+        if (value := getattr(run, name)) is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    if run.max_new_tokens != GREEDY.max_new_tokens:
+        words += ["--max-new-tokens", str(run.max_new_tokens)]
+    if run.set:
+        words += ["--set", *run.set]
     console.print(
-        f"The model is in {run.out / 'model'}, the curve in {run.out / 'curve.png'}. Evaluate it:\n  atommem eval {run.env_id} "
-        f"--policy {run.out / 'model'} --layout {run.layout} --split test {' '.join(filter(None, same))}",
+        f"The model is in {run.out / 'model'}, the curve in {run.out / 'curve.png'}. Evaluate it:\n  {shlex.join(words)}",
         soft_wrap=True,
         markup=False,
         highlight=False,

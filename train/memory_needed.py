@@ -2,7 +2,7 @@
 
 Weights, gradients, Adam's moments and copies are counted exactly: the model is built from its configuration on PyTorch's meta
 device, where a tensor has a shape and no memory. The rest are rules of thumb that lean towards too little, because a run
-that would have worked must not be refused: an entry and a reply are short (`_SHORT` tokens), a document has the length that is
+that would have worked must not be refused: an entry and a reply are short (`SHORT` tokens), a document has the length that is
 usual in its dataset, and what an allocator wastes is left out. Against the resident memory of small Qwen3 models on a CPU
 (width 256 and 512), an update's sum came out 0 to 15 % too small, and the cache of keys and values 10 to 20 %.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,13 +25,16 @@ from agents.models.download import find_model
 from atommem_env.env import split_options
 from atommem_env.errors import MissingDependency, SettingError
 from atommem_env.tasks import source_options
+from atommem_env.types import EpisodeSettings
+from eval.run import EnvOptions
 
 if TYPE_CHECKING:
     from train.grpo import GRPORun
     from train.sft import SFTRun
 
-_SHORT = 64  # tokens of a usual entry or reply: a sentence or two
-_DOCUMENT_TOKENS = {"synthetic": 20}  # of a usual document; a paragraph of the other datasets has 100
+SHORT = 64  # tokens of a usual entry or reply: a sentence or two
+# Of a usual document, title included: the means over the paragraphs of each dataset.
+_DOCUMENT_TOKENS = {"hotpotqa": 112, "2wikimultihopqa": 92, "musique": 98, "synthetic": 20}
 _CHARACTERS_A_TOKEN = 5  # of English text, rounded up
 
 
@@ -97,17 +101,36 @@ def check_memory(run: SFTRun | GRPORun, model: dict[str, Any] | None = None) -> 
         ModelNotFound: `model` is not given, and the model is not on this machine.
         MissingDependency: the extra `train` is not installed.
     """
-    folder = None if model else find_model(run.model)
+    size = model_size(run.model, model)
     try:
         import psutil
         import torch
-        from transformers import AutoConfig
     except ImportError as error:
         raise MissingDependency(f"Training needs {error.name!r}: pip install 'atommem[train]'.") from error
-    config = AutoConfig.for_model(**model) if model else AutoConfig.from_pretrained(folder, local_files_only=True)
     gpu = torch.cuda.is_available()
     free = torch.cuda.mem_get_info()[0] if gpu else psutil.virtual_memory().available
-    refuse_too_large(run, ModelSize.of(config), free, gpu=gpu)
+    refuse_too_large(run, size, free, gpu=gpu)
+
+
+def model_size(name: str, fields: dict[str, Any] | None = None) -> ModelSize:
+    """The size of a model.
+
+    Args:
+        name: As in `find_model`.
+        fields: Those of its `config.json`, where the model is not on this machine yet.
+
+    Raises:
+        ModelNotFound: `fields` is not given, and the model is not on this machine.
+        MissingDependency: the extra `train` is not installed.
+    """
+    folder = None if fields else find_model(name)
+    try:
+        from transformers import AutoConfig
+
+        config = AutoConfig.for_model(**fields) if fields else AutoConfig.from_pretrained(folder, local_files_only=True)
+        return ModelSize.of(config)
+    except ImportError as error:
+        raise MissingDependency(f"Training needs {error.name!r}: pip install 'atommem[train]'.") from error
 
 
 def refuse_too_large(run: SFTRun | GRPORun, size: ModelSize, free: int, *, gpu: bool) -> None:
@@ -121,14 +144,24 @@ def refuse_too_large(run: SFTRun | GRPORun, size: ModelSize, free: int, *, gpu: 
     phase = max(totals, key=totals.__getitem__)
     if totals[phase] <= free:
         return
-    width = max(len(item.what) for item in phases[phase])
-    lines = [f"  {item.what:<{width}} {item.size / 1e9:8.1f} GB  {item.how}" for item in phases[phase]]
     where = "are free on the GPU" if gpu else "of memory are free, and there is no GPU"
     raise SettingError(
         f"{run.model} needs about {totals[phase] / 1e9:.1f} GB while it {phase}, and {free / 1e9:.1f} GB {where}:\n"
-        + "\n".join([*lines, f"  {'sum':<{width}} {totals[phase] / 1e9:8.1f} GB"])
-        + f"\nSmaller with {', '.join(_remedies(run, phase))}, or a smaller --model."
+        f"{written_sum(phases[phase])}\nSmaller with {', '.join(_remedies(run, phase))}, or a smaller --model."
     )
+
+
+def written_sum(items: Sequence[Item]) -> str:
+    """The lines of a sum, and the sum.
+
+    >>> print(written_sum([Item("weights", 2 * 10**9, "10⁹ × 2"), Item("moments", 4 * 10**9, "10⁹ × 4")]))
+      weights      2.0 GB  10⁹ × 2
+      moments      4.0 GB  10⁹ × 4
+      sum          6.0 GB
+    """
+    width = max(len(item.what) for item in items)
+    lines = [f"  {item.what:<{width}} {item.size / 1e9:8.1f} GB  {item.how}" for item in items]
+    return "\n".join([*lines, f"  {'sum':<{width}} {sum(item.size for item in items) / 1e9:8.1f} GB"])
 
 
 def memory_needed(run: SFTRun | GRPORun, size: ModelSize, *, gpu: bool) -> dict[str, list[Item]]:
@@ -146,7 +179,9 @@ def _sft_memory(run: SFTRun, size: ModelSize, *, gpu: bool) -> dict[str, list[It
         "trains": [
             *_trained(size, run.lora_rank, weight, gradients=True),
             *([_casts(size)] if computed < weight and not run.lora_rank else []),
-            _activations(size, tokens, computed, adapters=run.lora_rank > 0, recompute=gpu),
+            activations(
+                size, tokens, computed, residual=_residual(run, computed), adapters=run.lora_rank > 0, recompute=gpu
+            ),
         ]  # TRL computes the logits in small pieces
     }
 
@@ -156,16 +191,16 @@ def _grpo_memory(run: GRPORun, size: ModelSize, *, gpu: bool) -> dict[str, list[
     weight = computed if run.lora_rank else 4
     always: list[Item] = []
     if run.dtype == "bfloat16" and not run.lora_rank:
-        always.append(_product("copy that plays", (size.parameters, "parameters"), (2, "bytes")))
+        always.append(product("copy that plays", (size.parameters, "parameters"), (2, "bytes")))
     if run.kl_coef and not run.lora_rank:
-        always.append(_product("starting model", (size.parameters, "parameters"), (4, "bytes")))
+        always.append(product("starting model", (size.parameters, "parameters"), (4, "bytes")))
     if run.eval_every and not gpu:  # on a GPU they are kept beside it
-        always.append(_product("best weights so far", (_trained_count(size, run.lora_rank), "trained"), (4, "bytes")))
+        always.append(product("best weights so far", (_trained_count(size, run.lora_rank), "trained"), (4, "bytes")))
 
-    turn = _Turn.of(run)
+    turn = Turn.of(run)
     rows = min(run.in_flight, max(run.groups * run.group_size, run.eval_episodes if run.eval_every else 0))
     places = min(size.window, turn.chunk + turn.entries + run.max_new_tokens)
-    cache = _product(
+    cache = product(
         "keys and values",
         (rows, "rows"),
         (places, "tokens"),
@@ -174,15 +209,22 @@ def _grpo_memory(run: GRPORun, size: ModelSize, *, gpu: bool) -> dict[str, list[
         (computed, "bytes"),
         (2, "as it grows by copying"),
     )
-    chances = _product("next tokens' probabilities", (rows, "rows"), (size.vocabulary, "vocabulary"), (28, "bytes"))
+    chances = product("next tokens' probabilities", (rows, "rows"), (size.vocabulary, "vocabulary"), (28, "bytes"))
 
     group = turn.chunk + run.group_size * turn.own if run.share_prefixes else run.group_size * (turn.chunk + turn.own)
     tokens = min(run.micro_batch_tokens, run.groups * turn.turns * group)
     replies = tokens * run.group_size * turn.reply // group
     update = [
         *([_casts(size)] if computed < weight else []),
-        _activations(size, tokens, computed, adapters=run.lora_rank > 0, recompute=run.gradient_checkpointing),
-        _product(
+        activations(
+            size,
+            tokens,
+            computed,
+            residual=_residual(run, computed),
+            adapters=run.lora_rank > 0,
+            recompute=run.gradient_checkpointing,
+        ),
+        product(
             "logits of the replies",
             (replies, "tokens"),
             (size.vocabulary, "vocabulary"),
@@ -196,10 +238,10 @@ def _grpo_memory(run: GRPORun, size: ModelSize, *, gpu: bool) -> dict[str, list[
     }
 
 
-def _product(what: str, *factors: tuple[int, str]) -> Item:
+def product(what: str, *factors: tuple[int, str]) -> Item:
     """A line whose size is a product.
 
-    >>> _product("weights", (1_000, "parameters"), (4, "bytes"))
+    >>> product("weights", (1_000, "parameters"), (4, "bytes"))
     Item(what='weights', size=4000, how='1,000 parameters × 4 bytes')
     """
     return Item(
@@ -214,20 +256,24 @@ def _trained_count(size: ModelSize, lora_rank: int) -> int:
 def _trained(size: ModelSize, lora_rank: int, weight: int, *, gradients: bool) -> list[Item]:
     """The weights, and what the optimiser keeps for those that it trains; `weight` is bytes, adapters are float32."""
     count, of_trained = _trained_count(size, lora_rank), 4 if lora_rank else weight
-    lines = [_product("weights", (size.parameters, "parameters"), (weight, "bytes"))]
+    lines = [product("weights", (size.parameters, "parameters"), (weight, "bytes"))]
     if lora_rank:
-        lines.append(_product("adapters", (count, f"of rank {lora_rank}"), (4, "bytes")))
+        lines.append(product("adapters", (count, f"of rank {lora_rank}"), (4, "bytes")))
     if gradients:
-        lines.append(_product("gradients", (count, "trained"), (of_trained, "bytes")))
-    return [*lines, _product("Adam's moments", (count, "trained"), (2 * of_trained, "bytes"))]
+        lines.append(product("gradients", (count, "trained"), (of_trained, "bytes")))
+    return [*lines, product("Adam's moments", (count, "trained"), (2 * of_trained, "bytes"))]
+
+
+def _residual(run: SFTRun | GRPORun, computed: int) -> int:
+    return computed if run.lora_rank else 4  # weights in float32 make it float32, whatever layers compute in
 
 
 def _casts(size: ModelSize) -> Item:
-    return _product("weights in bfloat16", (size.parameters, "parameters"), (2, "bytes"))
+    return product("weights in bfloat16", (size.parameters, "parameters"), (2, "bytes"))
 
 
-def _activations(size: ModelSize, tokens: int, computed: int, *, adapters: bool, recompute: bool) -> Item:
-    """What a forward pass keeps for the backward pass.
+def activations(size: ModelSize, tokens: int, computed: int, *, residual: int, adapters: bool, recompute: bool) -> Item:
+    """What a forward pass keeps for the backward pass, at `computed` bytes a number and `residual` between the layers.
 
     A layer keeps of each token: of its two norms, always in float32, input, result and output (3 h each, 2 h where their weights
     are not trained), and of the norms of queries and keys two (one); of the attention queries, keys and values repeated for
@@ -240,19 +286,30 @@ def _activations(size: ModelSize, tokens: int, computed: int, *, adapters: bool,
         norms += (1 if adapters else 2) * (queries + keys)
     layer = 4 * norms + computed * (5 * queries + 4 * size.intermediate)
     if not recompute:
-        return _product("activations", (tokens, "tokens"), (size.layers, "layers"), (layer, "bytes"))
-    inputs = size.layers * size.hidden * (computed if adapters else 4)
-    return _product("activations, recomputed", (tokens, "tokens"), (inputs + layer, "bytes"))
+        return product("activations", (tokens, "tokens"), (size.layers, "layers"), (layer, "bytes"))
+    inputs = size.layers * size.hidden * residual
+    return product("activations, recomputed", (tokens, "tokens"), (inputs + layer, "bytes"))
 
 
 @dataclass(frozen=True, slots=True)
-class _Turn:
-    """Usual lengths of a turn, in tokens."""
+class Turn:
+    """Usual lengths of a turn, in tokens of the environment."""
 
-    chunk: int
+    chunk: int  # the longest
     entries: int
     reply: int
-    turns: int  # of an episode
+    context: int  # all chunks of an episode
+    answering: int  # turns of an episode after the last chunk
+
+    @property
+    def reading(self) -> int:
+        """Turns of an episode with a chunk."""
+        return math.ceil(self.context / self.chunk)
+
+    @property
+    def turns(self) -> int:
+        """Turns of an episode."""
+        return self.reading + self.answering
 
     @property
     def own(self) -> int:
@@ -260,22 +317,33 @@ class _Turn:
         return self.entries + self.reply
 
     @classmethod
-    def of(cls, run: GRPORun) -> _Turn:
-        spec = gym.registry.get(run.env_id)
-        options = {**(spec.kwargs if spec else {}), **run.env_options()}
-        options = {name: value for name, value in options.items() if name not in ("embedder", "store", "durability")}
-        dataset = options.pop("dataset", "hotpotqa")
-        settings, source = split_options(dataset, options)
+    def of(cls, run: EnvOptions) -> Turn:
+        """Turns in the environment of a run."""
+        dataset, settings, source = environment_of(run)
         num_docs = source.get("num_docs") or source_options(dataset)["num_docs"].default
         document = _DOCUMENT_TOKENS.get(dataset, 100)
         context = num_docs * document
-        chunk, reply = min(settings.chunk_tokens, context), min(_SHORT, run.max_new_tokens)
+        chunk, reply = min(settings.chunk_tokens, context), min(SHORT, run.max_new_tokens)
         return cls(
             chunk=chunk,
             entries=min(settings.memory_tokens, settings.top_k * min(reply, document)),
             reply=reply,
-            turns=math.ceil(context / chunk) + source.get("questions", 1),
+            context=context,
+            answering=source.get("questions", 1),
         )
+
+
+def environment_of(run: EnvOptions) -> tuple[str, EpisodeSettings, dict[str, Any]]:
+    """Dataset, settings and source options of a run's environment, which is not made: it needs no data.
+
+    Raises:
+        SettingError: an option that the environment does not have.
+    """
+    spec = gym.registry.get(run.env_id)
+    options = {**(spec.kwargs if spec else {}), **run.env_options()}
+    options = {name: value for name, value in options.items() if name not in ("embedder", "store", "durability")}
+    dataset = options.pop("dataset", "hotpotqa")
+    return dataset, *split_options(dataset, options)
 
 
 def _longest_sample(folder: Path) -> int:

@@ -34,8 +34,9 @@ def get_embedder(name: str) -> CachedEmbedder:
     """The embedder of the setting `embedder`, with a cache; one per process.
 
     Raises:
-        SettingError: `name` is neither "hashing" nor "minilm".
+        SettingError: `name` is none of "hashing", "minilm" and "openai:MODEL".
         MissingDependency: the embedder's packages are not installed.
+        EmbeddingError: the service of "openai:MODEL" does not answer as it should.
     """
     if name == "hashing":
         from atommem_env.embedders.hashing import HashingEmbedder
@@ -45,7 +46,11 @@ def get_embedder(name: str) -> CachedEmbedder:
         from atommem_env.embedders.minilm import MiniLMEmbedder
 
         return CachedEmbedder(MiniLMEmbedder(), _CACHED_ENTRIES)
-    raise SettingError(f"embedder must be 'hashing' or 'minilm', got {name!r}.")
+    if name.startswith("openai:") and name != "openai:":
+        from atommem_env.embedders.openai_api import OpenAIEmbedder
+
+        return CachedEmbedder(OpenAIEmbedder(name.removeprefix("openai:")), _CACHED_ENTRIES)
+    raise SettingError(f"embedder must be 'hashing', 'minilm' or 'openai:MODEL', got {name!r}.")
 
 
 def embed(embedder: Embedder, requests: Sequence[EmbeddingRequest]) -> NDArray[np.float32]:

@@ -195,7 +195,7 @@ def test_an_embedder_is_loaded_once() -> None:
 
 
 def test_an_unknown_embedder_is_named_with_the_known() -> None:
-    with pytest.raises(SettingError, match="'hashing' or 'minilm', got 'bert'"):
+    with pytest.raises(SettingError, match="'hashing', 'minilm' or 'openai:MODEL', got 'bert'"):
         get_embedder("bert")
 
 

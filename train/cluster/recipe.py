@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,9 @@ from train.presets import fields_of, read_table
 from train.settings import GRPOSettings
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "cluster"
+VERSION = "0.11.2"  # of OpenRLHF; another is refused
 EXECUTOR = Path(__file__).with_name("executor.py")
+RUN_VARIABLE = "ATOMMEM_RUN"  # names the folder of the run to every process of its job
 SPARES = 3  # of each prompt
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
@@ -130,6 +133,22 @@ def read_recipe(name: str) -> ClusterRun:
         raise
 
 
+def running() -> ClusterRun:
+    """The run that this process is a part of: the one in the folder that the variable `ATOMMEM_RUN` names.
+
+    Raises:
+        SettingError: the variable is not set, or the folder holds no run.
+    """
+    folder = Path(os.environ.get(RUN_VARIABLE, ""))
+    path = folder / "config.json"
+    if not path.is_file():
+        raise SettingError(
+            f"{RUN_VARIABLE} must name the folder of a cluster run, got {str(folder)!r}. Start it by `atommem train cluster`."
+        )
+    fields = read_table(path, "the run", json.loads(path.read_text(encoding="utf-8")), fields_of(ClusterRun))
+    return ClusterRun(**fields | {"out": folder})
+
+
 def recipe_names() -> list[str]:
     """The recipes that come with this package."""
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
@@ -159,6 +178,11 @@ def openrlhf_flags(run: ClusterRun, model: Path) -> list[str]:
     Args:
         model: the folder of the model to start from.
     """
+    return [*_words(derived_flags(run, model)), *(word for flag in run.openrlhf for word in flag.split("=", 1))]
+
+
+def derived_flags(run: ClusterRun, model: Path) -> dict[str, Any]:
+    """The flags that follow from the recipe's settings; one that is False is left out."""
     per_node = run.gpus_per_node if run.colocate else run.training_gpus // run.nodes
     rollouts = run.groups * run.group_size
     flags: dict[str, Any] = {
@@ -211,7 +235,7 @@ def openrlhf_flags(run: ClusterRun, model: Path) -> list[str]:
         "eval.temperature": 0,
         "eval.n_samples_per_prompt": 1,
         "ckpt.path": run.out / "checkpoints",
-        "ckpt.output_dir": run.out / "model",
+        "ckpt.output_dir": run.out / ("last" if run.eval_every else "model"),  # the best so far is exported to model/
         "ckpt.save_steps": run.save_every,
         "ckpt.load_enable": run.resume,
         "logger.tensorboard_dir": run.out / "tensorboard",
@@ -228,7 +252,7 @@ def openrlhf_flags(run: ClusterRun, model: Path) -> list[str]:
         flags["eval.dataset"] = run.out / "held_out.jsonl"
     if run.wandb_project:
         flags |= {"logger.wandb.key": "$WANDB_API_KEY", "logger.wandb.project": run.wandb_project}
-    return [*_words(flags), *(word for flag in run.openrlhf for word in flag.split("=", 1))]
+    return flags
 
 
 def _words(flags: dict[str, Any]) -> list[str]:

@@ -1,0 +1,161 @@
+"""Embeddings from a service that speaks the OpenAI API: vLLM on a GPU of one's own, for example."""
+
+from __future__ import annotations
+
+import base64
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atommem_env.errors import EmbeddingError, MissingDependency, SettingError
+from atommem_env.types import EmbeddingKind
+
+# Beginning of a model's own name → what stands before a query; as published with the model.
+_QUERY_PREFIXES = {
+    "Qwen3-Embedding": "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery:"
+}
+_CUT = {"truncate_prompt_tokens": -1, "truncation_side": "right"}  # vLLM's: as many first tokens as the model reads
+_MAX_CHARACTERS = 32_768  # of a text that are sent: a text of megabytes would keep the service from all others
+_BATCH = 32  # texts of a request; the most that every common service takes
+_CONCURRENT = 8  # requests
+_PATIENCE = 15.0  # seconds until a service that does not answer is given up
+_PAUSES = 0.25, 2.0  # seconds after the first failure, doubled with each further one, and the longest
+
+
+class OpenAIEmbedder:
+    """The embedding model that the service at OPENAI_BASE_URL calls `model`; OPENAI_API_KEY where it asks for a key.
+
+        vllm serve Qwen/Qwen3-Embedding-0.6B --runner pooling
+        OPENAI_BASE_URL=http://localhost:8000/v1 atommem eval … --embedder openai:Qwen/Qwen3-Embedding-0.6B
+
+    A model whose name, after its last slash, begins with "Qwen3-Embedding" reads the instruction that was published with it
+    before each query. Other models embed queries as documents are. An empty text is sent as a space, which every service takes.
+
+    Of a text longer than 32,768 characters the first 32,768 count, and of these, with vLLM, as many of the first tokens as the
+    model reads. A service that does not know vLLM's parameters for that refuses longer texts, or cuts them by its own rule.
+
+    A text's vector can differ in its last bits with the texts that the service happens to embed beside it, unless the service
+    rules that out: runs with one seed can then differ where two entries are nearly as close to a query.
+
+    Raises:
+        MissingDependency: the extra `openai` is not installed.
+        SettingError: OPENAI_BASE_URL is not set.
+        EmbeddingError: as in `embed`; the dimension is asked for at once.
+    """
+
+    def __init__(self, model: str) -> None:
+        try:
+            import openai
+        except ImportError as error:
+            raise MissingDependency(
+                f"The embedder 'openai:{model}' cannot be loaded ({error}): pip install 'atommem[openai]'."
+            ) from error
+        url = os.environ.get("OPENAI_BASE_URL")
+        if not url:
+            raise SettingError(
+                f"The embedder 'openai:{model}' needs the address of a service in OPENAI_BASE_URL, for example "
+                f"http://localhost:8000/v1 after `vllm serve {model} --runner pooling`; it is not set."
+            )
+        self.name = f"openai:{model}"
+        self._openai, self._model, self._url = openai, model, url
+        own_name = model.rpartition("/")[2]
+        self._query_prefix = next((text for start, text in _QUERY_PREFIXES.items() if own_name.startswith(start)), "")
+        # The package's own retries can take minutes: a service may ask it to wait for one.
+        self._client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=0)
+        self._cut: dict[str, object] = _CUT
+        try:
+            self.dimension = self._request(["dimension"]).shape[1]
+        except EmbeddingError as error:
+            if not isinstance(error.__cause__, openai.BadRequestError | openai.UnprocessableEntityError):
+                raise
+            self._cut = {}  # it may not know how to cut; if something else is wrong, it says so again
+            self.dimension = self._request(["dimension"]).shape[1]
+
+    def embed(self, texts: Sequence[str], kind: EmbeddingKind) -> NDArray[np.float32]:
+        """The unit vectors [len(texts), D] of `texts`, in order.
+
+        Raises:
+            EmbeddingError: the service did not answer within 15 seconds, refused a text, or sent something else.
+        """
+        prefix = self._query_prefix if kind == "query" else ""
+        sent = [prefix + text[:_MAX_CHARACTERS] or " " for text in texts]
+        batches = [sent[start : start + _BATCH] for start in range(0, len(sent), _BATCH)]
+        with ThreadPoolExecutor(_CONCURRENT) as pool:
+            found = list(pool.map(self._request, batches))
+        for vectors in found:
+            if vectors.shape[1] != self.dimension:
+                raise self._error(f"sent vectors of {vectors.shape[1]} numbers, and {self.dimension} before")
+        return np.concatenate([np.empty((0, self.dimension), dtype=np.float32), *found])
+
+    def _request(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """The unit vectors [len(texts), D] of one request."""
+        asked = f"{len(texts)} texts, the longest of {max(map(len, texts))} characters"
+        try:
+            answer = self._post(texts)
+        except self._openai.APIStatusError as error:
+            raise self._error(f"refused {asked}: {error}") from error
+        except self._openai.APIConnectionError as error:
+            reason = error.__cause__ or error  # the package says no more than "Connection error."
+            raise self._error(f"did not answer within {_PATIENCE:g} s: {reason}") from error
+        try:
+            items = sorted(answer["data"], key=lambda item: item["index"])
+            indices = [item["index"] for item in items]
+            vectors = np.array([_decode(item["embedding"]) for item in items])
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._error(f"sent no embeddings for {asked}: {str(answer)[:200]!r}") from error
+        if indices != list(range(len(texts))) or vectors.ndim != 2:
+            raise self._error(f"sent an array of shape {vectors.shape} and the indices {indices[:99]} for {asked}")
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        if not (np.isfinite(lengths).all() and lengths.all()):
+            raise self._error(f"sent a vector that is not finite, or zero, for {asked}")
+        unit: NDArray[np.float32] = (vectors / lengths).astype(np.float32)
+        return unit
+
+    def _post(self, texts: Sequence[str]) -> Any:
+        """The service's answer as JSON; it is asked again, for `_PATIENCE` seconds in all, while out of reach or overloaded."""
+        end, (pause, longest) = time.monotonic() + _PATIENCE, _PAUSES
+        while True:
+            left = max(end - time.monotonic(), 0.1)
+            try:
+                response = self._client.embeddings.with_raw_response.create(
+                    model=self._model,
+                    input=list(texts),
+                    encoding_format="base64",  # exact, and a third of the size of decimal numbers
+                    extra_body=self._cut,
+                    timeout=self._openai.Timeout(left, connect=min(left, 5.0)),
+                )
+                break
+            except self._openai.APIStatusError as error:
+                if (error.status_code < 500 and error.status_code != 429) or time.monotonic() + pause > end:
+                    raise
+            except self._openai.APIConnectionError:
+                if time.monotonic() + pause > end:
+                    raise
+            time.sleep(pause)
+            pause = min(2 * pause, longest)
+        try:
+            return response.http_response.json()
+        except ValueError:
+            return response.http_response.text
+
+    def _error(self, what: str) -> EmbeddingError:
+        return EmbeddingError(
+            f"The embedding service at {self._url} (OPENAI_BASE_URL) {what}. Check that it runs and serves this model: "
+            f"vllm serve {self._model} --runner pooling"
+        )
+
+
+def _decode(embedding: str | list[float]) -> NDArray[np.float64]:
+    """The numbers of an embedding, in base64 as asked for, or as a list, from services that know nothing else.
+
+    >>> _decode("AACAPwAAAEA=").tolist(), _decode([1, 2]).tolist()
+    ([1.0, 2.0], [1.0, 2.0])
+    """
+    if isinstance(embedding, str):
+        return np.frombuffer(base64.b64decode(embedding), dtype="<f4").astype(np.float64)
+    return np.array(embedding, dtype=np.float64)

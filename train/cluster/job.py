@@ -1,0 +1,25 @@
+"""The driver of a cluster job: OpenRLHF's own command line, with our classes in it.
+
+    ATOMMEM_RUN=runs/mine python -m train.cluster.job --actor.model_name_or_path … (see `atommem train cluster --dry-run`)
+
+Started by `ray job submit` it joins that cluster; started by hand it starts a Ray of its own, which ends with it.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+
+
+def main() -> None:
+    """Runs `openrlhf.cli.train_ppo_ray` with the arguments of this process."""
+    from train.cluster.extension import install
+
+    install()
+    sys.argv = [sys.argv[0], *map(os.path.expandvars, sys.argv[1:])]  # $WANDB_API_KEY stands in no list of processes
+    runpy.run_module("openrlhf.cli.train_ppo_ray", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()
