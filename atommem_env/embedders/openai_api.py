@@ -19,7 +19,8 @@ from atommem_env.types import EmbeddingKind
 _QUERY_PREFIXES = {
     "Qwen3-Embedding": "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery:"
 }
-_CUT = {"truncate_prompt_tokens": -1, "truncation_side": "right"}  # vLLM's: as many first tokens as the model reads
+# vLLM's: as many first tokens as the model reads. With its `truncation_side` the tokens that end a text would be cut off as well.
+_CUT: dict[str, object] = {"truncate_prompt_tokens": -1}
 _MAX_CHARACTERS = 32_768  # of a text that are sent: a text of megabytes would keep the service from all others
 _BATCH = 32  # texts of a request; the most that every common service takes
 _CONCURRENT = 8  # requests
@@ -37,7 +38,7 @@ class OpenAIEmbedder:
     before each query. Other models embed queries as documents are. An empty text is sent as a space, which every service takes.
 
     Of a text longer than 32,768 characters the first 32,768 count, and of these, with vLLM, as many of the first tokens as the
-    model reads. A service that does not know vLLM's parameters for that refuses longer texts, or cuts them by its own rule.
+    model reads. A service that does not know vLLM's parameter for that refuses longer texts, or cuts them by its own rule.
 
     A text's vector can differ in its last bits with the texts that the service happens to embed beside it, unless the service
     rules that out: runs with one seed can then differ where two entries are nearly as close to a query.
@@ -67,7 +68,7 @@ class OpenAIEmbedder:
         self._query_prefix = next((text for start, text in _QUERY_PREFIXES.items() if own_name.startswith(start)), "")
         # The package's own retries can take minutes: a service may ask it to wait for one.
         self._client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=0)
-        self._cut: dict[str, object] = _CUT
+        self._cut = _CUT
         try:
             self.dimension = self._request(["dimension"]).shape[1]
         except EmbeddingError as error:

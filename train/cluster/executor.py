@@ -1,4 +1,4 @@
-"""The agent that OpenRLHF loads in every engine's actor (`--train.agent_func_path`): it plays the episode that a prompt names.
+"""The agent that OpenRLHF has in every engine's actor: it plays the episode that a prompt names.
 
 The episode is driven as everywhere else, by `agents.rollout.Driver`: one call of the engine a turn, on the token ids that
 `ChatTokenizer` makes of the turn's messages; what is embedded shares its batches with all episodes of the actor.

@@ -9,17 +9,21 @@ keeps seeing one Experience a rollout, so that its buffers, its asynchronous que
 4. Pads fill the batch up to a multiple of the data-parallel ranks. A pad keeps one trained token, of advantage 0, because a
    micro-batch without any would divide by zero; so each pad weighs one token in the loss's mean. They are counted (`pads`).
 5. `ReplayBuffer` makes one update of all samples that there are: OpenRLHF's would drop those beyond rollouts × group size.
-6. `install` puts subclasses of the trainers' and the actor's classes where OpenRLHF finds them; Ray carries them to the workers.
+6. `EngineWatch` ends the job when an engine dies: everyone else would wait for its part in the next weights' broadcast for ever.
+7. `install` puts subclasses of the trainers' and the actor's classes where OpenRLHF finds them; Ray carries them to the workers.
 
 After every update the samples that went into a gradient are compared with those that were made.
 """
 
 from __future__ import annotations
 
+import _thread
 import copy
 import itertools
 import json
 import math
+import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +33,9 @@ from typing import Any
 
 import openrlhf.trainer.ppo_trainer as sync_trainer
 import openrlhf.trainer.ppo_trainer_async as async_trainer
+import openrlhf.trainer.ray as ray_trainer
 import openrlhf.trainer.ray.ppo_actor as ppo_actor
+import openrlhf.trainer.ray.vllm_engine as vllm_engine
 import ray
 import torch
 from openrlhf.trainer.ppo_utils.experience import Experience
@@ -48,6 +54,7 @@ from train.samples import Sample, SampleKey, check_all_trained, make_samples
 
 METRICS = "metrics.jsonl"
 _ROLLOUT = "rollout/"  # before the names of the numbers that are about rollouts and turns
+_WATCH = 5.0  # seconds between looks at the engines
 _PAD = ""  # the label of a pad
 # What OpenRLHF calls a number → what `atommem grpo` calls it, in metrics.jsonl; TensorBoard and wandb show both.
 _NAMES = {
@@ -401,7 +408,7 @@ def _generator(theirs: SamplesGenerator) -> Generator:
     )
 
 
-def install() -> None:
+def install() -> EngineWatch:
     """Puts our classes where OpenRLHF's command line finds them. Call it in the job's driver, before that.
 
     Raises:
@@ -416,6 +423,51 @@ def install() -> None:
     async_trainer.TrainingActor = ray.remote(TrainingActor)
     async_trainer.GenerateSamplesActor = ray.remote(GenerateSamplesActor)
     ppo_actor.PolicyModelActor = ray.remote(num_gpus=1)(PolicyActor)
+    vllm_engine.RolloutRayActor = ray.remote(Engine)
+    watch = EngineWatch()
+    ray_trainer.create_vllm_engines = watch.create
+    return watch
+
+
+# ---------------------------------------------------------------------------------------------------------------- the engines
+
+
+class Engine(_modified(vllm_engine.RolloutRayActor)):  # type: ignore[misc]
+    """An engine that can be asked how it is."""
+
+    async def check(self) -> None:
+        """
+        Raises:
+            EngineDied: the engine's process is gone.
+        """
+        if self.llm.errored:
+            raise EngineDied(f"An engine died: {self.llm.dead_error}")
+
+
+class EngineWatch(threading.Thread):
+    """Asks all engines, again and again; once one has died it interrupts the main thread, and `cause` is why."""
+
+    cause: Exception | None = None
+
+    def __init__(self) -> None:
+        super().__init__(name="engine watch", daemon=True)
+        self.engines: list[Any] = []
+
+    def create(self, *args: Any, **options: Any) -> list[Any]:
+        """`create_vllm_engines`, with this thread started on what it made."""
+        self.engines = vllm_engine.create_vllm_engines(*args, **options)
+        self.start()
+        return self.engines
+
+    def run(self) -> None:
+        while True:
+            try:
+                ray.get([engine.check.remote() for engine in self.engines])
+            except Exception as error:
+                self.cause = error
+                _thread.interrupt_main()
+                return
+            time.sleep(_WATCH)
 
 
 # ------------------------------------------------------------------------------------------------------------- what is logged
@@ -426,7 +478,9 @@ class MetricsLogger:
 
     def __init__(self, path: Path, tensorboard: Any) -> None:
         self.path, self.tensorboard = path, tensorboard
-        self.places: list[int] = []  # of the prompts of the step: a resumed run can be seen to lose none and repeat none
+        self.places: list[
+            int
+        ] = []  # of the prompts of the step: a resumed run can be seen to lose none and repeat none
 
     def cut(self, step: int) -> None:
         """Forgets what was logged after the checkpoint that a run goes on from: it will be logged again."""

@@ -16,9 +16,14 @@ def main() -> None:
     """Runs `openrlhf.cli.train_ppo_ray` with the arguments of this process."""
     from train.cluster.extension import install
 
-    install()
+    engines = install()
     sys.argv = [sys.argv[0], *map(os.path.expandvars, sys.argv[1:])]  # $WANDB_API_KEY stands in no list of processes
-    runpy.run_module("openrlhf.cli.train_ppo_ray", run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module("openrlhf.cli.train_ppo_ray", run_name="__main__", alter_sys=True)
+    except KeyboardInterrupt:
+        if engines.cause is None:
+            raise
+        raise engines.cause from None
 
 
 if __name__ == "__main__":

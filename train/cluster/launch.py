@@ -1,8 +1,8 @@
 """`atommem train cluster RECIPE`: a training run on a cluster, from its checks to its model.
 
-    atommem train cluster qwen3-8b --dry-run                                  # the checks, then every command; starts nothing
-    atommem train cluster qwen3-8b --out runs/qwen3                           # this machine's GPUs, a Ray of the run's own
-    atommem train cluster qwen3-8b --ray-address http://HEAD:8265             # the machines of a Ray that runs
+    atommem train cluster qwen3-8b-hotpotqa --dry-run              # the checks, then every command; starts nothing
+    atommem train cluster qwen3-8b-hotpotqa --out runs/qwen3       # this machine's GPUs, a Ray of the run's own
+    atommem train cluster qwen3-8b-2-nodes --out /shared/runs/qwen3 --ray-address http://HEAD:8265  # those of a Ray that runs
 
 A recipe is one of `configs/cluster/`, or a TOML file; any of its settings can be given on the command line as well, and flags
 of OpenRLHF after a `--`. In order: preflight; the folder `--out`, which all machines must see under the same path, with
@@ -184,10 +184,8 @@ def carry_out(run: ClusterRun, address: str | None, console: Console) -> None:
             check_embedder(run)
         job: Job
         if address is None:
-            environment = job_environment(run) | {
-                "RAY_ADDRESS": "local"
-            }  # a Ray of its own, whatever runs here already
-            job = LocalJob([sys.executable, *words], environment, run.out / "job.log")
+            own_ray = {"RAY_ADDRESS": "local"}  # else it would join one that runs on this machine already
+            job = LocalJob([sys.executable, *words], job_environment(run) | own_ray, run.out / "job.log")
         else:
             job = RayJob(address, ["python", *words], job_environment(run), run.out / "job.log")
         stack.callback(job.stop)
@@ -611,13 +609,15 @@ def root_cause(log: str) -> str:
 
 def _last_raised(lines: Sequence[str]) -> str:
     found = ""
-    inside = False  # the indented lines of a traceback
+    inside = aside = False  # in the indented lines of a traceback; of one that did not end the program
     for place, line in enumerate(lines):
         if line.startswith('  File "'):
             inside = True
+        elif line.startswith(("Exception in thread ", "Exception ignored in")):
+            aside = True
         elif inside and line and not line.startswith(" "):
-            inside = False
-            if _RAISED.match(line):
+            if not aside and _RAISED.match(line):
                 below = itertools.takewhile(lambda text: text.startswith(("\t", "  ")), lines[place + 1 :])
                 found = " ".join([line, *(text.strip() for text in below)])
+            inside = aside = False
     return found

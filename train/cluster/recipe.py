@@ -20,7 +20,7 @@ from train.settings import GRPOSettings
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "cluster"
 VERSION = "0.11.2"  # of OpenRLHF; another is refused
-EXECUTOR = Path(__file__).with_name("executor.py")
+AGENT = Path(__file__).with_name("agent.py")
 RUN_VARIABLE = "ATOMMEM_RUN"  # names the folder of the run to every process of its job
 SPARES = 3  # of each prompt
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
@@ -187,7 +187,7 @@ def derived_flags(run: ClusterRun, model: Path) -> dict[str, Any]:
     rollouts = run.groups * run.group_size
     flags: dict[str, Any] = {
         "actor.model_name_or_path": model,
-        "train.agent_func_path": EXECUTOR,
+        "train.agent_func_path": AGENT,
         "data.prompt_dataset": run.out / "prompts.jsonl",
         "data.input_key": "prompt",
         "data.max_len": run.max_tokens,

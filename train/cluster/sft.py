@@ -4,16 +4,16 @@
     atommem train cluster-sft runs/samples --model /models/Qwen3-8B --out runs/sft
     atommem train cluster-sft runs/samples --model /models/Qwen3-8B --out runs/sft --dry-run       # prints the command
 
-The job is `openrlhf.cli.train_sft`, with one thing of ours in the place of its own: the samples, which are token ids when they get
-there. Left to itself OpenRLHF renders and tokenizes chats by rules that are not those of sampling: a template may write a reply
-otherwise than it is sampled, and what a document says can become a control token. The loss is on the replies alone, the mean
-over the tokens of a batch. Weights are bfloat16 with a float32 copy in the optimizer; learning rate and Adam are those of `atommem sft`.
+The job is `openrlhf.cli.train_sft`, with samples of ours in the place of its own: token ids, those of sampling. Left to itself
+OpenRLHF renders and tokenizes chats by rules of its own: a template may write a reply otherwise than it is sampled, and what a
+document says can become a control token. The loss is on the replies alone, the mean over the tokens of a batch. Weights are
+bfloat16, with a float32 copy in the optimizer; learning rate and Adam are those of `atommem sft`.
 
 The folder `--out`, which all machines must see under the same path, then holds the model in the form of Hugging Face
 (`model/`), `config.json`, `metrics.jsonl`, `job.log` and the token ids (`tokens/`).
 
-What is left out: going on with an interrupted run; and of each epoch the samples that do not fill the GPUs' last micro-batch, in the
-end those that do not fill a batch, others in each epoch, as the samples are shuffled anew.
+What is left out: going on with an interrupted run; and the samples that do not fill the last micro-batch of all GPUs in an epoch,
+or the last batch of the run. They are others in each epoch, as samples are shuffled anew.
 """
 
 from __future__ import annotations
@@ -161,7 +161,9 @@ def launch_command(run: ClusterSFT, model: Path) -> list[str]:
 
 def main(run: ClusterSFT) -> None:
     """Fine-tune a chat model on collected samples, on the GPUs of one machine or several; the loss is on the replies alone."""
-    paths = {name: path.resolve() for name in ("samples", "out", "hostfile") if (path := getattr(run, name)) is not None}
+    paths = {
+        name: path.resolve() for name in ("samples", "out", "hostfile") if (path := getattr(run, name)) is not None
+    }
     run = dataclasses.replace(run, **paths)  # the job on another machine does not run in this folder
     out = Console()
     if run.dry_run:
@@ -232,8 +234,8 @@ def write_tokens(run: ClusterSFT, model: Path) -> int:
         prompt_tokens.append(sample["labels"].count(-100))
     if not updates(run, len(ids)):
         raise SettingError(
-            f"{run.samples} holds {len(ids)} samples: {run.epochs} epochs of them are less than one update of {run.batch_size}. "
-            "Collect more --episodes, or lower --batch-size."
+            f"{run.samples} holds {len(ids)} samples, computed {run.samples_at_once} at once: {run.epochs} epochs of that are "
+            f"less than one update of {run.batch_size}. Collect more --episodes, or lower --batch-size."
         )
     rows = {"input_ids": pa.array(ids, pa.list_(pa.int32())), "prompt_tokens": pa.array(prompt_tokens, pa.int32())}
     datasets.disable_progress_bars()
@@ -245,13 +247,19 @@ def write_tokens(run: ClusterSFT, model: Path) -> int:
 
 
 def job() -> None:
-    """Runs `openrlhf.cli.train_sft` with the arguments of this process, one for each GPU, on samples that are token ids."""
+    """Runs `openrlhf.cli.train_sft` with the arguments of this process, which is one of as many as there are GPUs."""
     _check_version()
+    install()
+    runpy.run_module("openrlhf.cli.train_sft", run_name="__main__", alter_sys=True)
+
+
+def install() -> None:
+    """Puts our samples and our log where OpenRLHF finds its own."""
     import openrlhf.datasets
     import openrlhf.trainer.sft_trainer
     import torch
 
-    class TokenDataset(openrlhf.datasets.SFTDataset):  # type: ignore[misc]
+    class TokenDataset(openrlhf.datasets.SFTDataset):
         """Items: token ids, attention mask and loss mask, each [1, T]; the last marks the places *before* a reply's tokens."""
 
         def __init__(self, dataset: Any, tokenizer: Any, *args: Any, **kwargs: Any) -> None:
@@ -267,7 +275,7 @@ def job() -> None:
             loss_mask[0, row["prompt_tokens"] - 1 : -1] = 1
             return ids, torch.ones_like(ids), loss_mask
 
-    class LoggedTrainer(openrlhf.trainer.sft_trainer.SFTTrainer):  # type: ignore[misc]
+    class LoggedTrainer(openrlhf.trainer.sft_trainer.SFTTrainer):
         """Also writes `metrics.jsonl`."""
 
         def save_logs_and_checkpoints(
@@ -284,7 +292,6 @@ def job() -> None:
 
     openrlhf.datasets.SFTDataset = TokenDataset
     openrlhf.trainer.sft_trainer.SFTTrainer = LoggedTrainer
-    runpy.run_module("openrlhf.cli.train_sft", run_name="__main__", alter_sys=True)
 
 
 def _check_version() -> None:
@@ -293,7 +300,9 @@ def _check_version() -> None:
     except importlib.metadata.PackageNotFoundError as error:
         raise MissingDependency("Training on a cluster needs OpenRLHF: pip install 'atommem[cluster]'.") from error
     if found != VERSION:
-        raise SettingError(f"This is written for OpenRLHF {VERSION}; {found} is installed. pip install openrlhf=={VERSION}")
+        raise SettingError(
+            f"This is written for OpenRLHF {VERSION}; {found} is installed. pip install openrlhf=={VERSION}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A run on the machines of a Slurm job: Ray on all of them, then `atommem train cluster`, with the words given to this script.
 #
-#   sbatch --nodes=2 --gpus-per-node=8 slurm.sh qwen3-8b-2x8 --out /shared/runs/qwen3
+#   sbatch --nodes=2 --gpus-per-node=8 slurm.sh qwen3-8b-2-nodes --out /shared/runs/qwen3
 #
 # Submit it from the virtual environment that atommem[cluster] is installed in. That folder, ATOMMEM_DATA and --out must be on a
 # file system that all machines share. Copy this file to change what Slurm is asked for; the variables below can be set outside.

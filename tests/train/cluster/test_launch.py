@@ -371,6 +371,16 @@ atommem_env.errors.EngineDied: the engine is gone
 \x1b[36m(Policy pid=9)\x1b[0m   File "/d.py", line 6, in g
 \x1b[36m(Policy pid=9)\x1b[0m RuntimeError: Connection closed by peer
 """
+ASIDE = f"""\
+{PLAIN}Exception in thread printer:
+Traceback (most recent call last):
+  File "/a.py", line 3, in run
+RuntimeError: can't register atexit after shutdown
+Exception ignored in: <function f at 0x7f>
+Traceback (most recent call last):
+  File "/a.py", line 3, in f
+TypeError: 'NoneType' object is not callable
+"""
 DIED = """\
 Traceback (most recent call last):
   File "/a.py", line 3, in <module>
@@ -397,6 +407,7 @@ VLLM_FAILED = """\
         (PLAIN, "KeyError: 'b'"),
         (CHAIN, "atommem_env.errors.EmbeddingError: no answer"),
         (NESTED, "atommem_env.errors.EngineDied: the engine is gone"),
+        (ASIDE, "KeyError: 'b'"),
         (DIED, r"ray\.exceptions\.ActorDiedError: The actor died .* task\. class_name: LLMRayActor actor_id: 12"),
         (VLLM_FAILED, "ValueError: no memory for the cache"),
     ],
@@ -656,13 +667,54 @@ def test_a_job_of_ray_is_stopped_with_all_that_it_started(dashboard: str, tmp_pa
         time.sleep(99)
     """
     job = ray_job(dashboard, tmp_path, code)
-    wait_until(lambda: "pids" in job._client.get_job_logs(job.id))
-    words = job._client.get_job_logs(job.id).split()
-    pids = [int(word) for word in words[words.index("pids") + 1 :][:2]]
+    found: list[str] = []
+    wait_until(lambda: found.extend(re.findall(r"^pids (\d+) (\d+)$", job._client.get_job_logs(job.id), re.M)) or found)
+    pids = [int(word) for word in found[0]]
     assert all(map(alive, pids))
     job.stop()
     assert job.poll() == "ended as STOPPED, exit code None"
     wait_until(lambda: not any(map(alive, pids)))
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_job_of_this_machine_has_a_ray_of_its_own_that_ends_with_it(
+    killed: bool, dashboard: str, tmp_path: Path
+) -> None:
+    code = """
+        import os, ray, time
+        ray.init(num_gpus=2, include_dashboard=False, object_store_memory=10**8, log_to_driver=False)
+        @ray.remote(num_gpus=1)
+        class Actor:
+            def pid(self):
+                return os.getpid()
+        actor = Actor.remote()
+        print("gpus", int(ray.cluster_resources()["GPU"]), "actor", ray.get(actor.pid.remote()), flush=True)
+        time.sleep(99)
+    """
+    job = LocalJob([sys.executable, "-c", textwrap.dedent(code)], {"RAY_ADDRESS": "local"}, tmp_path / "job.log")
+    try:
+        wait_until(lambda: job.poll() is not None or re.search(r"actor \d+\n", job.written()))
+        found = re.search(r"gpus (\d) actor (\d+)", job.written())
+        assert found, job.written()
+        assert found[1] == "2"
+        actor, driver = int(found[2]), job.process.pid
+        processes = {pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if session(pid) == driver}
+        assert {actor, driver} <= processes
+        assert len(processes) > 3  # and what Ray is made of
+        if killed:
+            job.process.kill()
+            job.process.wait()
+    finally:
+        job.stop()
+    wait_until(lambda: not any(map(alive, processes)), 30)
+    assert answers(f"{dashboard}/api/version")  # another Ray of this machine is left alone
+
+
+def session(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
 
 
 def test_machines_of_ray_are_counted(dashboard: str) -> None:

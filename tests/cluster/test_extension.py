@@ -1,0 +1,159 @@
+"""What becomes of rollouts on the way into OpenRLHF, without Ray and without a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from openrlhf.trainer.ppo_utils.experience import balance_experiences  # noqa: E402
+
+from agents.rollout import EpisodeSpec  # noqa: E402
+from atommem_env.errors import SamplesMismatch  # noqa: E402
+from atommem_env.types import Reply, Rollout, StopReason, Turn  # noqa: E402
+from eval.run import json_line, read_episodes, replace_file  # noqa: E402
+from train.advantages import group_advantages  # noqa: E402
+from train.cluster import extension  # noqa: E402
+from train.cluster.executor import response  # noqa: E402
+from train.cluster.extension import ExperienceMaker, Generator, MetricsLogger, trained_keys  # noqa: E402
+from train.cluster.recipe import ClusterRun, Prompt, write_prompts  # noqa: E402
+from train.samples import check_all_trained  # noqa: E402
+
+REWARDS = [[1.0, 0.0, 0.0], [0.25, 1.0, 0.5], [1.0, 1.0, 1.0]]  # the last group is flat
+TURNS = [[3, 1, 2], [5, 1, 4], [2, 2, 2]]
+
+
+@pytest.fixture
+def run(recipe: ClusterRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ClusterRun:
+    made = dataclasses.replace(recipe, out=tmp_path, groups=3, group_size=3, fault_penalty=0.0)
+    monkeypatch.setattr(extension, "running", lambda: made)
+    return made
+
+
+def rollout(reward: float, turns: int, name: int) -> Rollout:
+    """Turn t of rollout `name` has the ids name, t, … and a reply of t + 1 tokens."""
+    replies = [
+        Reply("", (100 + name, 50 + t, 7), tuple(range(10, 11 + t)), tuple(-0.1 * (t + 1) for _ in range(t + 1)))
+        for t in range(turns)
+    ]
+    seen: Any = {}
+    return Rollout("task", 0, tuple(Turn(seen, reply, ()) for reply in replies), reward, StopReason.ANSWERED)
+
+
+def arguments(ranks: int) -> SimpleNamespace:
+    return SimpleNamespace(
+        algo=SimpleNamespace(advantage=SimpleNamespace(estimator="dr_grpo"), kl=SimpleNamespace(use_loss=False)),
+        actor=SimpleNamespace(num_nodes=1, num_gpus_per_node=ranks),
+        ds=SimpleNamespace(ring_attn_size=1, tensor_parallel_size=1),
+        rollout=SimpleNamespace(max_tokens_per_gpu=24, n_samples_per_prompt=3),
+        train=SimpleNamespace(dynamic_batch_enable=True),
+    )
+
+
+def rollout_experiences(run: ClusterRun) -> list[Any]:
+    generator = Generator.__new__(Generator)
+    options = {"max_len": 64}
+    return [
+        generator._experience(response(Prompt("train", place, EpisodeSpec(0, 0, 0)).text(), one), options)
+        for place, (rewards, turns) in enumerate(zip(REWARDS, TURNS, strict=True))
+        for one in [rollout(r, t, 3 * place + i) for i, (r, t) in enumerate(zip(rewards, turns, strict=True))]
+    ]
+
+
+def made(run: ClusterRun, ranks: int) -> tuple[ExperienceMaker, list[Any]]:
+    maker = ExperienceMaker(None, None, None, None, SimpleNamespace(value=0.0), SimpleNamespace(args=arguments(ranks)), None)
+    maker.tokenizer = SimpleNamespace(pad_token_id=0)
+
+    def forward(samples: list[Any]) -> list[Any]:  # what the models add, zeros here
+        for sample in samples:
+            sample.action_log_probs = sample.kl = torch.zeros(sample.action_mask.shape)
+            sample.info["kl"] = sample.info["logprobs_diff"] = torch.zeros(len(sample.sequences))
+        return samples
+
+    maker.make_experience = forward
+    before = rollout_experiences(run)
+    maker.prepare(before)
+    return maker, maker.make_experience_batch(before)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_every_turn_of_a_live_group_is_trained_on_once_with_its_rollout_s_advantage(run: ClusterRun, ranks: int) -> None:
+    maker, experiences = made(run, ranks)
+    expected = group_advantages(REWARDS).advantages_P_G
+    per_rank = balance_experiences(experiences, arguments(ranks))
+    assert len(per_rank) == ranks
+    assert len({len(batch.sequences) for batch in per_rank}) == 1
+    labels = list(itertools.chain.from_iterable(batch.labels for batch in per_rank))
+    check_all_trained(maker.samples, trained_keys(labels))
+    turns = sum(sum(row) for row in TURNS[:2])
+    assert len(maker.samples) == turns == 16
+    assert (maker.stats["samples"], maker.stats["pads"]) == (turns, -turns % ranks)
+    for batch in per_rank:
+        for row, label in enumerate(batch.labels):
+            mask, advantages = batch.action_mask[row].bool(), batch.advantages[row]
+            assert not advantages[~mask].any()
+            if not label:
+                assert mask.sum() == 1
+                assert advantages[mask] == 0
+                continue
+            ((group, index, turn),) = trained_keys([label])
+            assert batch.sequences[row, :2].tolist() == [100 + 3 * group + index, 50 + turn]
+            assert mask.sum() == turn + 1
+            np.testing.assert_allclose(advantages[mask], expected[group, index], atol=1e-7)
+            np.testing.assert_allclose(batch.rollout_log_probs[row][mask], -0.1 * (turn + 1), atol=1e-6)
+
+
+def test_a_sample_that_a_rank_left_out_is_noticed(run: ClusterRun) -> None:
+    maker, experiences = made(run, 2)
+    labels = [label for experience in experiences for label in experience.labels]
+    with pytest.raises(SamplesMismatch, match="1 left out"):
+        check_all_trained(maker.samples, trained_keys(labels[1:]))
+
+
+def test_the_stats_of_a_step(run: ClusterRun) -> None:
+    maker, _ = made(run, 2)
+    assert maker.stats["groups_live"] == 2
+    assert maker.stats["groups_flat"] == 1
+    assert maker.stats["turns"] == pytest.approx(sum(map(sum, TURNS)) / 9)
+    assert maker.stats["reward"] == pytest.approx(np.mean(REWARDS))
+
+
+def test_each_prompt_has_spares_of_its_own(run: ClusterRun) -> None:
+    write_prompts(run, 1000, 1000)
+    generator = Generator.__new__(Generator)
+    prompts = [line["prompt"] for line in read_episodes(run.out / "prompts.jsonl")]
+    assert len(prompts) == run.steps * run.groups
+    chains = []
+    for prompt in prompts:
+        chain = [prompt]
+        while (spare := generator._spare(chain[-1])) is not None:
+            assert Prompt.of(spare).place == Prompt.of(prompt).place
+            chain.append(spare)
+        assert len(chain) == 1 + extension.SPARES
+        chains += chain
+    assert len(set(chains)) == len(chains)
+
+
+def test_metrics_are_those_of_one_machine_and_are_cut_when_a_run_goes_on(tmp_path: Path) -> None:
+    told: list[Any] = []
+    board = SimpleNamespace(log_train=lambda *given: told.append(given), log_eval=lambda *given: told.append(given))
+    logger = MetricsLogger(tmp_path / "metrics.jsonl", board)
+    replace_file(tmp_path / "metrics.jsonl", json_line({"step": 1}) + json_line({"step": 2}))
+    logger.cut(1)
+    logger.places = [4, 5]
+    logger.log_train(2, {"vllm_kl": 0.5, "rollout/turns": 3.0, "rollout/operations/create": 0.25, "generated_samples": ["", 1]})
+    logger.log_eval(2, {"eval_held_out_pass1": 0.5, "eval_num_samples": 100.0})
+    lines = read_episodes(tmp_path / "metrics.jsonl")
+    assert lines == [
+        {"step": 1},
+        {"step": 2, "places": [4, 5], "sampler_kl": 0.5, "turns": 3.0, "operations": {"create": 0.25}},
+        {"step": 2, "eval_em": 0.5, "eval_em_ci95": [0.402, 0.598], "eval_episodes": 100},
+    ]
+    assert len(told) == 2

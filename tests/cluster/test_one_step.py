@@ -1,0 +1,33 @@
+"""Both trainers are one: the same rollouts give the same update."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def test_the_same_rollouts_give_the_same_gradient_and_the_same_weights(shims: None, tmp_path: Path) -> None:
+    script = Path(__file__).with_name("one_step.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)],
+        env=os.environ | {"ATOMMEM_FLOAT32": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["samples"] == found["trained"] > 16
+    local, cluster = found["grad_norms"]
+    assert local > 0.01
+    assert cluster == pytest.approx(local, rel=1e-2)
+    assert abs(found["sampler_kl"]) < 1e-5
+    # Adam's first step has the size of the learning rate wherever a gradient is not tiny: weights agree far below it.
+    assert found["moved"] > 1e-4
+    assert found["apart"] < 0.05 * found["moved"]
