@@ -5,7 +5,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help quickstart test lint format wheel clean
+CLUSTER_VENV ?= .venv-cluster
+
+.PHONY: help quickstart test test-cluster lint format wheel clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -15,6 +17,9 @@ quickstart: $(VENV)/.train  ## Install, train a small policy by SFT and GRPO, sh
 
 test: $(VENV)/.dev  ## Install everything that runs without a GPU, then run all tests
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+test-cluster: $(CLUSTER_VENV)/.ready  ## Run the cluster's trainer for real, on a CPU, in a virtual environment of its own
+	$(CLUSTER_VENV)/bin/python -m pytest tests/cluster -W default
 
 lint: $(VENV)/.dev  ## Style, types and spelling
 	$(BIN)/ruff check .
@@ -30,7 +35,7 @@ wheel: $(VENV)/.dev  ## Build dist/*.whl
 	$(BIN)/python -m build --wheel
 
 clean:  ## Remove the virtual environment and what was built
-	rm -rf $(VENV) dist build *.egg-info
+	rm -rf $(VENV) $(CLUSTER_VENV) dist build *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -42,3 +47,11 @@ $(VENV)/.train: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable '.[train,dev]'
 	touch $@ $(VENV)/.train
+
+# torchvision and its like come built for CUDA, and then break the import of transformers.
+$(CLUSTER_VENV)/.ready: tests/cluster/requirements.txt
+	$(PYTHON) -m venv $(CLUSTER_VENV)
+	$(CLUSTER_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	$(CLUSTER_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps openrlhf==0.11.2 --editable .
+	$(CLUSTER_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@

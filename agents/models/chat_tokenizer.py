@@ -60,7 +60,7 @@ class ChatTokenizer:
             {**message, "content": self._control_token.sub(rf"{_OPEN}\g<0>{_CLOSE}", _MARK.sub("", message["content"]))}
             for message in chat
         ]
-        # Replies are short and many here: a model that can think first (Qwen3) is asked not to; other templates know no such word.
+        # Replies are short and many here: a model that can think first (Qwen3) is asked not to; other templates ignore the word.
         rendered = self.backend.apply_chat_template(
             marked, add_generation_prompt=True, tokenize=False, enable_thinking=False
         )

@@ -80,10 +80,10 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
     return {name: weight.detach().clone() for name, weight in model.named_parameters()}
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, zero_stage: int) -> None:
     recipe = read_recipe(str(Path(__file__).with_name("tiny.toml")))
-    changes = {"out": folder / "cluster", "gpus_per_node": 2, "max_grad_norm": 0.05, "eval_every": 0} | eval(sys.argv[2])
-    run: ClusterRun = dataclasses.replace(recipe, **changes)
+    changes = {"out": folder / "cluster", "gpus_per_node": 2, "zero_stage": zero_stage, "eval_every": 0}
+    run: ClusterRun = dataclasses.replace(recipe, **changes)  # its micro_batch_tokens make three micro-batches
     shared = {field.name: getattr(run, field.name) for field in dataclasses.fields(GRPOSettings)}
     trainer = Trainer(GRPORun(**shared | {"out": folder / "local"}))
     trainer.sampler = PlainModel(AutoModelForCausalLM.from_pretrained(find_model(run.model)), trainer.chat)
@@ -99,13 +99,17 @@ def main(folder: Path) -> None:
     args = parsed(openrlhf_flags(run, find_model(run.model)))
     generator = extension.Generator.__new__(extension.Generator)
     experiences = [
-        generator._experience(response(Prompt("train", place, trainer.specs[place]).text(), rollout), {"max_len": run.max_tokens})
+        generator._experience(
+            response(Prompt("train", place, trainer.specs[place]).text(), rollout), {"max_len": run.max_tokens}
+        )
         for place, group in enumerate(groups)
         for rollout in group
     ]
     actor = extension.PolicyActor(1, 0, "127.0.0.1", None)
     actor.init_model_from_pretrained(openrlhf.utils.get_strategy(args), str(find_model(run.model)), run.steps, None)
-    maker = extension.ExperienceMaker(None, None, None, None, SimpleNamespace(value=0.0), SimpleNamespace(args=args), actor.tokenizer)
+    maker = extension.ExperienceMaker(
+        None, None, None, None, SimpleNamespace(value=0.0), SimpleNamespace(args=args), actor.tokenizer
+    )
 
     def forward(samples: list[Any]) -> list[Any]:
         for sample in samples:
@@ -137,4 +141,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -68,7 +68,9 @@ def rollout_experiences(run: ClusterRun) -> list[Any]:
 
 
 def made(run: ClusterRun, ranks: int) -> tuple[ExperienceMaker, list[Any]]:
-    maker = ExperienceMaker(None, None, None, None, SimpleNamespace(value=0.0), SimpleNamespace(args=arguments(ranks)), None)
+    maker = ExperienceMaker(
+        None, None, None, None, SimpleNamespace(value=0.0), SimpleNamespace(args=arguments(ranks)), None
+    )
     maker.tokenizer = SimpleNamespace(pad_token_id=0)
 
     def forward(samples: list[Any]) -> list[Any]:  # what the models add, zeros here
@@ -84,7 +86,9 @@ def made(run: ClusterRun, ranks: int) -> tuple[ExperienceMaker, list[Any]]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_every_turn_of_a_live_group_is_trained_on_once_with_its_rollout_s_advantage(run: ClusterRun, ranks: int) -> None:
+def test_every_turn_of_a_live_group_is_trained_on_once_with_its_rollout_s_advantage(
+    run: ClusterRun, ranks: int
+) -> None:
     maker, experiences = made(run, ranks)
     expected = group_advantages(REWARDS).advantages_P_G
     per_rank = balance_experiences(experiences, arguments(ranks))
@@ -148,7 +152,9 @@ def test_metrics_are_those_of_one_machine_and_are_cut_when_a_run_goes_on(tmp_pat
     replace_file(tmp_path / "metrics.jsonl", json_line({"step": 1}) + json_line({"step": 2}))
     logger.cut(1)
     logger.places = [4, 5]
-    logger.log_train(2, {"vllm_kl": 0.5, "rollout/turns": 3.0, "rollout/operations/create": 0.25, "generated_samples": ["", 1]})
+    logger.log_train(
+        2, {"vllm_kl": 0.5, "rollout/turns": 3.0, "rollout/operations/create": 0.25, "generated_samples": ["", 1]}
+    )
     logger.log_eval(2, {"eval_held_out_pass1": 0.5, "eval_num_samples": 100.0})
     lines = read_episodes(tmp_path / "metrics.jsonl")
     assert lines == [

@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 
 
-def test_the_same_rollouts_give_the_same_gradient_and_the_same_weights(shims: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_the_same_rollouts_give_the_same_gradient_and_the_same_weights(
+    zero_stage: int, shims: None, tmp_path: Path
+) -> None:
     script = Path(__file__).with_name("one_step.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
+        [sys.executable, str(script), str(tmp_path), str(zero_stage)],
         env=os.environ | {"ATOMMEM_FLOAT32": "1"},
         capture_output=True,
         text=True,

@@ -37,7 +37,9 @@ def test_a_run_as_a_user_starts_it(finish: Finish, tiny: Path) -> None:
     assert before.keys() == last.keys() == after.keys()
     assert any((before[name] != last[name]).any() for name in before)
     store = MemoryStore(out / "memory")
-    assert len(store.episodes()) == 2 * 16 + 2 * 8  # the rollouts of both steps, and the held-out episodes of two evaluations
+    assert (
+        len(store.episodes()) == 2 * 16 + 2 * 8
+    )  # the rollouts of both steps, and the held-out episodes of two evaluations
     store.close()
     assert (out / "curve.png").stat().st_size > 10_000
     said = subprocess.run(

@@ -290,6 +290,23 @@ class PolicyActor(_modified(ppo_actor.PolicyModelActor)):  # type: ignore[misc]
     def init_model_from_pretrained(self, *args: Any, **options: Any) -> None:
         super().init_model_from_pretrained(*args, **options)
         self.trainer.replay_buffer.__class__ = ReplayBuffer
+        if self.strategy.args.ds.zero_stage < 3:
+            self._accumulate()
+
+    def _accumulate(self) -> None:
+        """Adds up the gradients of all micro-batches of an update.
+
+        OpenRLHF tells DeepSpeed that every micro-batch is an update's last. Stage 3 adds up all the same; stage 2 keeps a part of
+        the gradient alone, with no error (a norm of 0.23 for 0.42 in our test of three micro-batches).
+        """
+        trainer, step = self.trainer, self.trainer.training_step
+
+        def training_step(experience: Experience, kl_ctl: float, number: int, *rest: Any) -> Any:
+            last = bool(trainer.replay_buffer.dynamic_optimizer_step[number])
+            self.actor.model.set_gradient_accumulation_boundary(last)
+            return step(experience, kl_ctl, number, *rest)
+
+        trainer.training_step = training_step
 
     def trained_labels(self) -> list[str]:
         """The labels of the samples that this rank took into its last update."""
@@ -325,7 +342,7 @@ class _Turns:
         self.tensorboard_logger = MetricsLogger(self.run.out / METRICS, self.tensorboard_logger)
 
     def init_checkpoint_states(self: Any) -> dict[str, Any]:
-        states: dict[str, Any] = super().init_checkpoint_states()
+        states: dict[str, Any] = super().init_checkpoint_states()  # type: ignore[misc]
         self.tensorboard_logger.cut(states["global_step"])
         return states
 
@@ -336,7 +353,7 @@ class _Turns:
         samples = self.experience_maker.prepare(rollout_samples)
         if not samples:  # every group is flat: the gradient would be zero
             return {**flat_stats(self.experience_maker.stats), "policy_loss": 0.0}, self._step
-        status, step = super().train_step(rollout_samples, global_step)
+        status, step = super().train_step(rollout_samples, global_step)  # type: ignore[misc]
         group = self.actor_model_group
         labels = ray.get(group.async_run_method("trained_labels"))[:: group.duplicate_actors]
         check_all_trained(samples, trained_keys(itertools.chain.from_iterable(labels)))
@@ -362,7 +379,7 @@ class PPOTrainer(_Turns, _modified(sync_trainer.PPOTrainer)):  # type: ignore[mi
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._use_turns()
-        self.samples_generator = _generator(self.samples_generator)
+        self.samples_generator: Generator = _generator(self.samples_generator)  # type: ignore[has-type]
 
     def fit(self, global_step: int = 0) -> None:
         starting = not (self.args.ckpt.load_enable and Path(self.args.ckpt.path, "_actor").exists())
@@ -393,7 +410,7 @@ class GenerateSamplesActor(_modified(async_trainer.GenerateSamplesActor)):  # ty
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.samples_generator = _generator(self.samples_generator)
+        self.samples_generator: Generator = _generator(self.samples_generator)  # type: ignore[has-type]
 
     def fit(self, episode: int, total_consumed_prompts: int) -> None:
         if self.eval_dataloader and total_consumed_prompts == 0:

@@ -7,9 +7,7 @@ Started by `ray job submit` it joins that cluster; started by hand it starts a R
 
 from __future__ import annotations
 
-import os
 import runpy
-import sys
 
 
 def main() -> None:
@@ -17,7 +15,6 @@ def main() -> None:
     from train.cluster.extension import install
 
     engines = install()
-    sys.argv = [sys.argv[0], *map(os.path.expandvars, sys.argv[1:])]  # $WANDB_API_KEY stands in no list of processes
     try:
         runpy.run_module("openrlhf.cli.train_ppo_ray", run_name="__main__", alter_sys=True)
     except KeyboardInterrupt:

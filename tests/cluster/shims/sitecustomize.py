@@ -1,7 +1,7 @@
 """Makes the cluster stack run on a machine without a GPU: for tests only, first on PYTHONPATH.
 
-Python imports this file when any process starts, and so it reaches the job's driver, Ray's workers and vLLM's processes. It changes
-nothing by itself: each function below runs once, right after the module that it is about was imported, and each was needed:
+Python imports this file when any process starts, and so it reaches the job's driver, Ray's workers and vLLM's processes. It
+changes nothing by itself: each function below runs once, right after the module that it is about was imported, and was needed:
 
 - CUDA's device calls are made harmless, and "cuda" means the CPU.
 - The weights go from trainer to engines over gloo. With NCCL missing nothing fails: the engines would receive garbage in silence.
@@ -93,7 +93,9 @@ def _weights_over_gloo(module):
             options.rootRank, options.rootTensor = src, 0
             self.group.broadcast([tensor], options).wait()
 
-    module.stateless_init_process_group = lambda host, port, rank, world_size, device: Gloo(host, port, rank, world_size)
+    module.stateless_init_process_group = lambda host, port, rank, world_size, device: Gloo(
+        host, port, rank, world_size
+    )
 
 
 @after_import("openrlhf.trainer.ray.vllm_worker_wrap")
