@@ -379,7 +379,7 @@ class PPOTrainer(_Turns, _modified(sync_trainer.PPOTrainer)):  # type: ignore[mi
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._use_turns()
-        self.samples_generator: Generator = _generator(self.samples_generator)  # type: ignore[has-type]
+        self.samples_generator: Generator = _generator(self.samples_generator)
 
     def fit(self, global_step: int = 0) -> None:
         starting = not (self.args.ckpt.load_enable and Path(self.args.ckpt.path, "_actor").exists())
@@ -410,7 +410,7 @@ class GenerateSamplesActor(_modified(async_trainer.GenerateSamplesActor)):  # ty
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.samples_generator: Generator = _generator(self.samples_generator)  # type: ignore[has-type]
+        self.samples_generator: Generator = _generator(self.samples_generator)
 
     def fit(self, episode: int, total_consumed_prompts: int) -> None:
         if self.eval_dataloader and total_consumed_prompts == 0:

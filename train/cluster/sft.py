@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import re
 import runpy
 import shlex
 import sys
@@ -203,7 +204,7 @@ def train(run: ClusterSFT, console: Console) -> dict[str, Any]:
     replace_file(run.out / "config.json", json.dumps(dataclasses.asdict(run), indent=2, default=str) + "\n")
     words = [sys.executable, "-m", "deepspeed.launcher.runner", *launch_command(run, model)[1:]]
     with ExitStack() as stack, _ended_by_signals(), step_progress(console) as progress:
-        job = LocalJob(words, {}, run.out / "job.log")
+        job = RankedJob(words, {}, run.out / "job.log")
         stack.callback(job.stop)
         bar = progress.add_task("SFT", total=total, told="starting")
         running = True
@@ -214,6 +215,13 @@ def train(run: ClusterSFT, console: Console) -> dict[str, Any]:
             if running:
                 time.sleep(_POLL)
     return read_episodes(run.out / _METRICS)[-1]
+
+
+class RankedJob(LocalJob):
+    """One whose processes put their rank before each line of a traceback: without it the cause can be found."""
+
+    def written(self) -> str:
+        return re.sub(r"^\[rank\d+\]: ", "", super().written(), flags=re.MULTILINE)
 
 
 def write_tokens(run: ClusterSFT, model: Path) -> int:

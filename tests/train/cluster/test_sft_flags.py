@@ -21,7 +21,8 @@ pytest.importorskip("datasets")
 from agents.models.chat_tokenizer import ChatTokenizer
 from agents.models.download import find_model
 from atommem_env.errors import DataError, MissingDependency, PromptTooLong, SettingError
-from train.cluster.sft import ClusterSFT, launch_command, main, sft_flags, updates, write_tokens
+from train.cluster.launch import JobFailed, check_running
+from train.cluster.sft import ClusterSFT, RankedJob, launch_command, main, sft_flags, updates, write_tokens
 from train.collect import CollectConfig, collect
 from train.sft import read_samples
 
@@ -148,6 +149,14 @@ def test_updates_are_whole_batches_of_whole_micro_batches() -> None:
 def test_without_openrlhf_it_says_what_to_install(samples: Path, tmp_path: Path) -> None:
     with pytest.raises(MissingDependency, match=r"atommem\[cluster\]"):
         main(replace(RUN, samples=samples, model="tiny", out=tmp_path / "out"))
+
+
+def test_a_job_that_fails_is_told_with_the_cause(tmp_path: Path) -> None:
+    text = '[rank1]: Traceback (most recent call last):\n[rank1]:   File "x", line 1\n[rank1]: ValueError: no\n[bye]'
+    job = RankedJob([sys.executable, "-c", f"print({text!r}); raise SystemExit(3)"], {}, tmp_path / "job.log")
+    job.process.wait()
+    with pytest.raises(JobFailed, match=r"(?s)exit code 3: ValueError: no\n.*job\.log"):
+        check_running("The job", job)
 
 
 # ------------------------------------------------------------------------------------------------- where OpenRLHF is installed
