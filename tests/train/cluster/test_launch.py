@@ -463,8 +463,9 @@ def test_the_embedding_service_is_awaited_and_its_death_ends_the_run(
 
 
 CARRIED_OUT = """
-import sys
-from pathlib import Path
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run behind nohup
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from rich.console import Console
 from train.cluster.launch import carry_out
 from train.cluster.recipe import running
