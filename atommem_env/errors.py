@@ -49,6 +49,10 @@ class EngineDied(AtomMemError, RuntimeError):
     """The engine that a model runs in is gone; playing an episode anew cannot bring it back."""
 
 
+class JobFailed(AtomMemError, RuntimeError):
+    """A job, or a service that it needs, ended before it was done; the message gives the cause and names the log."""
+
+
 class PromptTooLong(AtomMemError, ValueError):
     """A prompt and its reply do not fit into the model's window."""
 

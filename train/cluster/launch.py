@@ -42,7 +42,7 @@ from rich.console import Console
 
 from agents.models.download import find_model
 from agents.rollout import Driver
-from atommem_env.errors import AtomMemError, DataError, MissingDependency, ModelNotFound, SettingError
+from atommem_env.errors import DataError, JobFailed, MissingDependency, ModelNotFound, SettingError
 from eval.run import read_episodes, replace_file, step_progress
 from train.cluster.preflight import (
     Machines,
@@ -65,10 +65,6 @@ _COPY_LOG = 60.0  # seconds between copies of the log of a job of Ray
 _GRACE = 30.0  # seconds that a process has to end when it is asked to
 _SECRETS = ("OPENAI_API_KEY", "WANDB_API_KEY")
 _PASSED_ON = ("OPENAI_BASE_URL", "ATOMMEM_DATA", *_SECRETS)  # what the job is told of this process's environment
-
-
-class JobFailed(AtomMemError, RuntimeError):
-    """A job, or a service that it needs, ended before it was done; the message gives the cause and names the log."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +170,7 @@ def carry_out(run: ClusterRun, address: str | None, console: Console) -> None:
         JobFailed: the job, or the embedding service, ended before it was done.
     """
     words = ["-m", "train.cluster.job", *openrlhf_flags(run, find_model(run.model).resolve())]
-    with contextlib.ExitStack() as stack, _ended_by_signals():
+    with contextlib.ExitStack() as stack, ended_by_signals():
         service = None
         if run.embedding_model:
             service = EmbeddingService(run, _own_address(address))
@@ -529,7 +525,7 @@ def check_running(name: str, job: Job) -> bool:
 
 
 @contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
+def ended_by_signals() -> Iterator[None]:
     """Makes the signals that end a process from outside end it as Ctrl-C does: what was started is stopped."""
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -582,9 +578,9 @@ def _progress(run: ClusterRun) -> tuple[int, str]:
     )
 
 
-# What lines of a log begin with: the process, by Ray or vLLM, and within it what vLLM's own logger writes.
+# What lines of a log begin with: the process, by Ray or vLLM, and within it what vLLM's own logger or torch writes.
 _PROCESS = re.compile(r"^\([^()]*\bpid=[^()]*\) ?")
-_LEVEL = re.compile(r"^[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\] ?")
+_LEVEL = re.compile(r"^(?:[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\]|\[rank\d+\]:) ?")
 _COLOUR = re.compile(r"\x1b\[[\d;]*m")
 # An exception, but for those that only carry another.
 _RAISED = re.compile(r"^(?!ray\.exceptions\.RayTaskError|.*See root cause above)[A-Za-z_][\w.]*(?:: .*)?$")

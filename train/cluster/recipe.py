@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -178,7 +179,7 @@ def openrlhf_flags(run: ClusterRun, model: Path) -> list[str]:
     Args:
         model: the folder of the model to start from.
     """
-    return [*_words(derived_flags(run, model)), *(word for flag in run.openrlhf for word in flag.split("=", 1))]
+    return flag_words(derived_flags(run, model), run.openrlhf)
 
 
 def derived_flags(run: ClusterRun, model: Path) -> dict[str, Any]:
@@ -255,7 +256,12 @@ def derived_flags(run: ClusterRun, model: Path) -> dict[str, Any]:
     return flags
 
 
-def _words(flags: dict[str, Any]) -> list[str]:
+def flag_words(flags: dict[str, Any], more: Sequence[str]) -> list[str]:
+    """Flags of OpenRLHF as the words of a command; those of a recipe's `openrlhf` come last, and so count.
+
+    >>> flag_words({"ds.zero_stage": 3, "ds.adam_offload": False, "adam.betas": (0.9, 0.95)}, ["--ds.zpg=8"])
+    ['--ds.zero_stage', '3', '--adam.betas', '0.9', '0.95', '--ds.zpg', '8']
+    """
     words: list[str] = []
     for name, value in flags.items():
         if value is False:
@@ -265,4 +271,4 @@ def _words(flags: dict[str, Any]) -> list[str]:
             words += map(str, value)
         elif value is not True:
             words.append(str(value))
-    return words
+    return [*words, *(word for flag in more for word in flag.split("=", 1))]

@@ -21,7 +21,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-import re
 import runpy
 import shlex
 import sys
@@ -39,8 +38,8 @@ from agents.models.chat_tokenizer import ChatTokenizer
 from agents.models.download import find_model
 from atommem_env.errors import MissingDependency, ModelNotFound, SettingError
 from eval.run import check_new, json_line, read_episodes, replace_file, step_progress
-from train.cluster.launch import LocalJob, _ended_by_signals, check_running
-from train.cluster.recipe import VERSION, _words
+from train.cluster.launch import LocalJob, check_running, ended_by_signals
+from train.cluster.recipe import VERSION, flag_words
 from train.sft import read_samples
 
 _METRICS = "metrics.jsonl"
@@ -145,7 +144,7 @@ def sft_flags(run: ClusterSFT, model: Path) -> list[str]:
         "logger.tensorboard_dir": run.out / "tensorboard",
         "logger.wandb.run_name": run.out.name,
     }
-    return [*_words(flags), *(word for flag in run.openrlhf for word in flag.split("=", 1))]
+    return flag_words(flags, run.openrlhf)
 
 
 def launch_command(run: ClusterSFT, model: Path) -> list[str]:
@@ -203,8 +202,8 @@ def train(run: ClusterSFT, console: Console) -> dict[str, Any]:
     total = updates(run, write_tokens(run, model))
     replace_file(run.out / "config.json", json.dumps(dataclasses.asdict(run), indent=2, default=str) + "\n")
     words = [sys.executable, "-m", "deepspeed.launcher.runner", *launch_command(run, model)[1:]]
-    with ExitStack() as stack, _ended_by_signals(), step_progress(console) as progress:
-        job = RankedJob(words, {}, run.out / "job.log")
+    with ExitStack() as stack, ended_by_signals(), step_progress(console) as progress:
+        job = LocalJob(words, {}, run.out / "job.log")
         stack.callback(job.stop)
         bar = progress.add_task("SFT", total=total, told="starting")
         running = True
@@ -215,13 +214,6 @@ def train(run: ClusterSFT, console: Console) -> dict[str, Any]:
             if running:
                 time.sleep(_POLL)
     return read_episodes(run.out / _METRICS)[-1]
-
-
-class RankedJob(LocalJob):
-    """One whose processes put their rank before each line of a traceback: without it the cause can be found."""
-
-    def written(self) -> str:
-        return re.sub(r"^\[rank\d+\]: ", "", super().written(), flags=re.MULTILINE)
 
 
 def write_tokens(run: ClusterSFT, model: Path) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
 import io
@@ -11,14 +10,10 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import textwrap
 import threading
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,22 +21,20 @@ import pytest
 from rich.console import Console
 
 from atommem_env import cli
-from atommem_env.errors import SettingError
+from atommem_env.errors import JobFailed, SettingError
 from eval.run import json_line
+from processes import alive, wait_until
 from train.cluster import launch as launcher
 from train.cluster.launch import (
     SLURM,
     EmbeddingService,
-    JobFailed,
     Launch,
     LocalJob,
-    RayJob,
     call,
     commands,
     follow,
     job_environment,
     launch,
-    machines,
     root_cause,
     wait_for,
     write_folder,
@@ -104,21 +97,6 @@ def parsed(words: str) -> Launch:
     got: list[Launch] = []
     call("train cluster", got.append, shlex.split(words))
     return got[0]
-
-
-def wait_until(true: Callable[[], object], seconds: float = 60) -> None:
-    until = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.05)
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs; a zombie does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def program(folder: Path, name: str, code: str) -> None:
@@ -565,178 +543,3 @@ def test_the_slurm_template_is_a_script_that_hands_its_words_on(tmp_path: Path, 
         "8",
     ]
     assert str(expected) in ran.stdout
-
-
-# ------------------------------------------------------------------------------------------------------------------------ Ray
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
-
-
-@contextlib.contextmanager
-def started_ray() -> Iterator[str]:
-    """The dashboard of a Ray that believes in four GPUs, and that no other Ray of this machine meets."""
-    pytest.importorskip("ray")
-    ports = {name: free_port() for name in ("port", "dashboard-port", "dashboard-agent-listen-port")}
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:  # its sockets need a short path
-        options = {"num-gpus": 4, "num-cpus": 4, "object-store-memory": 10**8, "temp-dir": folder, **ports}
-        options |= {"dashboard-host": "127.0.0.1", "node-ip-address": "127.0.0.1"}
-        words = [f"--{name}={value}" for name, value in options.items()]
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-        process = subprocess.Popen(
-            ["ray", "start", "--head", "--block", "--disable-usage-stats", *words],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-            start_new_session=True,
-        )
-        try:
-            address = f"http://127.0.0.1:{ports['dashboard-port']}"
-            wait_until(lambda: process.poll() is not None or answers(f"{address}/api/version"), 90)
-            assert process.poll() is None, process.communicate()
-            yield address
-        finally:
-            process.terminate()  # it ends all that it started
-            process.communicate(timeout=60)
-
-
-def answers(url: str) -> bool:
-    try:
-        return bool(urllib.request.urlopen(url, timeout=5).status == 200)
-    except OSError:
-        return False
-
-
-@pytest.fixture(scope="module")
-def dashboard() -> Iterator[str]:
-    with started_ray() as address:
-        yield address
-
-
-def ray_job(dashboard: str, tmp_path: Path, code: str, **environment: str) -> RayJob:
-    return RayJob(dashboard, ["python", "-u", "-c", textwrap.dedent(code)], environment, tmp_path / "job.log")
-
-
-def test_a_job_of_ray_is_told_its_variables_and_ends_well(
-    dashboard: str, tmp_path: Path, run: ClusterRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # to Ray's own client this would count more
-    job = ray_job(dashboard, tmp_path, "import os; print('told', os.environ['A'])", A="a 'b' \"c\"")
-    follow(run, job, None, Console(file=io.StringIO()))
-    assert "told a 'b' \"c\"" in (tmp_path / "job.log").read_text()
-    job.stop()
-    assert (tmp_path / "job.log").read_text().count("told a") == 1
-
-
-def test_a_job_of_ray_that_fails_is_told_with_the_exception_of_the_actor(
-    dashboard: str, tmp_path: Path, run: ClusterRun
-) -> None:
-    code = """
-        import ray
-        ray.init()
-        @ray.remote
-        class Inner:
-            def work(self):
-                raise ValueError("the root of it")
-        @ray.remote
-        class Outer:
-            def __init__(self):
-                self.inner = Inner.remote()
-            def work(self):
-                return ray.get(self.inner.work.remote())
-        ray.get(Outer.remote().work.remote())
-    """
-    job = ray_job(dashboard, tmp_path, code)
-    with pytest.raises(JobFailed, match=r"ended as FAILED, exit code 1: ValueError: the root of it\n.*job\.log"):
-        follow(run, job, None, Console(file=io.StringIO()))
-
-
-def test_a_job_of_ray_is_stopped_with_all_that_it_started(dashboard: str, tmp_path: Path) -> None:
-    code = """
-        import os, ray, time
-        ray.init(log_to_driver=False)
-        @ray.remote
-        class Actor:
-            def pid(self):
-                return os.getpid()
-        actor = Actor.remote()
-        print("pids", os.getpid(), ray.get(actor.pid.remote()))
-        time.sleep(99)
-    """
-    job = ray_job(dashboard, tmp_path, code)
-    found: list[str] = []
-    wait_until(lambda: found.extend(re.findall(r"^pids (\d+) (\d+)$", job._client.get_job_logs(job.id), re.M)) or found)
-    pids = [int(word) for word in found[0]]
-    assert all(map(alive, pids))
-    job.stop()
-    assert job.poll() == "ended as STOPPED, exit code None"
-    wait_until(lambda: not any(map(alive, pids)))
-
-
-@pytest.mark.parametrize("killed", [False, True])
-def test_a_job_of_this_machine_has_a_ray_of_its_own_that_ends_with_it(
-    killed: bool, dashboard: str, tmp_path: Path
-) -> None:
-    code = """
-        import os, ray, time
-        ray.init(num_gpus=2, include_dashboard=False, object_store_memory=10**8, log_to_driver=False)
-        @ray.remote(num_gpus=1)
-        class Actor:
-            def pid(self):
-                return os.getpid()
-        actor = Actor.remote()
-        print("gpus", int(ray.cluster_resources()["GPU"]), "actor", ray.get(actor.pid.remote()), flush=True)
-        time.sleep(99)
-    """
-    job = LocalJob([sys.executable, "-c", textwrap.dedent(code)], {"RAY_ADDRESS": "local"}, tmp_path / "job.log")
-    try:
-        wait_until(lambda: job.poll() is not None or re.search(r"actor \d+\n", job.written()))
-        found = re.search(r"gpus (\d) actor (\d+)", job.written())
-        assert found, job.written()
-        assert found[1] == "2"
-        actor, driver = int(found[2]), job.process.pid
-        processes = {pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if session(pid) == driver}
-        assert {actor, driver} <= processes
-        assert len(processes) > 3  # and what Ray is made of
-        if killed:
-            job.process.kill()
-            job.process.wait()
-    finally:
-        job.stop()
-    wait_until(lambda: not any(map(alive, processes)), 30)
-    assert answers(f"{dashboard}/api/version")  # another Ray of this machine is left alone
-
-
-def session(pid: int) -> int | None:
-    try:
-        return os.getsid(pid)
-    except ProcessLookupError:
-        return None
-
-
-def test_machines_of_ray_are_counted(dashboard: str) -> None:
-    (node,) = machines(dashboard).nodes
-    assert node.gpus == 4
-
-
-def test_a_head_that_dies_ends_the_run(tmp_path: Path, run: ClusterRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "_SILENCE", 2.0)
-    with started_ray() as address:
-        job = ray_job(address, tmp_path, "import time; time.sleep(99)")
-        assert job.poll() is None
-    began = time.monotonic()
-    with pytest.raises(JobFailed, match=r"Ray's head at http://.* is gone"):
-        follow(run, job, None, Console(file=io.StringIO()))
-    assert time.monotonic() - began < 20
-    job.stop()
-
-
-def test_an_address_where_no_ray_is_says_what_to_do(tmp_path: Path) -> None:
-    pytest.importorskip("ray")
-    for address in ("http://127.0.0.1:9", "nonsense"):
-        with pytest.raises(SettingError, match="--ray-address must be the dashboard"):
-            ray_job(address, tmp_path, "")

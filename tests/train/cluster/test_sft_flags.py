@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import re
 import shlex
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,14 +16,13 @@ pytest.importorskip("datasets")
 
 from agents.models.chat_tokenizer import ChatTokenizer
 from agents.models.download import find_model
-from atommem_env.errors import DataError, MissingDependency, PromptTooLong, SettingError
-from train.cluster.launch import JobFailed, check_running
-from train.cluster.sft import ClusterSFT, RankedJob, launch_command, main, sft_flags, updates, write_tokens
+from atommem_env.errors import DataError, JobFailed, MissingDependency, PromptTooLong, SettingError
+from train.cluster.launch import LocalJob, check_running
+from train.cluster.sft import ClusterSFT, launch_command, main, sft_flags, updates, write_tokens
 from train.collect import CollectConfig, collect
 from train.sft import read_samples
 
 RUN = ClusterSFT(samples=Path("/s"), model="/m", out=Path("/o"), gpus_per_node=2, batch_size=16, micro_batch_size=2)
-SHIMS = Path(__file__).resolve().parents[2] / "cluster" / "shims"
 
 
 @pytest.fixture(scope="module")
@@ -153,56 +148,7 @@ def test_without_openrlhf_it_says_what_to_install(samples: Path, tmp_path: Path)
 
 def test_a_job_that_fails_is_told_with_the_cause(tmp_path: Path) -> None:
     text = '[rank1]: Traceback (most recent call last):\n[rank1]:   File "x", line 1\n[rank1]: ValueError: no\n[bye]'
-    job = RankedJob([sys.executable, "-c", f"print({text!r}); raise SystemExit(3)"], {}, tmp_path / "job.log")
+    job = LocalJob([sys.executable, "-c", f"print({text!r}); raise SystemExit(3)"], {}, tmp_path / "job.log")
     job.process.wait()
     with pytest.raises(JobFailed, match=r"(?s)exit code 3: ValueError: no\n.*job\.log"):
         check_running("The job", job)
-
-
-# ------------------------------------------------------------------------------------------------- where OpenRLHF is installed
-
-
-def test_openrlhf_knows_every_flag() -> None:
-    root = importlib.util.find_spec("openrlhf")
-    if root is None or root.origin is None:
-        pytest.skip("needs openrlhf")
-    source = (Path(root.origin).parent / "cli" / "train_sft.py").read_text()
-    known = set(re.findall(r'add_argument\(\s*"(--[\w.]+)"', source))
-    assert set(options(sft_flags(RUN, Path("/m")))) <= known
-
-
-_ITEMS = """
-import json, sys
-from types import SimpleNamespace
-import datasets
-from train.cluster.sft import install
-install()
-from openrlhf.datasets import SFTDataset
-rows = SFTDataset(datasets.load_from_disk(sys.argv[1]), SimpleNamespace(pad_token_id=0), 4096, None, input_template=None)
-print(json.dumps([[part.tolist() for part in rows[index]] for index in range(len(rows))]))
-batch = rows.collate_fn([rows[0], rows[1]])
-print(json.dumps([list(part.shape) for part in batch]))
-"""
-
-
-@pytest.mark.skipif(importlib.util.find_spec("openrlhf") is None, reason="needs openrlhf")
-def test_openrlhf_gets_these_tokens_and_the_loss_is_on_the_replies_alone(samples: Path, tmp_path: Path) -> None:
-    model = find_model("tiny")
-    write_tokens(replace(RUN, samples=samples, out=tmp_path), model)
-    done = subprocess.run(
-        [sys.executable, "-c", _ITEMS, str(tmp_path / "tokens")],
-        env={**os.environ, "PYTHONPATH": str(SHIMS), "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    items, shapes = map(json.loads, done.stdout.splitlines()[-2:])
-    expected = list(read_samples(samples, ChatTokenizer(model), 2048))
-    assert len(items) == len(expected)
-    for ((ids,), (attention,), (loss_mask,)), sample in zip(items, expected, strict=True):
-        assert ids == sample["input_ids"]
-        assert attention == [1] * len(ids)
-        # A place counts where the token after it is one of the reply's; the last place has none after it.
-        assert loss_mask == [float(label != -100) for label in sample["labels"][1:]] + [0.0]
-    longest = max(len(sample["input_ids"]) for sample in expected[:2])
-    assert shapes == [[2, longest]] * 3

@@ -1,0 +1,70 @@
+"""What tests of real processes share."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+def wait_until(true: Callable[[], object], seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+@contextlib.contextmanager
+def started_ray(gpus: int = 4) -> Iterator[str]:
+    """The dashboard of a Ray that believes in so many GPUs, and that no other Ray of this machine meets."""
+    ports = {name: free_port() for name in ("port", "dashboard-port", "dashboard-agent-listen-port")}
+    ports["ray-client-server-port"] = 0  # none: on a busy machine its start fails, and ends the whole
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:  # its sockets need a short path
+        options = {"num-gpus": gpus, "num-cpus": 4 * gpus, "object-store-memory": 10**9, "temp-dir": folder, **ports}
+        options |= {"dashboard-host": "127.0.0.1", "node-ip-address": "127.0.0.1"}
+        words = [f"--{name}={value}" for name, value in options.items()]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+        process = subprocess.Popen(
+            ["ray", "start", "--head", "--block", "--disable-usage-stats", *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            address = f"http://127.0.0.1:{ports['dashboard-port']}"
+            wait_until(lambda: process.poll() is not None or answers(f"{address}/api/version"), 90)
+            assert process.poll() is None, process.communicate()
+            yield address
+        finally:
+            process.terminate()  # it ends all that it started
+            process.communicate(timeout=60)
+
+
+def answers(url: str) -> bool:
+    try:
+        return bool(urllib.request.urlopen(url, timeout=5).status == 200)
+    except OSError:
+        return False
