@@ -37,8 +37,8 @@ def free_port() -> int:
 @contextlib.contextmanager
 def started_ray(gpus: int = 4) -> Iterator[str]:
     """The dashboard of a Ray that believes in so many GPUs, and that no other Ray of this machine meets."""
-    ports = {name: free_port() for name in ("port", "dashboard-port", "dashboard-agent-listen-port")}
-    ports["ray-client-server-port"] = 0  # none: on a busy machine its start fails, and ends the whole
+    names = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
+    ports = {name: free_port() for name in names}
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:  # its sockets need a short path
         options = {"num-gpus": gpus, "num-cpus": 4 * gpus, "object-store-memory": 10**9, "temp-dir": folder, **ports}
         options |= {"dashboard-host": "127.0.0.1", "node-ip-address": "127.0.0.1"}
@@ -56,7 +56,10 @@ def started_ray(gpus: int = 4) -> Iterator[str]:
         try:
             address = f"http://127.0.0.1:{ports['dashboard-port']}"
             wait_until(lambda: process.poll() is not None or answers(f"{address}/api/version"), 90)
+            # It answers before its parts have found each other; if one of them does not, it ends.
             assert process.poll() is None, process.communicate()
+            assert process.stdout is not None
+            assert any("runtime started" in line for line in process.stdout), "Ray ended at its start"
             yield address
         finally:
             process.terminate()  # it ends all that it started
