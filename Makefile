@@ -19,7 +19,7 @@ test: $(VENV)/.dev  ## Install everything that runs without a GPU, then run all 
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-cluster: $(CLUSTER_VENV)/.ready  ## Run the cluster's trainer for real, on a CPU, in a virtual environment of its own
-	$(CLUSTER_VENV)/bin/python -m pytest tests/cluster -W default
+	$(CLUSTER_VENV)/bin/python -m pytest tests/cluster -W default --durations=5
 
 lint: $(VENV)/.dev  ## Style, types and spelling
 	$(BIN)/ruff check .

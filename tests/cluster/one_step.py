@@ -123,8 +123,10 @@ def main(folder: Path, zero_stage: int) -> None:
     actor.append(batch)
     status = actor.fit(kl_ctl=0.0)
     after, theirs = weights(trainer.model), weights(actor.actor.model.module)
-    moved = max(float((after[name] - before[name]).abs().max()) for name in after)
-    apart = max(float((after[name] - theirs[name]).abs().max()) for name in after)
+    moved, apart = (
+        float(torch.cat([(after[name] - other[name]).abs().flatten() for name in after]).mean())
+        for other in (before, theirs)
+    )
     print(
         json.dumps(
             {

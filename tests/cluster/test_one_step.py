@@ -31,6 +31,6 @@ def test_the_same_rollouts_give_the_same_gradient_and_the_same_weights(
     assert local > 0.01
     assert cluster == pytest.approx(local, rel=1e-2)
     assert abs(found["sampler_kl"]) < 1e-5
-    # Adam's first step has the size of the learning rate wherever a gradient is not tiny: weights agree far below it.
+    # In the mean over the weights: Adam's first step has the size of the learning rate, also where a gradient is all rounding.
     assert found["moved"] > 1e-4
-    assert found["apart"] < 0.05 * found["moved"]
+    assert found["apart"] < 1e-4 * found["moved"]
