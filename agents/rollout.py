@@ -124,14 +124,15 @@ class Driver:
 
         async def one(position: int, spec: EpisodeSpec) -> Rollout | None:
             async with gate:
-                rollout: Rollout | None
+                played: Rollout | Exception
                 if retries is None:
-                    rollout = await self.play(spec, policy, replied=replied)
+                    played = await self.play(spec, policy, replied=replied)
                 else:
-                    rollout = await self.play_tolerant(spec, policy, retries=retries, replied=replied)
-                if rollout is not None:
-                    finished(position, rollout)
-                return rollout
+                    played = await self.play_tolerant(spec, policy, retries=retries, replied=replied)
+                if isinstance(played, Exception):
+                    return None
+                finished(position, played)
+                return played
 
         tasks = [asyncio.ensure_future(one(position, spec)) for position, spec in enumerate(specs)]
         try:
@@ -143,8 +144,9 @@ class Driver:
 
     async def play_tolerant(
         self, spec: EpisodeSpec, policy: Policy, *, retries: int, replied: Callable[[], None] = lambda: None
-    ) -> Rollout | None:
-        """One episode of `run_tolerant`, for a caller that has an event loop of its own."""
+    ) -> Rollout | Exception:
+        """One episode of `run_tolerant`, for a caller that has an event loop of its own; a lost one is the last error."""
+        lost: Exception | None = None
         for attempt in range(retries + 1):
             if attempt:
                 await asyncio.sleep(_PAUSE * 2 ** (attempt - 1))  # an outage may pass
@@ -154,7 +156,9 @@ class Driver:
                 raise
             except Exception as error:
                 _log.warning("Attempt %d at %s failed: %r", attempt + 1, spec, error)
-        return None
+                lost = error
+        assert lost is not None
+        return lost
 
     async def play(self, spec: EpisodeSpec, policy: Policy, *, replied: Callable[[], None] = lambda: None) -> Rollout:
         """One episode of `run`; what is embedded shares its batches with all other episodes of this driver."""

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import started_ray
 
 from agents.models.download import find_model
 from eval.run import read_episodes
-from processes import started_ray
 from train.cluster.recipe import ClusterRun, read_recipe
 
 HERE = Path(__file__).resolve().parent
@@ -45,27 +45,38 @@ def tiny() -> Path:
     return find_model("tiny")
 
 
-def launch(recipe: str | Path, dashboard: str, out: Path, *words: str) -> subprocess.Popen[str]:
-    """`atommem train cluster`, as a user types it."""
-    command = [str(Path(sys.executable).with_name("atommem")), "train", "cluster", str(recipe), "--out", str(out)]
-    return subprocess.Popen(
-        [*command, "--ray-address", dashboard, *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+@pytest.fixture
+def start(dashboard: str, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts `atommem train cluster` with some words, as a user types it; its folder is `run`."""
+    jobs = []
+
+    def started(*words: str) -> subprocess.Popen[str]:
+        command = [str(Path(sys.executable).with_name("atommem")), "train", "cluster", str(HERE / "tiny.toml")]
+        where = ["--out", str(tmp_path / "run"), "--ray-address", dashboard]
+        jobs.append(
+            subprocess.Popen([*command, *where, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+        return jobs[-1]
+
+    yield started
+    for job in jobs:
+        if job.poll() is None:
+            job.terminate()
+            job.communicate(timeout=60)
 
 
 @pytest.fixture
-def finish(dashboard: str, tmp_path: Path) -> Callable[..., tuple[Path, list[dict[str, Any]]]]:
+def finish(
+    start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> Callable[..., tuple[Path, list[dict[str, Any]]]]:
     """Launches to the end: the run's folder and the lines of its metrics."""
 
-    def run(*words: str, recipe: Path = HERE / "tiny.toml", code: int = 0) -> tuple[Path, list[dict[str, Any]]]:
+    def run(*words: str) -> tuple[Path, list[dict[str, Any]]]:
         out = tmp_path / "run"
-        job = launch(recipe, dashboard, out, *words)
+        job = start(*words)
         said, _ = job.communicate(timeout=900)
         log = out / "job.log"
-        assert job.returncode == code, said + (log.read_text()[-8000:] if log.exists() else "")
+        assert job.returncode == 0, said + (log.read_text()[-8000:] if log.exists() else "")
         return out, read_episodes(out / "metrics.jsonl")
 
     return run

@@ -12,9 +12,7 @@ import pytest
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])
-def test_the_same_rollouts_give_the_same_gradient_and_the_same_weights(
-    zero_stage: int, tmp_path: Path
-) -> None:
+def test_the_same_rollouts_give_the_same_gradient_and_the_same_weights(zero_stage: int, tmp_path: Path) -> None:
     script = Path(__file__).with_name("one_step.py")
     done = subprocess.run(
         [sys.executable, str(script), str(tmp_path), str(zero_stage)],

@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import alive, answers, started_ray, wait_until
 from rich.console import Console
 
 from atommem_env.errors import JobFailed, SettingError
-from processes import alive, answers, started_ray, wait_until
 from train.cluster import launch as launcher
 from train.cluster.launch import LocalJob, RayJob, follow, machines
 from train.cluster.recipe import ClusterRun

@@ -58,9 +58,7 @@ print(json.dumps([list(part.shape) for part in batch]))
 """
 
 
-def test_openrlhf_gets_these_tokens_and_the_loss_is_on_the_replies_alone(
-    run: ClusterSFT, tiny: Path
-) -> None:
+def test_openrlhf_gets_these_tokens_and_the_loss_is_on_the_replies_alone(run: ClusterSFT, tiny: Path) -> None:
     write_tokens(run, tiny)
     done = subprocess.run(
         [sys.executable, "-c", _ITEMS, str(run.out / "tokens")], capture_output=True, text=True, check=True

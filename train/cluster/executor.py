@@ -97,7 +97,7 @@ class AgentExecutor(AgentExecutorBase):
         llm_engine: Any,
         images: Any = None,
     ) -> dict[str, Any]:
-        """One rollout, or `{"rollout": None}` where the infrastructure failed each time that it was tried.
+        """One rollout; its `rollout` is None, and `lost` says why, where the infrastructure failed each time that it was tried.
 
         Raises:
             AtomMemError: what trying again cannot mend.
@@ -116,10 +116,10 @@ class AgentExecutor(AgentExecutorBase):
         return response(prompt, await driver.play_tolerant(spec, policy, retries=run.retries))
 
 
-def response(prompt: str, rollout: Rollout | None) -> dict[str, Any]:
+def response(prompt: str, rollout: Rollout | Exception) -> dict[str, Any]:
     """What OpenRLHF's generator makes an Experience of: the last turn's ids stand for the rollout until it is expanded."""
-    if rollout is None:
-        return {"prompt": prompt, "rollout": None}
+    if isinstance(rollout, Exception):
+        return {"prompt": prompt, "rollout": None, "lost": f"{type(rollout).__name__}: {rollout}"}
     last = rollout.turns[-1].reply
     ids = [*last.prompt_ids, *last.completion_ids]
     return {

@@ -44,7 +44,7 @@ from openrlhf.trainer.ppo_utils.replay_buffer import NaiveReplayBuffer
 from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
 from tqdm import tqdm
 
-from atommem_env.errors import EngineDied, SettingError
+from atommem_env.errors import EngineDied, JobFailed, SettingError
 from atommem_env.types import Rollout
 from eval.run import json_line, read_episodes, replace_file
 from train.advantages import GroupAdvantages, group_advantages
@@ -56,6 +56,7 @@ METRICS = "metrics.jsonl"
 _ROLLOUT = "rollout/"  # before the names of the numbers that are about rollouts and turns
 _WATCH = 5.0  # seconds between looks at the engines
 _PAD = ""  # the label of a pad
+_LAST_STEP = "last step?"  # what the sampling half asks the training half in the end
 # What OpenRLHF calls a number → what `atommem grpo` calls it, in metrics.jsonl; TensorBoard and wandb show both.
 _NAMES = {
     "policy_loss": "policy_loss",
@@ -86,7 +87,7 @@ class Generator(SamplesGenerator):
         """The Experiences of the prompts, one a rollout, a prompt's together and in the order of their places.
 
         Raises:
-            EngineDied: as many groups were lost as there are prompts: this is no accident of one episode.
+            JobFailed: as many groups were lost as there are prompts: this is no accident of one episode.
         """
         batch = list(itertools.islice(dataloader_iter, num_prompts))
         prompts = [prompt for _, texts, _, _ in batch for prompt in texts]
@@ -107,9 +108,10 @@ class Generator(SamplesGenerator):
                 continue
             lost["groups_failed" if failed else "groups_filtered"] += 1
             if lost["groups_failed"] >= len(prompts):
-                raise EngineDied(
-                    f"All {len(prompts)} groups of a step lost an episode, {self._run.retries + 1} times over each; the "
-                    "warnings above say why. Mend the cause and go on with --resume."
+                why = next(response["lost"] for response in responses if response["rollout"] is None)
+                raise JobFailed(
+                    f"As many groups of a step as it has, {len(prompts)}, lost an episode that was tried {self._run.retries + 1} "
+                    f"times. Mend the cause and go on with --resume. The last: {why}"
                 )
             spare = self._spare(prompt)
             if spare and Prompt.of(prompt).split == "train":
@@ -403,14 +405,35 @@ class TrainingActor(_Turns, _modified(async_trainer.TrainingActor)):  # type: ig
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._use_turns()
+        self._step = 0
+        get = self.rollout_queue.get
+
+        def get_payload(block: bool) -> Any:
+            while (payload := get(block=block)) == _LAST_STEP:
+                self.rollout_slots.put((_LAST_STEP, self._step), block=True)
+            return payload
+
+        self.rollout_queue.get = get_payload
 
 
 class GenerateSamplesActor(_modified(async_trainer.GenerateSamplesActor)):  # type: ignore[misc]
-    """The sampling half of asynchronous training."""
+    """The sampling half of asynchronous training; also evaluates before the first step and after the last."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.samples_generator: Generator = _generator(self.samples_generator)
+        put = self.rollout_queue.put
+
+        def put_payload(payload: Any, block: bool) -> None:
+            if payload == "done" and self.eval_dataloader:
+                put(_LAST_STEP, block=True)  # is read, and answered, when all that was sampled has been trained on
+                while not isinstance(answer := self.rollout_slots.get(block=True), tuple):
+                    pass  # a step's number: room for one more batch, of which there is none
+                if answer[1] != self._last_eval_step:
+                    put(("eval", answer[1], self._run_eval()), block=True)
+            put(payload, block=block)
+
+        self.rollout_queue.put = put_payload
 
     def fit(self, episode: int, total_consumed_prompts: int) -> None:
         if self.eval_dataloader and total_consumed_prompts == 0:

@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from processes import alive, wait_until
 from rich.console import Console
 
 from atommem_env import cli
 from atommem_env.errors import JobFailed, SettingError
 from eval.run import json_line
-from processes import alive, wait_until
 from train.cluster import launch as launcher
 from train.cluster.launch import (
     SLURM,

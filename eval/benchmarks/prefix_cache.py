@@ -1,0 +1,147 @@
+"""What a prompt's order saves an engine: `python -m eval.benchmarks.prefix_cache [--out FILE]`; needs vLLM.
+
+The rollouts of a group read the same chunks with different memories. In the layout `shared_prefix` the chunk stands before
+whatever differs, and a prefix cache computes it once for all of them; in the order of AtomMem's public code (question,
+scratchpad, query, entries, chunk) each rollout computes its own. The same rollouts, of a policy that keeps facts at random, are
+rendered in both orders, and sent to an engine turn by turn, all of a turn at once, as they are sampled in training. What was
+computed is what vLLM itself counted: prompt tokens, less those that its prefix cache held. Weights do not matter to that, so
+they are those of `tiny`; neither does the time that it takes here, and none is told.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+import atommem_env  # noqa: F401  registers the environments
+from agents.models.chat_tokenizer import ChatTokenizer
+from agents.models.download import find_model
+from agents.registry import load_policy
+from agents.rollout import Driver, EpisodeSpec, run_blocking
+from atommem_env.prompts import Layout, shared_prefix
+from atommem_env.types import EpisodeSettings, Message, Observation, Rollout
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Prompt tokens of one group, from its first turn to its last."""
+
+    layout: str
+    group_size: int
+    turns: int  # of all rollouts
+    chunk_tokens: int
+    prompt_tokens: int
+    computed_tokens: int  # those that the prefix cache did not hold
+
+
+def public_order(observation: Observation, settings: EpisodeSettings) -> list[Message]:
+    """The messages of `shared_prefix`, with the chunk at their end, where AtomMem's public code has it."""
+    system, user = shared_prefix.messages(observation, settings)
+    parts = ("\n\n" + user["content"]).split("\n\n## ")[1:]
+    parts.sort(key=lambda part: part.startswith("Document, next piece"))  # stable
+    return [system, Message(role="user", content="\n\n".join(f"## {part}" for part in parts))]
+
+
+def play_group(group_size: int, chunk_tokens: int, documents: int, seed: int) -> tuple[list[Rollout], EpisodeSettings]:
+    """Rollouts of one task, by a policy that keeps facts at random."""
+    env: Any = gym.make("AtomMem-Synthetic", num_docs=documents, chunk_tokens=chunk_tokens)
+    driver = Driver.of(env)
+    specs = [EpisodeSpec(0, seed, int(each)) for each in np.random.default_rng(seed).integers(2**31, size=group_size)]
+    policy = load_policy("random-70", driver.settings)
+    return run_blocking(driver.run(specs, policy, in_flight=group_size)), driver.settings
+
+
+def computed(engine: Any, prompts_by_turn: Sequence[Sequence[list[int]]]) -> tuple[int, int]:
+    """Prompt tokens sent, and those of them that the engine computed; its cache is empty before."""
+    from vllm import SamplingParams
+
+    engine.reset_prefix_cache()
+    before = _counters(engine)
+    for prompts in prompts_by_turn:
+        engine.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts], SamplingParams(max_tokens=1), use_tqdm=False
+        )
+    asked, held = (after - first for after, first in zip(_counters(engine), before, strict=True))
+    return asked, asked - held
+
+
+def _counters(engine: Any) -> tuple[int, int]:
+    counted = {metric.name: metric.value for metric in engine.get_metrics() if hasattr(metric, "value")}
+    return counted["vllm:prefix_cache_queries"], counted["vllm:prefix_cache_hits"]
+
+
+def measure(group_size: int, chunk_tokens: int, documents: int, seed: int) -> tuple[Result, Result]:
+    """The two layouts' figures, `shared_prefix` first, on the same rollouts."""
+    from vllm import LLM
+
+    model = find_model("tiny")
+    chat = ChatTokenizer(model)
+    rollouts, settings = play_group(group_size, chunk_tokens, documents, seed)
+    layouts: dict[str, Layout] = {"shared_prefix": shared_prefix.messages, "public order": public_order}
+    prompts = {
+        name: [
+            [
+                chat.prompt_ids(layout(rollout.turns[turn].observation, settings))
+                for rollout in rollouts
+                if turn < len(rollout.turns)
+            ]
+            for turn in range(max(len(rollout.turns) for rollout in rollouts))
+        ]
+        for name, layout in layouts.items()
+    }
+    longest = max(len(prompt) for sent in prompts.values() for turn in sent for prompt in turn)
+    engine = LLM(
+        str(model),
+        hf_overrides={"max_position_embeddings": longest + 16},
+        max_model_len=longest + 16,
+        enable_prefix_caching=True,
+        enforce_eager=True,
+        disable_log_stats=False,
+    )
+    results = []
+    for name, sent in prompts.items():
+        asked, done = computed(engine, sent)
+        results.append(Result(name, group_size, sum(map(len, sent)), chunk_tokens, asked, done))
+    return results[0], results[1]
+
+
+def main(
+    out: Path | None = None, group_size: int = 16, chunk_tokens: int = 4096, documents: int = 800, seed: int = 0
+) -> None:
+    """Count the prompt tokens that a prefix cache leaves to be computed, by the order of the prompt.
+
+    Args:
+        out: file for the figures, as JSON.
+        group_size: rollouts of the task.
+        chunk_tokens: of a chunk, at most, by the environment's own count; a model's differs a little.
+        documents: of the task; 800 are about 16,000 tokens.
+        seed: of the task and of the rollouts.
+    """
+    shared, public = measure(group_size, chunk_tokens, documents, seed)
+    table = Table(title=f"A group of {group_size}: {shared.turns} turns, chunks of {chunk_tokens:,} tokens")
+    for column in ("layout", "prompt tokens", "computed", "share"):
+        table.add_column(column, justify="left" if column == "layout" else "right")
+    for one in (shared, public):
+        share = f"{one.computed_tokens / one.prompt_tokens:.1%}"
+        table.add_row(one.layout, f"{one.prompt_tokens:,}", f"{one.computed_tokens:,}", share)
+    Console().print(table, f"{public.computed_tokens / shared.computed_tokens:.1f} times fewer in shared_prefix.")
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figures = {
+            "results": [asdict(shared), asdict(public)],
+            "ratio": public.computed_tokens / shared.computed_tokens,
+        }
+        out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

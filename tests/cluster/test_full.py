@@ -1,0 +1,194 @@
+"""What takes minutes, and what goes wrong on a cluster: `make test-cluster-full`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import wait_until
+
+from agents.rollout import Driver
+from atommem_env.embedders.hashing import HashingEmbedder
+from eval.run import read_episodes
+from train.cluster.recipe import ClusterRun, Prompt, write_prompts
+from train.settings import make_env
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not os.environ.get("ATOMMEM_TEST_CLUSTER_FULL"), reason="set ATOMMEM_TEST_CLUSTER_FULL=1"),
+]
+Finish = Callable[..., tuple[Path, list[dict[str, Any]]]]
+ASYNC = ("--asynchronous", "--gpus-per-node", "4", "--engines", "2")
+MINUTE = 60.0
+
+
+def trained_places(lines: list[dict[str, Any]]) -> list[int]:
+    return sorted(place for line in lines for place in line.get("places", ()))
+
+
+# ------------------------------------------------------------------------------------------------------- ways to train
+
+
+def test_sampling_beside_training_with_partial_rollouts_and_dynamic_filtering(finish: Finish) -> None:
+    out, lines = finish(*ASYNC, "--partial-rollouts", "--dynamic-filtering", "--steps", "4")
+    steps = [line for line in lines if "reward" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    for line in steps:
+        assert line["groups_flat"] == 0
+        assert abs(line["sampler_kl"]) < 0.5  # weights change under the rollouts
+        assert 0 < line["grad_norm"] < 100
+    assert sum(line["groups_filtered"] for line in steps) == sum(line["groups_replaced"] for line in steps)
+    assert trained_places(lines) == list(range(16))
+    assert [line["step"] for line in lines if "eval_em" in line] == [0, 2, 4]
+    assert (out / "model" / "model.safetensors").stat().st_size > 10**6
+
+
+def test_zero_2_and_two_engines(finish: Finish) -> None:
+    _, lines = finish("--zero-stage", "2", "--gpus-per-node", "4", "--engines", "2")
+    steps = [line for line in lines if "reward" in line]
+    assert [line["step"] for line in steps] == [1, 2]
+    assert trained_places(lines) == list(range(8))
+    assert all(abs(line["sampler_kl"]) < 0.05 and line["grad_norm"] > 0 for line in steps)
+
+
+# ------------------------------------------------------------------------------------------------------- what goes wrong
+
+
+def processes_of(run: Path, title: str) -> list[int]:
+    """The processes of a run's job whose title begins so."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            told = (folder / "cmdline").read_bytes().startswith(title.encode())
+            if told and f"ATOMMEM_RUN={run}".encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+        except OSError:  # it has ended since
+            continue
+    return found
+
+
+def after_step(out: Path, step: int) -> Callable[[], bool]:
+    return lambda: any(line["step"] >= step and "reward" in line for line in read_episodes(out / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize("how", [(), ASYNC], ids=["in turns", "beside each other"])
+def test_a_trainer_that_is_killed_and_resumed_trains_on_each_prompt_once(
+    how: tuple[str, ...], start: Callable[..., Any], finish: Finish, tmp_path: Path
+) -> None:
+    words = (*how, "--steps", "6", "--eval-every", "0")
+    job = start(*words)
+    wait_until(lambda: job.poll() is not None or after_step(tmp_path / "run", 3)(), 10 * MINUTE)
+    trainers = processes_of(tmp_path / "run", "ray::PolicyActor")
+    assert len(trainers) == 2, (trainers, job.poll())
+    os.kill(trainers[0], signal.SIGKILL)
+    killed = time.monotonic()
+    said, _ = job.communicate(timeout=5 * MINUTE)
+    assert time.monotonic() - killed < MINUTE, said
+    assert job.returncode != 0
+    assert re.search("JobFailed|Error", said), said
+    _, lines = finish(*words, "--resume")
+    assert [line["step"] for line in lines if "reward" in line] == [1, 2, 3, 4, 5, 6]
+    assert trained_places(lines) == list(range(24))
+
+
+@pytest.mark.parametrize("how", [(), ASYNC], ids=["in turns", "beside each other"])
+@pytest.mark.parametrize("title", ["VLLM::EngineCore", "ray::Engine"])
+def test_an_engine_that_dies_ends_the_job_within_a_minute_and_is_named(
+    title: str, how: tuple[str, ...], start: Callable[..., Any], tmp_path: Path
+) -> None:
+    job = start(*how, "--steps", "50", "--eval-every", "0")
+    wait_until(lambda: job.poll() is not None or after_step(tmp_path / "run", 1)(), 10 * MINUTE)
+    engines = processes_of(tmp_path / "run", title)
+    assert engines, job.poll()
+    os.kill(engines[0], signal.SIGKILL)
+    killed = time.monotonic()
+    said, _ = job.communicate(timeout=5 * MINUTE)
+    assert time.monotonic() - killed < MINUTE, said
+    assert job.returncode != 0
+    assert re.search("EngineDied|ActorDiedError|EngineDead", said), said
+
+
+class Service(ThreadingHTTPServer):
+    """An embedding service that embeds by hashing, and refuses what it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.refuses: Callable[[str], bool] = lambda text: False
+        self.refused = 0
+        self.status = 400
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Service
+
+    def do_POST(self) -> None:
+        texts = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["input"]
+        refused = any(map(self.server.refuses, texts))
+        self.server.refused += refused
+        rows = HashingEmbedder(64).embed(texts, "document").tolist()
+        data = [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows)]
+        answer = {"error": {"message": "refused"}} if refused else {"object": "list", "model": "m", "data": data}
+        content = json.dumps(answer).encode()
+        self.send_response(self.server.status if refused else 200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
+    with Service() as service:
+        thread = threading.Thread(target=service.serve_forever)
+        thread.start()
+        monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{service.server_address[1]}/v1")
+        yield service
+        service.shutdown()
+        thread.join()
+
+
+def test_an_episode_that_always_fails_costs_its_group_which_is_replaced_and_counted(
+    service: Service, finish: Finish, recipe: ClusterRun, tmp_path: Path
+) -> None:
+    # The service refuses all texts about the person whom the first task asks about: that episode cannot be played.
+    source = Driver.of(make_env(recipe, "train")).source
+    (tmp_path / "plan").mkdir()
+    write_prompts(dataclasses.replace(recipe, out=tmp_path / "plan"), len(source), len(source))
+    first = Prompt.of(read_episodes(tmp_path / "plan" / "prompts.jsonl")[0]["prompt"])
+    question = source.task(first.spec.index, first.spec.task_seed).questions[0].text
+    name = re.findall(r"[A-Z]\w+ [A-Z]\w+", question)[0]
+    service.refuses = lambda text: name in text
+    _, lines = finish("--embedder", "openai:m", "--eval-every", "0")
+    assert service.refused > 0
+    steps = [line for line in lines if "reward" in line]
+    assert steps[0]["groups_failed"] >= 1
+    assert steps[0]["groups_replaced"] >= 1
+    assert trained_places(lines) == list(range(8))
+
+
+def test_an_embedder_that_fails_ends_the_job_with_the_cause(
+    service: Service, start: Callable[..., Any], tmp_path: Path
+) -> None:
+    service.status = 500
+    job = start("--embedder", "openai:m", "--steps", "50", "--eval-every", "0")
+    wait_until(lambda: job.poll() is not None or after_step(tmp_path / "run", 1)(), 10 * MINUTE)
+    assert job.poll() is None, job.communicate()
+    service.refuses = lambda text: True
+    failed = time.monotonic()
+    said, _ = job.communicate(timeout=10 * MINUTE)
+    print("ended after", time.monotonic() - failed)
+    assert job.returncode != 0
+    assert re.search("(?s)As many groups of a step as it has.*The embedding service at", said), said
