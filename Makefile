@@ -7,10 +7,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 
 CLUSTER_VENV ?= .venv-cluster
 
-.PHONY: help quickstart test test-cluster lint format wheel clean
+.PHONY: help quickstart test test-cluster test-cluster-full lint format wheel clean
 
 help:  ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
 
 quickstart: $(VENV)/.train  ## Install, train a small policy by SFT and GRPO, show its curve (SMOKE=1: 2 minutes)
 	$(BIN)/atommem quickstart $(if $(SMOKE),--smoke)
@@ -20,6 +20,9 @@ test: $(VENV)/.dev  ## Install everything that runs without a GPU, then run all 
 
 test-cluster: $(CLUSTER_VENV)/.ready  ## Run the cluster's trainer for real, on a CPU, in a virtual environment of its own
 	$(CLUSTER_VENV)/bin/python -m pytest tests/cluster -W default --durations=5
+
+test-cluster-full: $(CLUSTER_VENV)/.ready  ## Also what goes wrong on a cluster, and other ways to train: half an hour
+	ATOMMEM_TEST_CLUSTER_FULL=1 $(CLUSTER_VENV)/bin/python -m pytest tests/cluster/test_full.py -W default --durations=0
 
 lint: $(VENV)/.dev  ## Style, types and spelling
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import alive, answers, started_ray, wait_until
+from processes import alive, answers, session, started_ray, wait_until
 from rich.console import Console
 
 from atommem_env.errors import JobFailed, SettingError
@@ -123,13 +123,6 @@ def test_a_job_of_this_machine_has_a_ray_of_its_own_that_ends_with_it(
         job.stop()
     wait_until(lambda: not any(map(alive, processes)), 30)
     assert answers(f"{dashboard}/api/version")  # another Ray of this machine is left alone
-
-
-def session(pid: int) -> int | None:
-    try:
-        return os.getsid(pid)
-    except ProcessLookupError:
-        return None
 
 
 def test_machines_of_ray_are_counted(dashboard: str) -> None:
