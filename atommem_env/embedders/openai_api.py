@@ -24,7 +24,8 @@ _CUT: dict[str, object] = {"truncate_prompt_tokens": -1}
 _MAX_CHARACTERS = 32_768  # of a text that are sent: a text of megabytes would keep the service from all others
 _BATCH = 32  # texts of a request; the most that every common service takes
 _CONCURRENT = 8  # requests
-_PATIENCE = 15.0  # seconds until a service that does not answer is given up
+_PATIENCE = 30.0  # seconds of an outage in which requests are tried again; after that once each, until one is answered
+_LAST_TRY = 5.0  # seconds for an answer to a request that is not tried again
 _PAUSES = 0.25, 2.0  # seconds after the first failure, doubled with each further one, and the longest
 
 
@@ -69,6 +70,7 @@ class OpenAIEmbedder:
         # The package's own retries can take minutes: a service may ask it to wait for one.
         self._client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=0)
         self._cut = _CUT
+        self._out_since: float | None = None  # when the first request since the last answer was sent
         try:
             self.dimension = self._request(["dimension"]).shape[1]
         except EmbeddingError as error:
@@ -81,7 +83,7 @@ class OpenAIEmbedder:
         """The unit vectors [len(texts), D] of `texts`, in order.
 
         Raises:
-            EmbeddingError: the service did not answer within 15 seconds, refused a text, or sent something else.
+            EmbeddingError: the service did not answer for 30 seconds, refused a text, or sent something else.
         """
         prefix = self._query_prefix if kind == "query" else ""
         sent = [prefix + text[:_MAX_CHARACTERS] or " " for text in texts]
@@ -102,7 +104,7 @@ class OpenAIEmbedder:
             raise self._error(f"refused {asked}: {error}") from error
         except self._openai.APIConnectionError as error:
             reason = error.__cause__ or error  # the package says no more than "Connection error."
-            raise self._error(f"did not answer within {_PATIENCE:g} s: {reason}") from error
+            raise self._error(f"has not answered for {_PATIENCE:g} s: {reason}") from error
         try:
             items = sorted(answer["data"], key=lambda item: item["index"])
             indices = [item["index"] for item in items]
@@ -118,10 +120,11 @@ class OpenAIEmbedder:
         return unit
 
     def _post(self, texts: Sequence[str]) -> Any:
-        """The service's answer as JSON; it is asked again, for `_PATIENCE` seconds in all, while out of reach or overloaded."""
-        end, (pause, longest) = time.monotonic() + _PATIENCE, _PAUSES
+        """The service's answer as JSON; it is asked again, while out of reach or overloaded, for `_PATIENCE` of an outage."""
+        self._out_since = self._out_since or time.monotonic()
+        end, (pause, longest) = self._out_since + _PATIENCE, _PAUSES
         while True:
-            left = max(end - time.monotonic(), 0.1)
+            left = max(end - time.monotonic(), _LAST_TRY)
             try:
                 response = self._client.embeddings.with_raw_response.create(
                     model=self._model,
@@ -132,13 +135,17 @@ class OpenAIEmbedder:
                 )
                 break
             except self._openai.APIStatusError as error:
-                if (error.status_code < 500 and error.status_code != 429) or time.monotonic() + pause > end:
+                if error.status_code < 500 and error.status_code != 429:
+                    self._out_since = None  # a refusal is an answer
+                    raise
+                if time.monotonic() + pause > end:
                     raise
             except self._openai.APIConnectionError:
                 if time.monotonic() + pause > end:
                     raise
             time.sleep(pause)
             pause = min(2 * pause, longest)
+        self._out_since = None
         try:
             return response.http_response.json()
         except ValueError:

@@ -91,8 +91,9 @@ def test_a_trainer_that_is_killed_and_resumed_trains_on_each_prompt_once(
     words = (*how, "--steps", "6", "--eval-every", "0")
     job = start(*words)
     wait_until(lambda: job.poll() is not None or after_step(tmp_path / "run", 3)(), 10 * MINUTE)
-    trainers = processes_of(dashboard, "ray::PolicyActor")
-    assert len(trainers) == 2, (trainers, job.poll())
+    assert job.poll() is None, job.communicate()
+    trainers: list[int] = []  # they bear another title while they do something
+    wait_until(lambda: trainers.extend(processes_of(dashboard, "ray::PolicyActor")) or trainers)
     os.kill(trainers[0], signal.SIGKILL)
     killed = time.monotonic()
     said, _ = job.communicate(timeout=5 * MINUTE)

@@ -94,6 +94,7 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
         monkeypatch.setenv("OPENAI_BASE_URL", service.url)
         monkeypatch.delenv("OPENAI_API_KEY", raising=False)
         monkeypatch.setattr(openai_api, "_PATIENCE", 1.0)
+        monkeypatch.setattr(openai_api, "_LAST_TRY", 0.5)
         yield service
         service.over.set()
         service.shutdown()
@@ -197,8 +198,25 @@ def test_a_service_that_is_not_there_is_told_with_its_address(
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{port}/v1")
-    with pytest.raises(EmbeddingError, match=rf"http://127.0.0.1:{port}/v1 .*did not answer within 1 s: .*refused"):
+    with pytest.raises(EmbeddingError, match=rf"http://127.0.0.1:{port}/v1 .*has not answered for 1 s: .*refused"):
         OpenAIEmbedder("m")
+
+
+def test_an_outage_costs_the_patience_once_until_an_answer_comes(service: Service) -> None:
+    embedder = OpenAIEmbedder("m")
+    service.asked.clear()
+    service.failures = [503] * 99
+    tried = []
+    for _ in range(2):
+        with pytest.raises(EmbeddingError, match=r"refused 1 texts.*503"):
+            embedder.embed(TEXTS[:1], "document")
+        tried.append(len(service.asked))
+    assert tried[0] > 1
+    assert tried[1] == tried[0] + 1
+    service.failures = []
+    embedder.embed(TEXTS[:1], "document")
+    service.failures = [503]
+    embedder.embed(TEXTS[:1], "document")
 
 
 @pytest.mark.parametrize("status", [401, 404])
