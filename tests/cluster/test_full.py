@@ -7,6 +7,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +33,7 @@ pytestmark = [
 Finish = Callable[..., tuple[Path, list[dict[str, Any]]]]
 ASYNC = ("--asynchronous", "--gpus-per-node", "4", "--engines", "2")
 MINUTE = 60.0
+HERE = Path(__file__).parent
 
 
 def trained_places(lines: list[dict[str, Any]]) -> list[int]:
@@ -60,6 +63,31 @@ def test_zero_2_and_two_engines(finish: Finish) -> None:
     assert [line["step"] for line in steps] == [1, 2]
     assert trained_places(lines) == list(range(8))
     assert all(abs(line["sampler_kl"]) < 0.05 and line["grad_norm"] > 0 for line in steps)
+
+
+def test_a_ray_of_the_run_s_own(tmp_path: Path) -> None:
+    """No address is given: the launcher looks for this machine's GPUs, which are pretended, and starts Ray by itself."""
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\nprintf '81559\\n81559\\n81559\\n'\n")
+    program.chmod(0o755)
+    out = tmp_path / "run"
+    done = subprocess.run(
+        [Path(sys.executable).with_name("atommem"), "train", "cluster", HERE / "tiny.toml", "--out", out],
+        env={
+            **os.environ,
+            "PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}",
+            "RAY_OVERRIDE_RESOURCES": '{"GPU": 3, "CPU": 12}',
+        },
+        capture_output=True,
+        text=True,
+        timeout=15 * MINUTE,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = read_episodes(out / "metrics.jsonl")
+    assert trained_places(lines) == list(range(8))
+    assert (out / "model" / "model.safetensors").is_file()
+    assert f"vllm serve {out / 'model'}" in done.stdout
 
 
 # ------------------------------------------------------------------------------------------------------- what goes wrong
