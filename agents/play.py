@@ -108,7 +108,9 @@ def main(
         for question, outcome in zip(
             inner.episode.task.questions if inner.episode else (), rollout.questions, strict=True
         ):
-            console.print(f"{question.text}  gold: [bold]{question.answers[0]}[/]  yours: {outcome.prediction}")
+            console.print(
+                f"{question.text}  gold: [bold]{'; '.join(question.answers) or 'none'}[/]  yours: {outcome.prediction}"
+            )
         console.print(f"exact match: {rollout.reward:.2f}")
     finally:
         env.close()

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from agents.baselines import cheats, oracle, world_reader
+from agents.baselines import cheats, oracle, planner, world_reader
 from agents.chat_policy import GREEDY, ChatPolicy, Sampling
 from agents.models.download import find_model
 from agents.models.transformers_model import TransformersModel
@@ -32,6 +32,10 @@ POLICIES: dict[str, tuple[Callable[[EpisodeSettings], Policy], str]] = {
     "random-position": (
         lambda settings: oracle.PerfectReader("random-position", settings, oracle.keep_random_positions),
         "* stores the documents at ten random positions: what fixed-position is to be compared with",
+    ),
+    "planner": (
+        planner.Planner,
+        "* synthetic tasks only: does one thing a reply, planned for the operations that there are; foresees no correction",
     ),
     "chain-match": (
         lambda settings: world_reader.WorldReader("chain-match", settings, world_reader.keep_by_chain),

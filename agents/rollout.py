@@ -18,7 +18,7 @@ from atommem_env.embedders import Embedder, embed
 from atommem_env.env import AtomMemEnv
 from atommem_env.episode import Episode
 from atommem_env.errors import DataError, EngineDied, MissingDependency, PromptTooLong, SettingError
-from atommem_env.store import MemoryStore
+from atommem_env.store import MemoryStore, Recorder
 from atommem_env.types import EmbeddingRequest, EpisodeSettings, Rollout, TaskSource, Turn, Vector
 
 T = TypeVar("T")
@@ -49,9 +49,12 @@ class Driver:
     # thread of its own: a race of two would change who shares a batch, and so last bits.
     embed_in_thread: bool = False
     _batcher: Batcher[tuple[EmbeddingRequest, ...], list[Vector]] = field(init=False, repr=False, compare=False)
+    _committer: Batcher[Recorder, None] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_batcher", Batcher(self._embed, max_batch=256, thread=self.embed_in_thread))
+        # For the same reason a commit has a thread of its own only where embedding has one.
+        object.__setattr__(self, "_committer", Batcher(self._commit, max_batch=512, thread=self.embed_in_thread))
 
     @classmethod
     def of(cls, env: gym.Env[Any, Any], *, embed_in_thread: bool = False) -> Driver:
@@ -181,18 +184,26 @@ class Driver:
                 requests = episode.submit(reply.text)
                 result = episode.resolve(await self._batcher(requests) if requests else [])
                 recorder.record(episode.steps, reply.text, result)
+                if episode.stop_reason is not None:
+                    recorder.end(episode.stop_reason, episode.reward, episode.memory)
+                if recorder.due:
+                    await self._committer(recorder)
                 turns.append(Turn(observation, reply, result.results))
                 replied()
         except Exception as error:
             error.add_note(f"in episode {spec} of {task.id}, reply {episode.steps + 1}, policy {policy.name}")
             raise
-        recorder.commit(episode.stop_reason, episode.reward, episode.memory)
         return _rollout(episode, turns)
 
     def _embed(self, waiting: list[tuple[EmbeddingRequest, ...]]) -> list[list[Vector]]:
         """The vectors of each waiting episode, by one batch for all of them."""
         vectors = iter(embed(self.embedder, [request for requests in waiting for request in requests]))
         return [[next(vectors) for _ in requests] for requests in waiting]
+
+    def _commit(self, waiting: list[Recorder]) -> list[None]:
+        """What is due of all waiting episodes, as one group."""
+        self.store.write(waiting)
+        return [None] * len(waiting)
 
 
 def play_episode(

@@ -23,8 +23,14 @@ ENVIRONMENTS: dict[str, dict[str, Any]] = {
     "2WikiMultiHopQA": {"dataset": "2wikimultihopqa"},
     "MuSiQue": {"dataset": "musique"},
     "Synthetic": {"dataset": "synthetic", "chunk_tokens": 128},
+    "Files": {"dataset": "files"},
 }
 
 for _name, _kwargs in ENVIRONMENTS.items():
     for _id in (f"AtomMem-{_name}", f"AtomMem/{_name}-v0"):
-        register(_id, entry_point="atommem_env.env:AtomMemEnv", kwargs=_kwargs)
+        register(
+            _id,
+            entry_point="atommem_env.env:AtomMemEnv",
+            vector_entry_point="atommem_env.vector:AtomMemVectorEnv",
+            kwargs=_kwargs,
+        )

@@ -28,9 +28,21 @@ COMMANDS = {
         "Train on one or many GPU machines, by OpenRLHF, DeepSpeed, vLLM and Ray.",
     ),
     "train cluster-sft": ("train.cluster.sft:main", "Fine-tune on collected samples on many GPUs, by OpenRLHF."),
+    "data get": (
+        "atommem_env.tasks.catalogue_commands:get_command",
+        "Download a dataset's published file and import it.",
+    ),
     "data import": ("atommem_env.tasks.catalogue_commands:import_command", "Make a dataset's file known to gym.make."),
     "data list": ("atommem_env.tasks.catalogue_commands:list_command", "Show which datasets were imported."),
     "data verify": ("atommem_env.tasks.catalogue_commands:verify_command", "Check imported data against their hashes."),
+    "memory ls": ("atommem_env.memory_commands:ls_command", "List the episodes that a memory store keeps."),
+    "memory show": ("atommem_env.memory_commands:show_command", "Show what an episode did to its memory, and kept."),
+    "memory at-step": ("atommem_env.memory_commands:at_step_command", "Show an episode's memory as of any reply."),
+    "memory search": ("atommem_env.memory_commands:search_command", "Search what episodes kept, one or all."),
+    "memory export": (
+        "atommem_env.memory_commands:export_command",
+        "Write what a store keeps as JSON lines or Parquet.",
+    ),
     "models get": ("agents.models.download:get_command", "Fetch a model's weights and make them ready."),
 }
 _OURS = ("agents", "eval", "train")

@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 
 import gymnasium as gym
 from gymnasium.utils import EzPickle
+from numpy.typing import ArrayLike
 
 from atommem_env.embedders import Embedder, embed, get_embedder
 from atommem_env.episode import Episode
@@ -18,7 +19,15 @@ from atommem_env.replay import first_moment, replay
 from atommem_env.spaces import Text
 from atommem_env.store import INTERRUPTED, MemoryStore, Recorder
 from atommem_env.tasks import make_source, source_options
-from atommem_env.types import EpisodeSettings, Fault, Observation, OperationResult, TaskSource
+from atommem_env.types import (
+    ABLATIONS,
+    EmbeddingRequest,
+    EpisodeSettings,
+    Fault,
+    Observation,
+    OperationResult,
+    TaskSource,
+)
 
 _MOST_STEPS = 2**31 - 1  # of the integer spaces; no episode comes near it
 SETTING_NAMES = frozenset(field.name for field in dataclasses.fields(EpisodeSettings))
@@ -62,6 +71,9 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
 
     ## Rewards
     0 on every step but the last; there the mean exact match over the task's questions, by the dataset's own rule, in [0, 1].
+    `reward_terms={name: weight}` adds weighted shares in [0, 1] to that: `faults` (replies with a fault), `reads` (replies with
+    a Read), `steps` (of the step budget), `memory_size` (tokens kept, of the document's) and `evidence_stored`. The paper has
+    none of them.
 
     ## Episode End
     `terminated` when all questions are settled. `truncated` when `max_steps` replies were given first.
@@ -77,6 +89,8 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
     * `store` (None): the LanceDB folder that keeps the memories; None is `memory/EMBEDDER` in the data folder.
     * `durability` ("episode"): "off", or "episode": committed when the episode ends, is left or the environment is closed.
     * `render_mode` (None): "ansi" or "human".
+    * `ablation` (None): one of the paper's by name: `no_update`, `no_delete`, `no_scratchpad`, `no_storage`, `no_memory`,
+      `random_retrieval`; `atommem_env.types.ABLATIONS` says what each one sets.
     * any field of `atommem_env.EpisodeSettings`, for example `chunk_tokens`, `top_k`, `operations`, `capacity`.
     * any option of the task source: `split`, `data`, `corpus`, `num_docs`, `questions` for the datasets
       (`atommem_env.tasks.haystack`), `hops`, `corrections` and others for the synthetic one (`atommem_env.tasks.synthetic`).
@@ -92,7 +106,7 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
         dataset: str | TaskSource,
         *,
         embedder: str | Embedder = "hashing",
-        store: str | Path | None = None,
+        store: str | Path | MemoryStore | None = None,
         durability: str = "episode",
         render_mode: str | None = None,
         **options: Any,
@@ -111,8 +125,8 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
         self.settings, source_kwargs = split_options(dataset, options)
         self.source = make_source(dataset, **source_kwargs) if isinstance(dataset, str) else dataset
         self.embedder = get_embedder(embedder) if isinstance(embedder, str) else embedder
-        # A store holds vectors of one embedder, so that each has a default folder of its own.
-        self.store = MemoryStore(data_folder("memory", self.embedder.name) if store is None else store, durability)
+        self._owns_store = not isinstance(store, MemoryStore)
+        self.store = store if isinstance(store, MemoryStore) else open_store(store, self.embedder, durability)
         self.render_mode = render_mode
         self.episode: Episode | None = None
         self.results: tuple[OperationResult, ...] = ()  # of the last reply
@@ -158,16 +172,26 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
         return self.episode.observe(), info
 
     def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        if self.episode is None or self._recorder is None:
+        return self.resolve(action, embed(self.embedder, self.submit(action)))
+
+    def submit(self, action: str) -> tuple[EmbeddingRequest, ...]:
+        """The first half of `step`, for who embeds for many environments at once: see `Episode.submit`."""
+        if self.episode is None:
             raise gym.error.ResetNeeded("Call reset() before step().")
-        requests = self.episode.submit(action)
-        result = self.episode.resolve(embed(self.embedder, requests))
+        return self.episode.submit(action)
+
+    def resolve(self, action: str, vectors: ArrayLike) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """The second half: carries out the `action` that was submitted, given the vectors asked for, and keeps it."""
+        assert self.episode is not None
+        assert self._recorder is not None
+        result = self.episode.resolve(vectors)
         self.results = result.results
         self._recorder.record(self.episode.steps, action, result)
         info: dict[str, Any] = {"entries": len(self.episode.memory), **count_results(result.results)}
         if self.episode.stop_reason is not None:
             info |= outcome_info(self.episode)
-            self._recorder.commit(self.episode.stop_reason, self.episode.reward, self.episode.memory)
+            self._recorder.end(self.episode.stop_reason, self.episode.reward, self.episode.memory)
+        self._write(self._recorder)
         if self.render_mode == "human":
             self.render()
         return result.observation, result.reward, result.terminated, result.truncated, info
@@ -184,7 +208,8 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
 
     def close(self) -> None:
         self._leave()
-        self.store.close()
+        if self._owns_store:
+            self.store.close()
 
     def _begin(self, index: int, task_seed: int, episode_seed: int) -> None:
         self.episode = Episode(self.source.task(index, task_seed), self.settings, episode_seed)
@@ -201,8 +226,12 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
         """Keeps what an episode that nobody will finish has in memory."""
         if self.episode is not None and self._recorder is not None:
             if self.episode.stop_reason is None and self.episode.steps:
-                self._recorder.commit(INTERRUPTED, 0.0, self.episode.memory)
+                self._recorder.end(INTERRUPTED, 0.0, self.episode.memory)
+                self._write(self._recorder)
             self.episode = self._recorder = None
+
+    def _write(self, recorder: Recorder) -> None:
+        self.store.write([recorder])
 
     def _resume(self, episode_id: str) -> tuple[int, int]:
         """Replays an interrupted episode from the store: the replies again, with the vectors that were kept."""
@@ -218,17 +247,32 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
         return record.index, record.task_seed
 
 
+def open_store(store: str | Path | None, embedder: Embedder, durability: str) -> MemoryStore:
+    """The store that the arguments of an environment name."""
+    # A store holds vectors of one embedder, so that each has a default folder of its own.
+    return MemoryStore(data_folder("memory", embedder.name) if store is None else store, durability)
+
+
 def split_options(dataset: str | TaskSource, options: dict[str, Any]) -> tuple[EpisodeSettings, dict[str, Any]]:
-    """Sorts keyword arguments into settings of the episode and options of the task source.
+    """Sorts keyword arguments into settings of the episode, an ablation's among them, and options of the task source.
 
     Raises:
-        SettingError: one belongs to neither; the message lists what exists.
+        SettingError: one belongs to neither, or is set by the ablation as well; the message lists what exists.
     """
     of_source = set(source_options(dataset)) if isinstance(dataset, str) else set()
+    options = {**options}
+    ablation = options.pop("ablation", None)
     unknown = sorted(set(options) - SETTING_NAMES - of_source)
     if unknown:
-        known = ", ".join(sorted(SETTING_NAMES | of_source | {"embedder", "store", "durability"}))
+        known = ", ".join(sorted(SETTING_NAMES | of_source | {"ablation", "embedder", "store", "durability"}))
         raise SettingError(f"No setting is called {', '.join(unknown)}. There are: {known}.")
+    if ablation is not None:
+        if ablation not in ABLATIONS:
+            raise SettingError(f"ablation must be one of {', '.join(ABLATIONS)}, got {ablation!r}.")
+        twice = sorted(set(ABLATIONS[ablation]) & set(options))
+        if twice:
+            raise SettingError(f"ablation={ablation!r} sets {', '.join(twice)}; leave that out, or the ablation.")
+        options |= ABLATIONS[ablation]
     settings = EpisodeSettings(**{name: value for name, value in options.items() if name in SETTING_NAMES})
     return settings, {name: value for name, value in options.items() if name in of_source}
 

@@ -23,6 +23,7 @@ from atommem_env.chunking import chunk_documents
 from atommem_env.dialects import get_dialect
 from atommem_env.errors import EmbeddingError, EpisodeStateError, SettingError
 from atommem_env.memory import WorkingMemory, unit
+from atommem_env.rewards import final_reward
 from atommem_env.scoring import holds, score
 from atommem_env.tokens import cut, get_tokenizer
 from atommem_env.types import (
@@ -89,6 +90,8 @@ class Episode:
         self.scratchpad = ""
         self.query = ""
         self.steps = 0
+        self.reads = 0  # replies with a Read that was carried out
+        self.faulty_replies = 0
         self.outcomes: tuple[QuestionOutcome, ...] = ()
         self.stop_reason: StopReason | None = None
         self._query_vector: Vector | None = None
@@ -107,10 +110,8 @@ class Episode:
 
     @property
     def reward(self) -> float:
-        """Mean exact match over the task's questions once the episode has ended, else 0."""
-        if self.stop_reason is None:
-            return 0.0
-        return sum(outcome.em for outcome in self.outcomes) / len(self.task.questions)
+        """0 until the episode has ended, then the mean exact match over its questions and what `reward_terms` adds."""
+        return 0.0 if self.stop_reason is None else final_reward(self)
 
     def observe(self) -> Observation:
         """What the policy sees now; the same until a reply has been carried out."""
@@ -155,6 +156,8 @@ class Episode:
         self._plan = None
         self.steps += 1
         results, mutations, answer = self._carry_out(plan, matrix)
+        self.reads += any(operation.kind is OperationKind.READ for operation in plan.operations)
+        self.faulty_replies += any(result.fault is not None for result in results)
         self._move_on(plan, answer)
         self._observation = self._observe(results)
         ended = self.stop_reason is not None
@@ -234,6 +237,11 @@ class Episode:
             item = self._named(item)
             superseded = item.kind in (OperationKind.READ, OperationKind.ANSWER) and index < last.get(item.kind, -1)
             fault, detail = self._fault(item, alive, len(alive) + created, superseded)
+            if fault is None and len(operations) == self.settings.operations_per_reply:
+                fault = Fault.TOO_MANY
+                detail = (
+                    f"Only the first {len(operations)} operations of a turn are carried out; the {item.kind} was not."
+                )
             if item.kind is OperationKind.SCRATCHPAD and fault is None:
                 shorter = cut(item.text, self.settings.scratchpad_tokens, get_tokenizer(self.settings.tokenizer))
                 if shorter != item.text:

@@ -49,4 +49,4 @@ def replay(episode: Episode, store: MemoryStore, episode_id: str) -> Iterator[tu
 
 def _plain(value: object) -> object:
     """As it comes back from the store's JSON."""
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value

@@ -2,28 +2,32 @@
 
 Four tables, each with the schema version in its metadata and readable by any LanceDB client:
 
-| table      | a row is                                                   |
-|------------|------------------------------------------------------------|
-| `episodes` | an episode that was committed                              |
-| `turns`    | a reply and what the policy was told after it              |
-| `journal`  | a change to the memory, or a query, with its vector        |
-| `entries`  | an entry that was in the memory at the end, with its vector |
+| table      | a row is                                                                           |
+|------------|------------------------------------------------------------------------------------|
+| `episodes` | an episode: with durability "step" from its first reply on, else from its end      |
+| `turns`    | a reply and what the policy was told after it                                      |
+| `journal`  | a change to the memory, or a query, with its vector                                |
+| `entries`  | an entry that was in the memory at the end, with its vector                        |
 
-Rows are appended under the name of their `writer` (one commit of one episode) and count from the moment when the
-`episodes` row that lists this writer is there. It is written last, so that a crash leaves what was before.
+Rows are appended under the name of a `writer`, and count only if the episode's row in `episodes` lists it. A step is told by
+the last of these writers that has a turn for it; journal rows of other writers for that step do not count. The order of
+writing, `journal` and `entries`, then `turns`, then `episodes`, makes every crash leave whole steps and whole episodes. A
+writer lives until an error, until the episode ends or is resumed; whoever goes on has a name of its own.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import sys
+import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +35,30 @@ from numpy.typing import ArrayLike
 
 from atommem_env.errors import MissingDependency, SettingError, StoreError
 from atommem_env.memory import WorkingMemory, unit
-from atommem_env.store_tables import SCHEMA_VERSION, TABLES, VERSION_KEY, batch_of, schema_of
+from atommem_env.shared_folder import SharedFolder
+from atommem_env.store_tables import (
+    SCHEMA_VERSION,
+    TABLES,
+    VERSION_KEY,
+    batch_of,
+    clean,
+    reader_of,
+    schema_of,
+    surrogates_kept,
+)
 from atommem_env.types import EmbeddingKind, OperationKind, StepResult, StopReason, Vector
 
-INTERRUPTED = "interrupted"  # the status of an episode that ended before it was over
+INTERRUPTED = "interrupted"  # the status of an episode that is not over; nobody may be playing it any more
 
-_DURABILITIES = ("off", "episode")
+DURABILITIES = ("off", "episode", "step")
 _OPTIMIZE_EVERY = 64  # commits, each of which leaves a few small files a table
-_KEEP_VERSIONS = timedelta(hours=1)  # another process may still be reading an older version
+_MOST_PARTS = 1000  # of a table, whatever it costs to join them: each commit writes a list of all
+_MOST_FILES = 10  # of a table when the store is closed
+_KEEP_VERSIONS = timedelta(minutes=5)  # another process may still be reading an older version
+_AT_ONCE = timedelta(milliseconds=1)  # of less LanceDB warns
+_BATCH_ROWS = 512  # made and written at a time
 _CACHE_BYTES = 16 << 20  # without a limit LanceDB's caches grow with every commit
-_SURROGATES = re.compile(r"[\ud800-\udfff]")
+_DISK_FULL = ("No space left", "os error 28", "File too large", "os error 27", "quota", "os error 122")
 
 _forked_after_lancedb = False
 
@@ -86,22 +104,26 @@ class FoundEntry:
 class MemoryStore:
     """A folder with the memories of many episodes. Nothing is opened, or made, before the first commit or read.
 
-    Several processes can commit to one folder at the same time; each needs a store of its own (a store can be pickled).
-    A process that was forked after LanceDB was used cannot use it: start processes with `spawn`.
+    What `write` has returned for is there after the process is killed at any moment; `checkpoint` outlasts a loss of power
+    as well. Several processes can write to one folder at the same time; each needs a store of its own (a store can be
+    pickled). A process that was forked after LanceDB was used cannot use it: start processes with `spawn`. A store joins its
+    small files now and then, and when it is closed; another program that holds a table open across that opens it anew.
 
     Args:
         folder: where the tables are.
-        durability: "episode": an episode is kept when it ends; "off": nothing is kept.
+        durability: "episode": an episode is kept when it ends; "step": each reply is; "off": nothing is.
 
     Raises:
         SettingError: another durability.
     """
 
     def __init__(self, folder: str | Path, durability: str = "episode") -> None:
-        if durability not in _DURABILITIES:
-            raise SettingError(f"durability must be one of {', '.join(_DURABILITIES)}, got {durability!r}.")
+        if durability not in DURABILITIES:
+            raise SettingError(f"durability must be one of {', '.join(DURABILITIES)}, got {durability!r}.")
         self.folder = Path(folder).expanduser()
         self.durability = durability
+        self._shared = SharedFolder(self.folder)
+        self._lock = threading.RLock()  # of writing and joining
         self._connection: Any = None
         self._tables: dict[str, Any] = {}
         self._commits = 0
@@ -132,8 +154,8 @@ class MemoryStore:
                 raise StoreError(f"{name} must be a whole number of 64 bits to be stored, got {value}.")
         record = EpisodeRecord(
             episode_id=uuid.uuid4().hex,
-            env_id=_clean(env_id),
-            task_id=_clean(task_id),
+            env_id=clean(env_id),
+            task_id=clean(task_id),
             index=int(index),
             task_seed=int(task_seed),
             episode_seed=int(episode_seed),
@@ -156,104 +178,127 @@ class MemoryStore:
         record = self.episode(episode_id)
         if record.status != INTERRUPTED:
             raise StoreError(f"Episode {episode_id} is over ({record.status}); only an interrupted one can be resumed.")
-        return Recorder(self, record, changes=len(self._rows_of(record, "journal", ["seq"])))
+        return Recorder(self, record, changes=len(self._changes(record)), replaced=record.writers)
+
+    def write(self, recorders: Iterable[Recorder]) -> None:
+        """Commits, as one group, what is due of these recorders: see `Recorder.due`. Returns when it is durable.
+
+        A crash leaves of each episode what was there before or some whole steps more. After an error all stays noted, and
+        the call can be repeated.
+
+        Raises:
+            StoreError: vectors of another dimension than the folder's, or it cannot be written.
+        """
+        with self._lock:
+            due = [recorder for recorder in recorders if recorder.due]
+            if not due:
+                return
+            commits = [recorder._next_commit() for recorder in due]
+            try:
+                self._write(commits)
+            except BaseException:
+                for recorder in due:
+                    recorder._failed()
+                raise
+            for recorder, commit in zip(due, commits, strict=True):
+                recorder._succeeded(commit)
+            self._commits += 1
+            if self._commits % _OPTIMIZE_EVERY == 0:
+                with self._shared.alone() as alone:
+                    for table in self._tables.values():
+                        if self._grown(table):
+                            self._optimize(table, alone)
+
+    def checkpoint(self) -> None:
+        """Returns when all that was written is on the disk itself, to outlast a loss of power; LanceDB leaves that open.
+
+        Raises:
+            StoreError: the disk failed.
+        """
+        with self._lock, self._reporting("write"):
+            self._shared.sync()
 
     def optimize(self) -> None:
-        """Joins the small files that commits leave, and removes versions of tables that are over an hour old.
+        """Joins the small files that commits leave, and removes what only older versions of the tables need.
+
+        Versions of the last minutes stay where another process uses the folder.
 
         Raises:
             StoreError: the folder cannot be written.
         """
-        for name in TABLES:
-            if (table := self._table(name)) is not None:
-                self._optimize(table)
+        tables = [table for name in TABLES if (table := self._table(name)) is not None]
+        with self._lock, self._shared.alone() as alone:
+            for table in tables:
+                self._optimize(table, alone)
 
     def close(self) -> None:
-        """Optimizes the tables if it wrote any, where worth it, and lets go of the folder; a later call opens it again."""
-        if self._commits:
-            self._optimize_where_due()
-        self._connection, self._tables, self._commits = None, {}, 0
+        """Joins files where it wrote and they are many, and lets go of the folder; a later call opens it again."""
+        with self._lock:
+            if not _forked_after_lancedb:
+                with self._shared.alone(leaving=True) as alone:
+                    for name, table in self._tables.items() if self._commits else ():
+                        if self._files(name) > _MOST_FILES if alone else self._grown(table):
+                            self._optimize(table, alone)
+            self._connection, self._tables, self._commits = None, {}, 0
 
-    def _optimize_where_due(self) -> None:
-        """Optimizes the tables that have grown by half since they were, as their largest file tells.
+    def _files(self, name: str) -> int:
+        return sum(path.is_file() for path in (self.folder / f"{name}.lance").rglob("*"))
 
-        Every time LanceDB writes the whole table anew and the old files stay for an hour. Were it done after a fixed number
-        of commits, time and disk would grow with the square of the episodes.
+    def _grown(self, table: Any) -> bool:
+        """Whether joining a table's files is worth writing it anew.
+
+        It is when the table has grown by half since the last time, as its largest file tells. Were it done after a fixed
+        number of commits, time would grow with the square of the episodes.
         """
-        for table in self._tables.values():
-            with self._reporting("read"):
-                stats = table.stats()
-            largest = stats["fragment_stats"]["lengths"]["max"]
-            if stats["num_rows"] - largest >= largest / 2:
-                self._optimize(table)
+        with self._reporting("read"):
+            stats = table.stats()
+        parts, largest = stats["fragment_stats"]["num_fragments"], stats["fragment_stats"]["lengths"]["max"]
+        return parts > 1 and (stats["num_rows"] - largest >= largest / 2 or parts > _MOST_PARTS)
 
-    def _optimize(self, table: Any) -> None:
-        with self._reporting("optimize"):
-            try:
-                table.optimize(cleanup_older_than=_KEEP_VERSIONS)
-            except RuntimeError as error:
-                # Another process joined the same files, or deleted from them: no row is at stake, and the next call
-                # finishes what this one left.
-                if "commit conflict" not in str(error):
-                    raise
+    def _optimize(self, table: Any, alone: bool) -> None:
+        """`alone`: no other process uses the folder, so that nothing but the newest version is needed."""
+        with self._reporting("optimize"), _conflicts_allowed():
+            table.optimize(cleanup_older_than=_AT_ONCE if alone else _KEEP_VERSIONS, delete_unverified=alone)
 
-    def _commit(
-        self,
-        record: EpisodeRecord,
-        turns: list[dict[str, object]],
-        journal: list[dict[str, object]],
-        journal_vectors: list[Vector | None],
-        memory: WorkingMemory,
-        replaced: tuple[str, ...],
-    ) -> None:
-        """Appends an episode's rows, its `episodes` row last, then removes what writers `replaced` said of its end."""
-        entries: list[dict[str, object]] = [
-            {"entry_id": entry.id, "text": _clean(entry.text)} for entry in memory.entries()
-        ]
-        vectors = [vector for vector in (*journal_vectors, *memory.vectors()) if vector is not None]
+    def _write(self, commits: list[_Commit]) -> None:
+        """Appends the rows of a group, in an order that leaves whole steps, then removes what they replace."""
         for name in TABLES:  # one of another version is found before any is made
             self._table(name)
-        dimension = self._agreed_dimension(vectors)
-        episode = {name: getattr(record, name) for name in EpisodeRecord.__dataclass_fields__}
-        episode |= {"settings": json.dumps(record.settings), "writers": list(record.writers)}
-        parts: list[tuple[str, list[dict[str, object]], Sequence[Vector | None] | None]] = [
-            ("turns", turns, None),
-            ("journal", journal, journal_vectors),
-            ("entries", entries, memory.vectors()),  # type: ignore[list-item]  # rows of [n, D]
-            ("episodes", [episode], None),
-        ]
-        own = {"episode_id": record.episode_id, "writer": record.writers[-1]}
+        dimension = self._agreed_dimension(_dimensions(commits))
         with self._reporting("write"):
-            # All is built before anything is written, so that a row that cannot be stored leaves the folder alone.
-            batches = [
-                (self._made_table(name, dimension), batch_of(name, [own | row for row in rows], column, dimension))
-                for name, rows, column in parts
-                if rows or (dimension and column is not None)  # an empty table rather than none
-            ]
-            for table, batch in batches:
-                if len(batch):
-                    table.add(batch)
-            if replaced:
-                old = f"episode_id = {_quoted(record.episode_id)} AND {_writer_in(replaced)}"
+            self._shared.enter(make=True)
+            for names in (("journal", "entries"), ("turns",), ("episodes",)):
+                pending = []
+                for name in names:
+                    batches = _batches(name, commits, dimension)
+                    first = next(batches, None)
+                    # Of the tables with vectors one without rows, rather than none.
+                    if first is not None or (dimension and name in ("journal", "entries")):
+                        table = self._made_table(name, dimension)
+                        if first is not None:
+                            pending.append((table, reader_of(first, batches)))
+                if len(pending) > 1:
+                    with ThreadPoolExecutor(len(pending)) as threads:
+                        list(threads.map(lambda pair: pair[0].add(pair[1]), pending))
+                elif pending:
+                    pending[0][0].add(pending[0][1])
+            if old := [writer for commit in commits if commit.row for writer in commit.replaced]:
                 for name in ("episodes", "entries"):
                     if (table := self._table(name)) is not None:
-                        table.delete(old)
-        self._commits += 1
-        if self._commits % _OPTIMIZE_EVERY == 0:
-            self._optimize_where_due()
+                        with _conflicts_allowed():
+                            table.delete(_writer_in(old))
 
-    def _agreed_dimension(self, vectors: list[Vector]) -> int | None:
-        """D of `vectors` and of those in the folder; None where there are none yet."""
+    def _agreed_dimension(self, dimensions: set[int]) -> int | None:
+        """D of vectors of these lengths and of those in the folder; None where there are none yet."""
         table = self._table("journal")
         kept = None if table is None else table.schema.field("vector").type.list_size
-        for vector in vectors:
-            kept = kept or len(vector)
-            if len(vector) != kept:
-                raise StoreError(
-                    f"The memory store in {self.folder} holds {kept}-dimensional vectors, got {len(vector)}. "
-                    "Use the embedder that it was made with, or another folder."
-                )
-        return kept
+        expected = kept or min(dimensions, default=None)
+        if others := sorted(dimensions - {expected}):
+            raise StoreError(
+                f"The memory store in {self.folder} holds {expected}-dimensional vectors, got {others[0]}. "
+                "Use the embedder that it was made with, or another folder."
+            )
+        return expected
 
     # ---------------------------------------------------------------------------------------------------------- reading
 
@@ -280,12 +325,28 @@ class MemoryStore:
         Raises:
             StoreError: no such episode.
         """
-        rows = self._rows_of(self.episode(episode_id), "turns", ["step", "reply", "reply_raw"])
-        rows.sort(key=lambda row: row["step"])
         return [
             row["reply"] if row["reply_raw"] is None else row["reply_raw"].decode("utf-8", "surrogatepass")
-            for row in rows
+            for row in self._turns(self.episode(episode_id), ["reply", "reply_raw"])
         ]
+
+    def turns(self, episode_id: str) -> list[dict[str, Any]]:
+        """An episode's replies, lone surrogates replaced, and what followed: step, reply, notice, query, scratchpad.
+
+        Raises:
+            StoreError: no such episode.
+        """
+        names = ["step", "reply", "notice", "query", "scratchpad"]
+        return [{name: row[name] for name in names} for row in self._turns(self.episode(episode_id), names)]
+
+    def changes(self, episode_id: str) -> list[dict[str, Any]]:
+        """An episode's journal, in order: seq, step, operation, entry_id, text, vector ([D], or None for a Delete).
+
+        Raises:
+            StoreError: no such episode.
+        """
+        names = ["seq", "step", "operation", "entry_id", "text", "vector"]
+        return [{name: row[name] for name in names} for row in self._changes(self.episode(episode_id))]
 
     def vectors(self, episode_id: str) -> dict[tuple[EmbeddingKind, str], Vector]:
         """The unit vectors [D] of all texts that an episode stored or searched for, to replay it without an embedder.
@@ -314,16 +375,18 @@ class MemoryStore:
         for row in self._changes(record):
             if row["step"] > step:
                 break
-            if row["operation"] == OperationKind.CREATE:
-                created = memory.create(row["text"], row["vector"])
-                if created != row["entry_id"]:
-                    raise StoreError(
-                        f"The journal of episode {episode_id} is damaged: {created} expected, {row['entry_id']} found."
-                    )
-            elif row["operation"] == OperationKind.UPDATE:
-                memory.update(row["entry_id"], row["text"], row["vector"])
-            elif row["operation"] == OperationKind.DELETE:
-                memory.delete(row["entry_id"])
+            kind, entry_id = row["operation"], row["entry_id"]
+            if kind == OperationKind.READ:
+                continue
+            if kind == OperationKind.CREATE:
+                right = memory.create(row["text"], row["vector"]) == entry_id
+            elif right := entry_id in memory:
+                if kind == OperationKind.UPDATE:
+                    memory.update(entry_id, row["text"], row["vector"])
+                else:
+                    memory.delete(entry_id)
+            if not right:
+                raise StoreError(f"The journal of episode {episode_id} is damaged: {kind} of {entry_id} does not fit.")
         return memory
 
     def search(self, query_vector: ArrayLike, k: int, episode_id: str | None = None) -> list[FoundEntry]:
@@ -334,37 +397,55 @@ class MemoryStore:
             StoreError: no such episode, or the vector has another dimension than those in the folder.
         """
         query = unit(query_vector)
-        where = None
-        if episode_id is not None:
-            record = self.episode(episode_id)
-            where = f"episode_id = {_quoted(episode_id)} AND {_writer_in(record.writers[-1:])}"
+        where = None if episode_id is None else _writer_in(self.episode(episode_id).writers[-1:])
         if (table := self._table("entries")) is None:
             return []
-        self._agreed_dimension([query])
-        with self._reporting("search"):
-            builder = table.search(query, vector_column_name="vector").distance_type("cosine").limit(k)
-            rows = (builder if where is None else builder.where(where)).to_list()
-        return [FoundEntry(row["episode_id"], row["entry_id"], row["text"], 1 - row["_distance"]) for row in rows]
+        self._agreed_dimension({len(query)})
+        limit, rows = k, []
+        while True:
+            with self._reporting("search"):
+                builder = table.search(query, vector_column_name="vector").distance_type("cosine").limit(limit)
+                found = (builder if where is None else builder.where(where, prefilter=True)).to_list()
+            rows = found
+            if where is None and found:  # what a crash left behind has a writer that no episode lists last
+                names = ", ".join(sorted({_quoted(row["episode_id"]) for row in found}))
+                last = {record.writers[-1] for record in self._records(f"episode_id IN ({names})")}
+                rows = [row for row in found if row["writer"] in last]
+            if len(rows) >= k or len(found) < limit:
+                break
+            limit *= 2
+        return [FoundEntry(row["episode_id"], row["entry_id"], row["text"], 1 - row["_distance"]) for row in rows[:k]]
 
     def _records(self, where: str | None = None) -> list[EpisodeRecord]:
         latest: dict[str, EpisodeRecord] = {}
         for row in self._rows("episodes", where, list(EpisodeRecord.__dataclass_fields__)):
             record = EpisodeRecord(**row | {"settings": json.loads(row["settings"]), "writers": tuple(row["writers"])})
-            # A crash while a resumed episode was committed can leave its old row beside the new one.
+            # A crash can leave an episode's old row beside the new one.
             rival = latest.get(record.episode_id)
             if rival is None or (len(rival.writers), rival.committed_at) < (len(record.writers), record.committed_at):
                 latest[record.episode_id] = record
+        going_on = [record for record in latest.values() if record.status == INTERRUPTED]
+        if going_on:  # with durability "step" there are later replies than the row says
+            told: dict[str, set[int]] = {record.episode_id: set() for record in going_on}
+            writers = [writer for record in going_on for writer in record.writers]
+            for row in self._rows("turns", _writer_in(writers), ["episode_id", "step"]):
+                told[row["episode_id"]].add(row["step"])
+            latest |= {record.episode_id: replace(record, steps=len(told[record.episode_id])) for record in going_on}
         return sorted(latest.values(), key=lambda record: (record.committed_at, record.episode_id))
+
+    def _turns(self, record: EpisodeRecord, columns: list[str]) -> list[dict[str, Any]]:
+        """The turn of each step, in order."""
+        order = {writer: place for place, writer in enumerate(record.writers)}
+        rows = self._rows("turns", _writer_in(record.writers), list({*columns, "step", "writer"}))
+        rows.sort(key=lambda row: (row["step"], order[row["writer"]]))
+        return list({row["step"]: row for row in rows}.values())
 
     def _changes(self, record: EpisodeRecord) -> list[dict[str, Any]]:
         """The journal of an episode, in order."""
-        rows = self._rows_of(record, "journal", ["seq", "step", "operation", "entry_id", "text", "vector"])
-        return sorted(rows, key=lambda row: row["seq"])
-
-    def _rows_of(self, record: EpisodeRecord, name: str, columns: list[str]) -> list[dict[str, Any]]:
-        """What an episode's writers wrote; rows that a crash left behind have other writers."""
-        where = f"episode_id = {_quoted(record.episode_id)} AND {_writer_in(record.writers)}"
-        return self._rows(name, where, columns)
+        teller = {row["step"]: row["writer"] for row in self._turns(record, [])}
+        columns = ["seq", "step", "operation", "entry_id", "text", "vector", "writer"]
+        rows = self._rows("journal", _writer_in(record.writers), columns)
+        return sorted((row for row in rows if teller.get(row["step"]) == row["writer"]), key=lambda row: row["seq"])
 
     def _rows(self, name: str, where: str | None, columns: list[str]) -> list[dict[str, Any]]:
         """Rows as dictionaries, "vector" as float32 array [D] or None; none where the table does not exist."""
@@ -415,6 +496,7 @@ class MemoryStore:
 
     def _connect(self) -> Any:
         if self._connection is None:
+            self._shared.enter(make=False)
             try:
                 import lancedb
             except ImportError as error:
@@ -449,99 +531,198 @@ class MemoryStore:
         except StoreError:
             raise
         except (OSError, RuntimeError, ValueError) as error:
-            raise StoreError(
-                f"Cannot {doing} the memory store in {self.folder}: {error}. "
-                "Name a folder that this user can write, or set durability='off'."
-            ) from error
+            full = any(sign in str(error) for sign in _DISK_FULL)
+            advice = (
+                "Free some space and write again: nothing that was noted is lost."
+                if full
+                else "Name a folder that this user can write, or set durability='off'."
+            )
+            raise StoreError(f"Cannot {doing} the memory store in {self.folder}: {error}. {advice}") from error
+
+
+_Note = tuple[int, str, StepResult]  # step, reply, what it led to
+
+
+@dataclass(frozen=True, slots=True)
+class _Commit:
+    """What one recorder has to write."""
+
+    episode_id: str
+    writer: str
+    notes: tuple[_Note, ...]
+    changes: int  # journal rows before these
+    row: EpisodeRecord | None  # for `episodes`, where this writer is new
+    memory: WorkingMemory | None  # at the end
+    replaced: tuple[str, ...]  # writers whose rows of `episodes` and `entries` this one's take the place of
 
 
 class Recorder:
-    """Keeps what happens in one episode until it is committed; made by `MemoryStore.begin` and `resume`."""
+    """Notes what happens in one episode until `MemoryStore.write`; made by `MemoryStore.begin` and `resume`."""
 
-    def __init__(self, store: MemoryStore, record: EpisodeRecord, changes: int = 0) -> None:
+    def __init__(
+        self, store: MemoryStore, record: EpisodeRecord, changes: int = 0, replaced: tuple[str, ...] = ()
+    ) -> None:
         self.episode_id = record.episode_id
         self._store = store
-        self._before = record
+        self._record = record
         self._steps = record.steps
-        self._changes = changes  # journal rows so far
-        self._turns: list[dict[str, object]] = []
-        self._journal: list[dict[str, object]] = []
-        self._vectors: list[Vector | None] = []  # of the journal's rows
-        self._committed = False
+        self._changes = changes  # journal rows written
+        self._replaced = replaced
+        self._writer = ""  # "": the next commit gets a new one
+        self._notes: list[_Note] = []  # not yet written
+        self._ending: tuple[str, float, WorkingMemory] | None = None
+        self._closed = False
+
+    @property
+    def due(self) -> bool:
+        """Whether `MemoryStore.write` has something to write: with "episode" at the end, with "step" after each reply."""
+        if self._closed or self._store.durability == "off":
+            return False
+        return self._ending is not None or (self._store.durability == "step" and bool(self._notes))
 
     def record(self, step: int, reply: str, result: StepResult) -> None:
-        """Notes reply number `step`, counted from 1, and what it led to; nothing is written yet.
+        """Notes reply number `step`, counted from 1, and what it led to.
 
         Raises:
-            StoreError: not the next reply, or the episode was committed.
+            StoreError: not the next reply, or the episode has ended.
         """
         self._check_open()
-        if step != self._steps + 1:
+        if self._ending is not None or step != self._steps + 1:
             raise StoreError(f"Reply {self._steps + 1} of episode {self.episode_id} comes next, got number {step}.")
         self._steps = step
-        if self._store.durability == "off":
-            return
-        readable = _clean(reply)
-        self._turns.append(
-            {
-                "step": step,
-                "reply": readable,
-                "reply_raw": None if readable == reply else reply.encode("utf-8", "surrogatepass"),
-                "notice": _clean(result.observation["notice"]),
-                "query": _clean(result.observation["query"]),
-                "scratchpad": _clean(result.observation["scratchpad"]),
-            }
-        )
-        for mutation in result.mutations:
-            self._changes += 1
-            self._journal.append(
-                {
-                    "seq": self._changes,
-                    "step": step,
-                    "operation": str(mutation.kind),
-                    "entry_id": mutation.entry_id,
-                    "text": _clean(mutation.text),
-                }
-            )
-            self._vectors.append(mutation.vector)
+        if self._store.durability != "off":
+            self._notes.append((step, reply, result))
 
-    def commit(self, status: str, reward: float, memory: WorkingMemory) -> None:
-        """Writes the episode; with durability "off" nothing. After an error it can be called again.
-
-        A crash, or an error, at any moment leaves what the store said before; once the `episodes` row is there, the new
-        state. The old rows of a resumed episode are removed after that; where this is cut short, `MemoryStore` passes
-        over them, while other clients see the old `episodes` row and the old `entries` as well.
+    def end(self, status: str, reward: float, memory: WorkingMemory) -> None:
+        """Notes that no reply follows; until it was written, it can be said anew.
 
         Args:
             status: a StopReason, or "interrupted".
             reward: the episode's reward so far.
-            memory: the memory as it is now.
+            memory: the memory as it is now, and stays until it was written.
 
         Raises:
             SettingError: another status.
-            StoreError: already committed, vectors of another dimension than the folder's, or it cannot be written.
+            StoreError: its end was written.
         """
         known = (*map(str, StopReason), INTERRUPTED)
         if str(status) not in known:
             raise SettingError(f"status must be one of {', '.join(known)}, got {status!r}.")
         self._check_open()
-        if self._store.durability != "off":
-            record = replace(
-                self._before,
-                status=str(status),
-                reward=float(reward),
+        self._ending = str(status), float(reward), memory
+        self._closed = self._store.durability == "off"
+
+    def commit(self, status: str, reward: float, memory: WorkingMemory) -> None:
+        """`end` and `MemoryStore.write`, for an episode by itself."""
+        self.end(status, reward, memory)
+        self._store.write([self])
+
+    def _next_commit(self) -> _Commit:
+        row = memory = None
+        if self._ending is not None or not self._writer:
+            status, reward, memory = self._ending or (INTERRUPTED, 0.0, None)
+            self._replaced += (self._writer,) if self._writer else ()
+            self._writer = uuid.uuid4().hex
+            row = replace(
+                self._record,
+                status=status,
+                reward=reward,
                 steps=self._steps,
-                writers=(*self._before.writers, uuid.uuid4().hex),
+                writers=(*self._record.writers, self._writer),
                 committed_at=datetime.now(UTC),
             )
-            self._store._commit(record, self._turns, self._journal, self._vectors, memory, self._before.writers)
-        self._committed = True
+        notes = tuple(self._notes)
+        return _Commit(self.episode_id, self._writer, notes, self._changes, row, memory, self._replaced)
+
+    def _succeeded(self, commit: _Commit) -> None:
+        del self._notes[: len(commit.notes)]
+        self._changes += sum(len(result.mutations) for _, _, result in commit.notes)
+        if commit.row is not None:
+            self._record, self._replaced = commit.row, ()
+        self._closed = self._ending is not None
+
+    def _failed(self) -> None:
+        """Nobody knows what of it was written: all is written anew, by a writer that takes the place of this one."""
+        self._replaced, self._writer = (*self._replaced, self._writer), ""
 
     def _check_open(self) -> None:
-        if self._committed:
+        if self._closed:
             raise StoreError(
                 f"Episode {self.episode_id} was committed; `MemoryStore.resume` continues an interrupted one."
             )
+
+
+def _dimensions(commits: list[_Commit]) -> set[int]:
+    """The lengths of all vectors."""
+    found = {len(vector) for commit in commits for vector in _vectors(commit)}
+    return found | {commit.memory.dimension for commit in commits if commit.memory and commit.memory.dimension}
+
+
+def _vectors(commit: _Commit) -> Iterator[Vector]:
+    for _, _, result in commit.notes:
+        for mutation in result.mutations:
+            if mutation.vector is not None:
+                yield mutation.vector
+
+
+def _batches(name: str, commits: list[_Commit], dimension: int | None) -> Iterator[Any]:
+    """What a group adds to a table, made piece by piece as it is written, so that it needs little memory."""
+    make = {"journal": _journal, "entries": _entries, "turns": _turns, "episodes": _episodes}[name]
+    rows = ((commit.episode_id, commit.writer, *values) for commit in commits for values in make(commit))
+    while some := tuple(islice(rows, _BATCH_ROWS)):
+        yield batch_of(name, tuple(zip(*some, strict=True)), dimension)
+
+
+# The rows of each table: the values after `episode_id` and `writer`, in the order of the schema.
+
+
+def _turns(commit: _Commit) -> Iterator[tuple[object, ...]]:
+    for step, reply, result in commit.notes:
+        seen = result.observation
+        yield step, reply, surrogates_kept(reply), seen["notice"], seen["query"], seen["scratchpad"]
+
+
+def _journal(commit: _Commit) -> Iterator[tuple[object, ...]]:
+    seq = commit.changes
+    for step, _, result in commit.notes:
+        for mutation in result.mutations:
+            seq += 1
+            yield seq, step, str(mutation.kind), mutation.entry_id, mutation.text, mutation.vector
+
+
+def _entries(commit: _Commit) -> Iterator[tuple[object, ...]]:
+    if commit.memory is not None:
+        for entry, vector in zip(commit.memory.entries(), commit.memory.vectors(), strict=True):
+            yield entry.id, entry.text, vector
+
+
+def _episodes(commit: _Commit) -> Iterator[tuple[object, ...]]:
+    row = commit.row
+    if row is not None:
+        yield (
+            row.env_id,
+            row.task_id,
+            row.index,
+            row.task_seed,
+            row.episode_seed,
+            json.dumps(row.settings),
+            row.status,
+            row.reward,
+            row.steps,
+            list(row.writers),
+            row.schema_version,
+            row.committed_at,
+        )
+
+
+@contextmanager
+def _conflicts_allowed() -> Iterator[None]:
+    """For what tidies up: another process did so at the same moment, no row is at stake, and a later call finishes it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "conflict" not in str(error).lower():
+            raise
 
 
 def _quoted(text: str) -> str:
@@ -551,8 +732,3 @@ def _quoted(text: str) -> str:
 
 def _writer_in(writers: Sequence[str]) -> str:
     return f"writer IN ({', '.join(map(_quoted, writers))})"
-
-
-def _clean(text: str) -> str:
-    """`text` with lone surrogates, which no file can hold, replaced by U+FFFD."""
-    return _SURROGATES.sub("\ufffd", text)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
-from atommem_env.types import Vector
-
 SCHEMA_VERSION = 1
 VERSION_KEY = b"atommem_schema_version"  # in every table's metadata
-TABLES = ("turns", "journal", "entries", "episodes")  # in the order in which a commit writes them
+TABLES = ("journal", "entries", "turns", "episodes")  # in the order in which a commit writes them
+_SURROGATES = re.compile(r"[\ud800-\udfff]")
 
 
 def schema_of(name: str, dimension: int | None) -> Any:
@@ -57,24 +58,48 @@ def schema_of(name: str, dimension: int | None) -> Any:
     return pa.schema(list(fields.items()), metadata={VERSION_KEY: str(SCHEMA_VERSION)})
 
 
-def batch_of(
-    name: str, rows: list[dict[str, object]], vectors: Sequence[Vector | None] | None, dimension: int | None
-) -> Any:
-    """Rows as an Arrow table, with their vectors as fixed-size lists."""
+def batch_of(name: str, columns: Sequence[Sequence[Any]], dimension: int | None) -> Any:
+    """Columns, in the order of the schema, as an Arrow batch; lone surrogates become U+FFFD.
+
+    Vectors are [D] or None each, and copied once.
+    """
     import pyarrow as pa
 
     schema = schema_of(name, dimension)
-    columns = {
-        field.name: pa.array([row[field.name] for row in rows], field.type)
-        for field in schema
-        if field.name != "vector"
-    }
-    if vectors is not None:
-        assert dimension is not None
-        matrix = np.zeros((len(rows), dimension), dtype=np.float32)
-        for row, vector in enumerate(vectors):
-            if vector is not None:
-                matrix[row] = vector
-        missing = pa.array([vector is None for vector in vectors], pa.bool_())
-        columns["vector"] = pa.FixedSizeListArray.from_arrays(pa.array(matrix.ravel()), dimension, mask=missing)
-    return pa.table(columns, schema=schema)
+    arrays = [_array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+    return pa.record_batch(arrays, schema=schema)
+
+
+def reader_of(first: Any, others: Iterator[Any]) -> Any:
+    """Batches, each made when the one before has been taken."""
+    import pyarrow as pa
+
+    return pa.RecordBatchReader.from_batches(first.schema, chain([first], others))
+
+
+def clean(text: str) -> str:
+    """`text` with lone surrogates, which no file can hold, replaced by U+FFFD."""
+    return _SURROGATES.sub("\ufffd", text)
+
+
+def surrogates_kept(text: str) -> bytes | None:
+    """`text` as UTF-8 with surrogates if it has lone ones, else None."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogatepass")
+    return None
+
+
+def _array(values: Sequence[Any], kind: Any) -> Any:
+    import pyarrow as pa
+
+    if pa.types.is_fixed_size_list(kind):
+        nothing = np.zeros(kind.list_size, dtype=np.float32)
+        flat = np.concatenate([nothing if vector is None else vector for vector in values])
+        missing = pa.array([vector is None for vector in values], pa.bool_())
+        return pa.FixedSizeListArray.from_arrays(pa.array(flat), kind.list_size, mask=missing)
+    try:
+        return pa.array(values, kind)
+    except UnicodeEncodeError:
+        return pa.array([clean(value) for value in values], kind)

@@ -36,7 +36,20 @@ class BuiltinTokenizer:
         return (match.span() for match in self._token.finditer(text))
 
     def count(self, text: str) -> int:
-        return len(self._token.findall(text))  # twice as fast as counting an iterator
+        # All of a context is counted at every reset. Counting where words begin, and marks, in the classes of its bytes takes
+        # half the time of finding the tokens.
+        try:
+            classes = text.encode("latin-1").translate(_CLASSES)
+        except UnicodeEncodeError:
+            return len(self._token.findall(text))
+        return classes.count(b".") + classes.count(b" w") + classes.count(b".w") + classes.startswith(b"w")
+
+
+def _class_of(character: str) -> str:
+    return "w" if re.match(r"\w", character) else " " if character.isspace() else "."
+
+
+_CLASSES = "".join(_class_of(chr(number)) for number in range(256)).encode()  # of each character of Latin-1
 
 
 class FileTokenizer:

@@ -6,6 +6,8 @@ a prompt, `T_out` the tokens of a completion.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal, Protocol, TypedDict
@@ -43,7 +45,7 @@ class Question:
 
     id: str
     text: str
-    answers: tuple[str, ...]  # the gold answer first, then its aliases; at least one
+    answers: tuple[str, ...]  # the gold answer first, then its aliases; of "files" alone there may be none
     evidence: tuple[Evidence, ...]  # in the order of the dataset
     kind: str  # the dataset's own type, e.g. "bridge", "comparison", "2hop"
     hops: int  # reasoning steps; for HotpotQA the number of supporting documents
@@ -54,7 +56,7 @@ class Task:
     """What one episode is about: a context and the questions on it."""
 
     id: str
-    dataset: str  # names the scoring rule: "hotpotqa", "2wikimultihopqa", "musique", "synthetic"
+    dataset: str  # names the scoring rule: one of `scoring.DATASETS`
     documents: tuple[Document, ...]
     questions: tuple[Question, ...]
 
@@ -76,6 +78,26 @@ class TaskSource(Protocol):
 # ------------------------------------------------------------------------------------------------------------- settings
 
 
+# Terms of the reward beside exact match, each a share in [0, 1] (`atommem_env.rewards`)
+REWARD_TERMS = {
+    "faults": "replies with a fault, of all replies",
+    "reads": "replies with a Read that was carried out, of all replies",
+    "steps": "replies, of the step budget",
+    "memory_size": "tokens kept at the end in entries and scratchpad, of the document's tokens; at most 1",
+    "evidence_stored": "passages stored when their question was settled, of all; 1 where a task has none",
+}
+
+# The AtomMem paper's ablations by name: the settings that each one changes
+ABLATIONS: dict[str, dict[str, object]] = {
+    "no_update": {"operations": ("create", "read", "delete")},
+    "no_delete": {"operations": ("create", "read", "update")},
+    "no_scratchpad": {"scratchpad": False},
+    "no_storage": {"operations": ()},  # the scratchpad alone
+    "no_memory": {"operations": (), "scratchpad": False},
+    "random_retrieval": {"retrieval": "random"},
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpisodeSettings:
     """The dynamics of an episode. The defaults are the AtomMem paper's (arXiv 2601.08323); the rest are its ablations."""
@@ -84,6 +106,9 @@ class EpisodeSettings:
     tokenizer: str = "builtin"  # what counts tokens: "builtin", or the path of a tokenizer.json
     chunk_tokens: int = 4096  # size of the piece of document shown at each reading step
     operations: tuple[str, ...] = ("create", "read", "update", "delete")  # the memory operations that exist
+    operations_per_reply: int | None = (
+        None  # of one reply only so many are carried out, in the order written; None: all
+    )
     scratchpad: bool = True  # whether there is a scratchpad
     scratchpad_tokens: int = 2048  # a longer scratchpad is cut, and the policy is told
     top_k: int = 6  # how many entries a query retrieves
@@ -94,6 +119,7 @@ class EpisodeSettings:
     capacity: int | None = None  # most entries at a time; a Create beyond it is a fault
     replies_per_question: int = 4  # after so many replies without an answer the question stays unanswered
     max_steps: int | None = None  # step budget; None: as many as the episode can need, never fewer
+    reward_terms: tuple[tuple[str, float], ...] = ()  # weights by name, of `REWARD_TERMS`; a dict is taken as well
 
     def __post_init__(self) -> None:
         def check(name: str, ok: bool, expected: str) -> None:
@@ -102,6 +128,11 @@ class EpisodeSettings:
 
         known = ("create", "read", "update", "delete")
         object.__setattr__(self, "operations", tuple(str(name) for name in self.operations))
+        terms = self.reward_terms
+        pairs = list(terms.items() if isinstance(terms, Mapping) else terms)
+        ok = all(len(pair) == 2 and pair[0] in REWARD_TERMS and _finite(pair[1]) for pair in pairs)
+        check("reward_terms", ok, f"finite weights of {', '.join(REWARD_TERMS)}")
+        object.__setattr__(self, "reward_terms", tuple(sorted((name, float(weight)) for name, weight in pairs)))
         check("operations", set(self.operations) <= set(known), f"a selection of {known}")
         check("retrieval", self.retrieval in ("top_k", "random"), "'top_k' or 'random'")
         check("advance", self.advance in ("always", "on_write"), "'always' or 'on_write'")
@@ -110,11 +141,15 @@ class EpisodeSettings:
             check(
                 name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "a whole number of at least 1"
             )
-        for name in ("capacity", "max_steps"):
+        for name in ("operations_per_reply", "capacity", "max_steps"):
             value = getattr(self, name)
             check(
                 name, value is None or (isinstance(value, int) and value >= 1), "None or a whole number of at least 1"
             )
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 # --------------------------------------------------------------------------------------------------------- observations
@@ -172,6 +207,7 @@ class Fault(StrEnum):
     FORBIDDEN = "forbidden"  # an ablation switched the operation off
     OUT_OF_PHASE = "out_of_phase"  # an answer before any question was asked
     SUPERSEDED = "superseded"  # a later Read, or answer, of the same reply counts
+    TOO_MANY = "too_many"  # one more operation than a reply may have carried out
     FULL = "full"  # a Create when the memory holds as many entries as its capacity
     CUT = "cut"  # carried out, but the text was too long and lost its end
     ILLEGAL_TEXT = "illegal_text"  # carried out, with lone surrogates and NUL characters replaced by U+FFFD
@@ -236,7 +272,7 @@ class StepResult:
     """What one reply led to."""
 
     observation: Observation
-    reward: float  # 0 until the end, then the mean exact match over the task's questions, in [0, 1]
+    reward: float  # 0 until the end, then the mean exact match over the task's questions, and `reward_terms`
     terminated: bool
     truncated: bool
     results: tuple[OperationResult, ...]  # in the order written

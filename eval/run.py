@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -44,25 +44,28 @@ class EnvOptions:
     """The environment, and how a language model plays it. Options left out are the environment's own."""
 
     env_id: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ENV_ID")]
-    """Environment, for example AtomMem-Synthetic, AtomMem-HotpotQA, AtomMem-2WikiMultiHopQA or AtomMem-MuSiQue."""
+    """Environment: AtomMem-Synthetic, AtomMem-HotpotQA, AtomMem-2WikiMultiHopQA, AtomMem-MuSiQue or AtomMem-Files."""
     split: str | None = None
     """Split of the dataset."""
     data: Path | None = None
-    """Questions file in the dataset's official form, instead of what was imported."""
+    """Questions file in the dataset's official form, instead of what was imported; for AtomMem-Files, your questions."""
     corpus: Path | None = None
     """Paragraphs file ({"title", "text"} a line) that haystacks are filled from."""
     num_docs: int | None = None
     """Documents in each context."""
-    questions: int | None = None
-    """Questions in each task."""
+    questions: int | Literal["sampled"] | None = None
+    """Questions in each task; sampled: one with probability 1/2, two to ten with 1/18 each."""
+    files: tuple[Path, ...] = ()
+    """What AtomMem-Files reads: files, or folders of them."""
     embedder: str | None = None
-    """hashing, minilm, or openai:MODEL: a service that speaks the OpenAI API, at OPENAI_BASE_URL."""
+    """hashing, minilm, st:MODEL (of sentence-transformers), or openai:MODEL: a service that speaks the OpenAI API, at
+    OPENAI_BASE_URL."""
     durability: str | None = None
-    """off, or episode: keep every entry in the folder's memory/."""
+    """off; or keep every entry in the folder's memory/, at the end of each episode (episode) or after each reply (step)."""
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE")] = ()
     """Any other argument of the environment, for example top_k=12 or operations=["create","read"]."""
     layout: str = "shared_prefix"
-    """How a language model is shown an observation: shared_prefix, or terse for small models."""
+    """How a language model is shown an observation: shared_prefix, terse for small models, or public_code:PATH."""
     temperature: float = GREEDY.temperature
     """Of a language model; 0 is greedy."""
     max_new_tokens: int = GREEDY.max_new_tokens
@@ -75,6 +78,8 @@ class EnvOptions:
         names = ("split", "data", "corpus", "num_docs", "questions", "embedder", "durability")
         options = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         options |= {name: str(options[name].resolve()) for name in ("data", "corpus") if name in options}
+        if self.files:
+            options["files"] = [str(path.resolve()) for path in self.files]
         for pair in self.set:
             name, equals, value = pair.partition("=")
             if not equals:

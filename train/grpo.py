@@ -449,6 +449,8 @@ def tell_end(run: GRPOSettings, console: Console) -> None:
         "--split",
         "test",
     ]
+    if run.files:
+        words += ["--files", *map(str, run.files)]
     for name in ("num_docs", "questions", "embedder", "corpus"):
         if (value := getattr(run, name)) is not None:
             words += [f"--{name.replace('_', '-')}", str(value)]

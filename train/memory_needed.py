@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,6 +25,7 @@ from agents.models.download import find_model
 from atommem_env.env import split_options
 from atommem_env.errors import MissingDependency, SettingError
 from atommem_env.tasks import source_options
+from atommem_env.tasks.haystack import MOST_QUESTIONS
 from atommem_env.types import EpisodeSettings
 from eval.run import EnvOptions
 
@@ -320,17 +321,23 @@ class Turn:
     def of(cls, run: EnvOptions) -> Turn:
         """Turns in the environment of a run."""
         dataset, settings, source = environment_of(run)
-        num_docs = source.get("num_docs") or source_options(dataset)["num_docs"].default
         document = _DOCUMENT_TOKENS.get(dataset, 100)
-        context = num_docs * document
+        sized = source_options(dataset).get("num_docs")
+        context = (source.get("num_docs") or sized.default) * document if sized else settings.chunk_tokens
         chunk, reply = min(settings.chunk_tokens, context), min(SHORT, run.max_new_tokens)
         return cls(
             chunk=chunk,
             entries=min(settings.memory_tokens, settings.top_k * min(reply, document)),
             reply=reply,
             context=context,
-            answering=source.get("questions", 1),
+            answering=most_questions(source),
         )
+
+
+def most_questions(source: Mapping[str, Any]) -> int:
+    """Questions that a task can have, by the options of its source."""
+    questions = source.get("questions", 1)
+    return MOST_QUESTIONS if questions == "sampled" else int(questions)
 
 
 def environment_of(run: EnvOptions) -> tuple[str, EpisodeSettings, dict[str, Any]]:

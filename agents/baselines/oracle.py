@@ -15,6 +15,7 @@ import numpy as np
 from agents.policy import Act
 from atommem_env.dialects import get_dialect
 from atommem_env.scoring import holds
+from atommem_env.tasks.synthetic_world import UNKNOWN
 from atommem_env.types import EpisodeSettings, Evidence, Observation, Operation, OperationKind, Phase, Question, Task
 
 Keep = Callable[[Task, int], Iterable[Evidence]]
@@ -62,7 +63,7 @@ class PerfectReader:
         missing = [passage for passage in question.evidence if not holds(view, passage.text)]
         if not missing:
             following = task.questions[number + 1 : number + 2]
-            answer = Operation(OperationKind.ANSWER, question.answers[0])
+            answer = Operation(OperationKind.ANSWER, question.answers[0] if question.answers else UNKNOWN)
             return [answer, *(operation for later in following for operation in self._search(later, later.evidence))]
         # More evidence than one search shows: what is in view goes to the scratchpad, the next search is for the rest.
         seen = "\n".join(passage.text for passage in question.evidence if passage not in missing)

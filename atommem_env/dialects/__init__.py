@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from atommem_env.dialects.public_code import PublicCodeDialect
 from atommem_env.dialects.tags import TagsDialect
+from atommem_env.dialects.tool_calls import ToolCallsDialect
 from atommem_env.errors import SettingError
 from atommem_env.types import Entry, EpisodeSettings, Operation, OperationResult
 
@@ -20,7 +22,11 @@ class Dialect(Protocol):
         ...
 
     def write(self, operation: Operation) -> str:
-        """The text that `parse` reads back as `operation`."""
+        """The text that `parse` reads back as `operation`, if its text is one that the dialect can hold.
+
+        None holds spaces at the ends of a text, NUL and lone surrogates. Of the dialects with tags none holds a tag of its own,
+        nor an answer with `\\boxed{…}` in it; JSON holds the rest.
+        """
         ...
 
     def show(self, entries: Sequence[Entry]) -> str:
@@ -36,7 +42,9 @@ class Dialect(Protocol):
         ...
 
 
-_DIALECTS: dict[str, Dialect] = {"tags": TagsDialect()}
+_DIALECTS: dict[str, Dialect] = {
+    dialect.name: dialect for dialect in (TagsDialect(), PublicCodeDialect(), ToolCallsDialect())
+}
 
 
 def get_dialect(name: str) -> Dialect:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from atommem_env.types import Entry, EpisodeSettings, Fault, Operation, OperationKind, OperationResult
 
@@ -19,18 +19,26 @@ _NAMES = {kind: name for name, kind in _TAGS.items()}
 _TAG = re.compile(rf"<(/?)({'|'.join(_TAGS)})>")
 _BOXED = "\\boxed{"
 
-_EXPLANATIONS = {
-    OperationKind.CREATE: ("text", "store a new entry in the memory."),
+_FORMS = {
+    OperationKind.CREATE: "text",
+    OperationKind.READ: "query",
+    OperationKind.UPDATE: "id: text",
+    OperationKind.DELETE: "id",
+    OperationKind.SCRATCHPAD: "text",
+    OperationKind.ANSWER: "answer",
+}
+
+# What each operation is for, where entries are named by their ids; other dialects tell it so too.
+USES = {
+    OperationKind.CREATE: "store a new entry in the memory.",
     OperationKind.READ: (
-        "query",
-        "search the memory; the entries found are shown from your next turn on. Only the last search of a turn counts.",
+        "search the memory; the entries found are shown from your next turn on. Only the last search of a turn counts."
     ),
-    OperationKind.UPDATE: ("id: text", "replace the text of the entry with that id, for example m3."),
-    OperationKind.DELETE: ("id", "remove the entry with that id."),
-    OperationKind.SCRATCHPAD: ("text", "replace your scratchpad, a note that is shown to you on every turn."),
+    OperationKind.UPDATE: "replace the text of the entry with that id, for example m3.",
+    OperationKind.DELETE: "remove the entry with that id.",
+    OperationKind.SCRATCHPAD: "replace your scratchpad, a note that is shown to you on every turn.",
     OperationKind.ANSWER: (
-        "answer",
-        "answer the question that is asked, as briefly as possible; unknown if the document did not tell.",
+        "answer the question that is asked, as briefly as possible; unknown if the document did not tell."
     ),
 }
 
@@ -47,20 +55,10 @@ class TagsDialect:
     name = "tags"
 
     def parse(self, reply: str) -> list[Operation | OperationResult]:
-        found: list[Operation | OperationResult] = []
-        opened: re.Match[str] | None = None
-        for tag in _TAG.finditer(reply):
-            closing, name = tag.groups()
-            if not closing:
-                if opened is not None:
-                    found.append(_unclosed(opened))
-                opened = tag
-            elif opened is not None and opened[2] == name:
-                found.append(_operation(_TAGS[name], reply[opened.end() : tag.start()].strip()))
-                opened = None
-        if opened is not None:
-            found.append(_unclosed(opened))
-        return found
+        return [
+            unclosed(_TAGS[name], name) if content is None else _operation(_TAGS[name], content)
+            for name, content in elements(reply, _TAG)
+        ]
 
     def write(self, operation: Operation) -> str:
         name = _NAMES[operation.kind]
@@ -72,24 +70,57 @@ class TagsDialect:
         return f"<{name}>{content}</{name}>"
 
     def show(self, entries: Sequence[Entry]) -> str:
-        # Continuation lines are indented, so that no entry can pass for two.
-        return "\n".join(f"{entry.id}: " + "\n    ".join(entry.text.splitlines()) for entry in entries)
+        return show_by_id(entries)
 
     def entry_id(self, target: str, shown: Sequence[str]) -> str:
         return target
 
     def describe(self, settings: EpisodeSettings) -> str:
-        kinds = [kind for kind in OperationKind if kind.value in settings.operations]
-        kinds += [OperationKind.SCRATCHPAD] * settings.scratchpad + [OperationKind.ANSWER]
-        return "\n".join(
-            f"<{_NAMES[kind]}>{form}</{_NAMES[kind]}>: {use}" for kind in kinds for form, use in [_EXPLANATIONS[kind]]
-        )
+        return "\n".join(f"<{_NAMES[kind]}>{_FORMS[kind]}</{_NAMES[kind]}>: {USES[kind]}" for kind in allowed(settings))
 
 
-def _unclosed(tag: re.Match[str]) -> OperationResult:
-    return OperationResult(
-        _TAGS[tag[2]], Fault.MALFORMED, f"<{tag[2]}> was not closed by </{tag[2]}>; nothing was done for it."
-    )
+def elements(reply: str, tag: re.Pattern[str]) -> Iterator[tuple[str, str | None]]:
+    """The elements of `reply`, in the order of their opening tags: name in small letters, and content.
+
+    The content is None where the element was not closed before the next one opened, or not at all; a tag that closes nothing
+    is text. Takes time linear in the length.
+
+    Args:
+        reply: any text.
+        tag: finds one tag; its groups are the slash of a closing one, or "", and the name.
+
+    >>> list(elements("<a> 1 </a><b><a>2</b></a>", re.compile("<(/?)([ab])>")))
+    [('a', '1'), ('b', None), ('a', '2</b>')]
+    """
+    opened: str | None = None
+    start = 0
+    for found in tag.finditer(reply):
+        name = found[2].lower()
+        if not found[1]:
+            if opened is not None:
+                yield opened, None
+            opened, start = name, found.end()
+        elif name == opened:
+            yield name, reply[start : found.start()].strip()
+            opened = None
+    if opened is not None:
+        yield opened, None
+
+
+def unclosed(kind: OperationKind | None, name: str) -> OperationResult:
+    """The fault of an element without a closing tag."""
+    return OperationResult(kind, Fault.MALFORMED, f"<{name}> was not closed by </{name}>; nothing was done for it.")
+
+
+def show_by_id(entries: Sequence[Entry]) -> str:
+    """The entries as `id: text`. Continuation lines are indented, so that no entry can pass for two."""
+    return "\n".join(f"{entry.id}: " + "\n    ".join(entry.text.splitlines()) for entry in entries)
+
+
+def allowed(settings: EpisodeSettings) -> list[OperationKind]:
+    """What a reply can do under these settings."""
+    kinds = [kind for kind in OperationKind if kind.value in settings.operations]
+    return kinds + [OperationKind.SCRATCHPAD] * settings.scratchpad + [OperationKind.ANSWER]
 
 
 def _operation(kind: OperationKind, content: str) -> Operation | OperationResult:
@@ -101,14 +132,14 @@ def _operation(kind: OperationKind, content: str) -> Operation | OperationResult
     if kind is OperationKind.DELETE:
         return Operation(kind, target=content)
     if kind is OperationKind.ANSWER:
-        return Operation(kind, _unboxed(content))
+        return Operation(kind, unboxed(content))
     return Operation(kind, content)
 
 
-def _unboxed(answer: str) -> str:
+def unboxed(answer: str) -> str:
     r"""What stands in the last `\boxed{…}`, or the answer itself where there is none that closes.
 
-    >>> _unboxed("It is \\boxed{the {n}-th}.")
+    >>> unboxed("It is \\boxed{the {n}-th}.")
     'the {n}-th'
     """
     start = answer.rfind(_BOXED)

@@ -33,9 +33,14 @@ class Embedder(Protocol):
 def get_embedder(name: str) -> CachedEmbedder:
     """The embedder of the setting `embedder`, with a cache; one per process.
 
+    Args:
+        name: "hashing" (no model), "minilm" (all-MiniLM-L6-v2), "st:MODEL" (a SentenceTransformer on this machine: a folder, or
+            a name of the Hugging Face Hub) or "openai:MODEL" (a service that speaks the OpenAI API, at OPENAI_BASE_URL).
+
     Raises:
-        SettingError: `name` is none of "hashing", "minilm" and "openai:MODEL".
+        SettingError: `name` is none of these.
         MissingDependency: the embedder's packages are not installed.
+        ModelNotFound: the model of "st:MODEL" is not on this machine.
         EmbeddingError: the service of "openai:MODEL" does not answer as it should.
     """
     if name == "hashing":
@@ -46,11 +51,16 @@ def get_embedder(name: str) -> CachedEmbedder:
         from atommem_env.embedders.minilm import MiniLMEmbedder
 
         return CachedEmbedder(MiniLMEmbedder(), _CACHED_ENTRIES)
-    if name.startswith("openai:") and name != "openai:":
+    kind, _, model = name.partition(":")
+    if kind == "st" and model:
+        from atommem_env.embedders.sentence_transformers import SentenceTransformerEmbedder
+
+        return CachedEmbedder(SentenceTransformerEmbedder(model), _CACHED_ENTRIES)
+    if kind == "openai" and model:
         from atommem_env.embedders.openai_api import OpenAIEmbedder
 
-        return CachedEmbedder(OpenAIEmbedder(name.removeprefix("openai:")), _CACHED_ENTRIES)
-    raise SettingError(f"embedder must be 'hashing', 'minilm' or 'openai:MODEL', got {name!r}.")
+        return CachedEmbedder(OpenAIEmbedder(model), _CACHED_ENTRIES)
+    raise SettingError(f"embedder must be 'hashing', 'minilm', 'st:MODEL' or 'openai:MODEL', got {name!r}.")
 
 
 def embed(embedder: Embedder, requests: Sequence[EmbeddingRequest]) -> NDArray[np.float32]:

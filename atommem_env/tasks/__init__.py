@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from atommem_env.errors import SettingError
+from atommem_env.tasks.files import FilesSource
 from atommem_env.tasks.haystack import HaystackSource
 from atommem_env.tasks.synthetic import SyntheticSource
 from atommem_env.types import TaskSource
@@ -17,6 +18,7 @@ SOURCES: dict[str, Callable[..., TaskSource]] = {
     "2wikimultihopqa": partial(HaystackSource, "2wikimultihopqa"),
     "musique": partial(HaystackSource, "musique"),
     "synthetic": SyntheticSource,
+    "files": FilesSource,
 }
 
 

@@ -21,9 +21,10 @@ import re
 import secrets
 import shutil
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ class ImportReport:
     documents: int  # different documents, those of rows and of the corpus together
     corpus_documents: int | None  # different documents of the corpus; None: there is none, other rows' documents fill
     corpus_left_out: int  # rows of the corpus that are blank, or the same as an earlier one
-    sources: tuple[SourceFile, ...]  # the question file, then the corpus
+    sources: tuple[SourceFile, ...]  # the files of questions, then the corpus
     files: dict[str, str]  # file of the import -> sha256
     format: int = FORMAT
 
@@ -102,29 +103,33 @@ class Questions:
 def import_dataset(
     dataset: str,
     split: str,
-    file: Path,
+    file: Path | Sequence[Path],
     corpus: Path | None = None,
     progress: Callable[[Path, int], object] | None = None,
 ) -> ImportReport:
-    """Import an official file, in place of what was imported for this dataset and split before.
+    """Import an official file, or all shards of one, in place of what was imported for this dataset and split before.
 
     Args:
         dataset: "hotpotqa", "2wikimultihopqa" or "musique".
         split: The name to import it under, e.g. "dev".
-        file: One JSON list, JSON lines (both plain or gzipped) or parquet, in the dataset's own field names.
+        file: One JSON list, JSON lines (both plain or gzipped) or parquet, in the dataset's own field names; several are read
+            one after the other.
         corpus: Documents that fill contexts, of the same forms, with the fields `title` and `text`.
         progress: Called now and then with the file being read and the number of bytes read of it.
 
     Raises:
         DataError: a file is damaged; the message names file, line or index, and field. The earlier import stays.
         DatasetNotFound: there is no such file.
-        SettingError: there is no such dataset, or the split's name cannot be a file's.
+        SettingError: there is no such dataset, no file is given, or the split's name cannot be a file's.
     """
     _check_names(dataset, split)
+    files = (file,) if isinstance(file, Path) else tuple(file)
+    if not files:
+        raise SettingError(f"file must name at least one file of {dataset}, got none.")
     parent = data_folder("data", dataset)
     folder = parent / f"{split}-{secrets.token_hex(4)}"
     with _complete_or_absent(folder):
-        _build(folder, dataset, split, file, corpus, progress)
+        _build(folder, dataset, split, files, corpus, progress)
     pointer = parent / f"{split}.json"
     previous = _folder_in_force(dataset, split) if pointer.is_file() else None
     draft = parent / f"{folder.name}.json.new"
@@ -159,7 +164,7 @@ def open_file(dataset: str, split: str, file: Path, corpus: Path | None = None) 
     if not folder.is_dir():
         draft = folder.with_name(f"{folder.name}-{secrets.token_hex(4)}")
         with _complete_or_absent(draft):
-            _build(draft, dataset, split, file, corpus, None)
+            _build(draft, dataset, split, (file,), corpus, None)
         try:
             draft.rename(folder)
         except OSError:
@@ -185,7 +190,7 @@ def verify_dataset(dataset: str, split: str) -> ImportReport:
     mend = f"import it again: atommem data import {dataset} --split {split} FILE --corpus FILE"
     report = _read_report(folder)
     for name in _FILES:  # before they are opened, which a damaged one may not allow
-        actual = _sha256(folder / name) if (folder / name).is_file() else "no file"
+        actual = sha256_of(folder / name) if (folder / name).is_file() else "no file"
         if actual != report.files.get(name):
             raise DataError(f"{folder / name}: expected sha256 {report.files.get(name)}, got {actual}; {mend}")
     questions = Questions.open(folder)
@@ -202,11 +207,11 @@ def _build(
     folder: Path,
     dataset: str,
     split: str,
-    file: Path,
+    files: Sequence[Path],
     corpus: Path | None,
     progress: Callable[[Path, int], object] | None,
 ) -> None:
-    """Write the import of `file` and `corpus` into the empty `folder`."""
+    """Write the import of `files` and `corpus` into the empty `folder`."""
     exact: dict[bytes, int] = {}
     loose: dict[bytes, int] = {}
     identity = array("q")
@@ -224,7 +229,7 @@ def _build(
             identity.append(loose.setdefault(_identity(document), number))
             return number
 
-        for place, raw in records(file):
+        for place, raw in chain.from_iterable(map(records, files)):
             with _named(place):
                 record = PARSERS[dataset](raw)
                 if record is None:
@@ -255,7 +260,8 @@ def _build(
                 }
             )
         if not len(rows):
-            raise DataError(f"{file}: no {dataset} question in it that can be used ({unanswerable} unanswerable).")
+            names = ", ".join(map(str, files))
+            raise DataError(f"{names}: no {dataset} question in it that can be used ({unanswerable} unanswerable).")
 
         fillers: dict[int, None] = dict.fromkeys(identity)
         if corpus is not None:
@@ -285,9 +291,9 @@ def _build(
         corpus_documents=None if corpus is None else len(fillers),
         corpus_left_out=left_out,
         sources=tuple(
-            SourceFile(str(path.resolve()), path.stat().st_size, _sha256(path)) for path in (file, corpus) if path
+            SourceFile(str(path.resolve()), path.stat().st_size, sha256_of(path)) for path in (*files, corpus) if path
         ),
-        files={name: _sha256(folder / name) for name in _FILES},
+        files={name: sha256_of(folder / name) for name in _FILES},
     )
     (folder / "report.json").write_text(json.dumps(asdict(report), indent=1), encoding="utf-8")
 
@@ -301,7 +307,8 @@ def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -348,7 +355,8 @@ def _folder_in_force(dataset: str, split: str) -> Path:
             f"No {dataset} questions are imported for the split {split!r} "
             + (f"(imported: {', '.join(others)}). " if others else "(none of this dataset are). ")
             + f"Import the official file: atommem data import {dataset} --split {split} FILE --corpus FILE"
-            + " (without a corpus, contexts are filled from the file itself), or give data=FILE."
+            + " (without a corpus, contexts are filled from the file itself), or give data=FILE. "
+            + f"Or fetch it: atommem data get {dataset} --split {split}"
         )
     return pointer.with_name(json.loads(pointer.read_text(encoding="utf-8"))["folder"])
 

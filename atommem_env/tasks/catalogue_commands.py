@@ -1,4 +1,4 @@
-"""The commands `atommem data import`, `verify` and `list`."""
+"""The commands `atommem data get`, `import`, `verify` and `list`."""
 
 from __future__ import annotations
 
@@ -20,15 +20,53 @@ from atommem_env.tasks.catalogue import (
     import_dataset,
     imported_splits,
     open_dataset,
+    sha256_of,
     verify_dataset,
 )
+from atommem_env.tasks.download import download, find_published
 
 Dataset = Literal["hotpotqa", "2wikimultihopqa", "musique"]
+_COLUMNS = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+
+
+def get_command(
+    dataset: tyro.conf.Positional[Dataset],
+    /,
+    *,
+    split: str = "dev",
+    corpus: Path | None = None,
+    url: str | None = None,
+    sha256: str | None = None,
+) -> None:
+    """Download a dataset's published file, check it against its known SHA-256, and import it.
+
+    What broke off is gone on with when the command is run again.
+
+    Args:
+        dataset: Which dataset.
+        split: Which file, and the name to import it under: dev or train.
+        corpus: Documents with `title` and `text` that fill contexts; without it, the other questions' do.
+        url: Another address: of the same file, or, with its SHA-256, of any of the dataset's form.
+        sha256: What the file at the URL must have; without it, what the published file has.
+    """
+    url, sha256, size = find_published(dataset, split, url, sha256)
+    console = Console()
+    if split in imported_splits(dataset):
+        report = open_dataset(dataset, split).report
+        if [source.sha256 for source in report.sources] == [sha256, *([sha256_of(corpus)] if corpus else [])]:
+            _show(console, [report], "Imported before, from the same file")
+            return
+    target = data_folder("downloads", f"{dataset}-{split}-{sha256[:8]}")
+    with Progress(*_COLUMNS, console=console, transient=True) as bar:
+        task = bar.add_task("Downloading", total=size)
+        download(url, target, sha256, size, lambda done, total: bar.update(task, completed=done, total=total))
+    _import(console, dataset, split, [target], corpus)
+    target.unlink()
 
 
 def import_command(
     dataset: tyro.conf.Positional[Dataset],
-    file: tyro.conf.Positional[Path],
+    files: tyro.conf.Positional[tuple[Path, ...]],
     /,
     *,
     split: str = "dev",
@@ -40,17 +78,19 @@ def import_command(
 
     Args:
         dataset: Which dataset the file belongs to.
-        file: The official file: a JSON list or JSON lines, plain or gzipped, or parquet.
+        files: The official file, or all its shards: a JSON list or JSON lines, plain or gzipped, or parquet.
         split: The name to import it under.
         corpus: Documents with `title` and `text` that fill contexts; without it, the other questions' do.
     """
-    console = Console()
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        sizes = {path: path.stat().st_size for path in (file, corpus) if path is not None and path.is_file()}
+    _import(Console(), dataset, split, files, corpus)
+
+
+def _import(console: Console, dataset: Dataset, split: str, files: Sequence[Path], corpus: Path | None) -> None:
+    with Progress(*_COLUMNS, console=console, transient=True) as bar:
+        sizes = {path: path.stat().st_size for path in (*files, corpus) if path is not None and path.is_file()}
         tasks = {path: bar.add_task(f"Reading {path.name}", total=size) for path, size in sizes.items()}
         report = import_dataset(
-            dataset, split, file, corpus, lambda path, done: bar.update(tasks[path], completed=done)
+            dataset, split, files, corpus, lambda path, done: bar.update(tasks[path], completed=done)
         )
     _show(console, [report], "Imported")
     environment = next(f"AtomMem-{name}" for name, kwargs in ENVIRONMENTS.items() if kwargs["dataset"] == dataset)

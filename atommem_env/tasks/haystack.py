@@ -2,25 +2,58 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from atommem_env.errors import SettingError
 from atommem_env.tasks.catalogue import Questions, open_dataset, open_file
 from atommem_env.types import Document, Evidence, Question, Task
+
+MOST_QUESTIONS = 10  # of a task
+
+
+def check_questions(questions: int | str) -> None:
+    """Raises `SettingError` unless `questions` is a number of questions that a task can have, or "sampled"."""
+    if questions != "sampled" and (type(questions) is not int or not 1 <= questions <= MOST_QUESTIONS):
+        raise SettingError(
+            f"questions must be a whole number from 1 to {MOST_QUESTIONS}, or 'sampled', got {questions!r}."
+        )
+
+
+def group_starts(count: int, questions: int | str) -> NDArray[np.int64]:
+    """[tasks + 1] where the questions of each task begin in a file of `count`, and the end; the last task may have fewer.
+
+    >>> group_starts(7, 3).tolist(), group_starts(17, "sampled").tolist()
+    ([0, 3, 6, 7], [0, 8, 14, 15, 16, 17])
+    """
+    if isinstance(questions, int):
+        return np.append(np.arange(0, count, questions), count)
+    draw = random.Random(0).random  # the same in every version of Python, so that the division is too
+    starts = [0]
+    while starts[-1] < count:
+        drawn = draw()
+        starts.append(starts[-1] + (1 if drawn < 0.5 else 2 + int((drawn - 0.5) * 18)))
+    starts[-1] = count
+    return np.array(starts)
 
 
 class HaystackSource:
     """Tasks over HotpotQA, 2WikiMultiHopQA or MuSiQue, as the AtomMem paper (arXiv 2601.08323) makes them.
 
     Task `i` asks the questions `i·Q … i·Q + Q - 1` of the file, in its order (`Q = questions`; at the end of the file,
-    fewer than `Q` are left unused). Its context holds the supporting documents of all of them, always; then documents
-    that the dataset puts beside these questions; then the corpus or, where there is none, other rows' documents; until
-    there are `num_docs`. Documents whose title and text are the same but for whitespace are taken once. All of them are
-    then shuffled together, each task by its own draw, so that the supporting documents lie uniformly. A task is a
-    function of the data, the settings, `index` and `seed`.
+    fewer than `Q` are left unused). With `questions="sampled"` tasks have one question with probability 1/2 and two to ten
+    with 1/18 each, as in the paper's public code; the file is divided once, whatever the seed, so that every question is
+    asked by one task and `index` goes on naming the questions.
+
+    Its context holds the supporting documents of all of them, always; then documents that the dataset puts beside these
+    questions; then the corpus or, where there is none, other rows' documents; until there are `num_docs`. Documents whose
+    title and text are the same but for whitespace are taken once. All of them are then shuffled together, each task by its
+    own draw, so that the supporting documents lie uniformly. A task is a function of the data, the settings, `index` and
+    `seed`.
 
     With 25 rows and `questions=10` there are two tasks: rows 0 to 9 and rows 10 to 19.
 
@@ -30,7 +63,7 @@ class HaystackSource:
         data: An official file to use in place of an import.
         corpus: Documents (`title`, `text`) that fill contexts; goes with `data`.
         num_docs: Documents of a context, 1 to 6400.
-        questions: Questions of a task, 1 to 10.
+        questions: Questions of a task, 1 to 10, or "sampled".
 
     Raises:
         DatasetNotFound: nothing is imported, or the file given does not exist.
@@ -46,11 +79,11 @@ class HaystackSource:
         data: str | Path | None = None,
         corpus: str | Path | None = None,
         num_docs: int = 200,
-        questions: int = 1,
+        questions: int | str = 1,
     ) -> None:
-        for name, value, most in (("num_docs", num_docs, 6400), ("questions", questions, 10)):
-            if type(value) is not int or not 1 <= value <= most:
-                raise SettingError(f"{name} must be a whole number from 1 to {most}, got {value!r}.")
+        if type(num_docs) is not int or not 1 <= num_docs <= 6400:
+            raise SettingError(f"num_docs must be a whole number from 1 to 6400, got {num_docs!r}.")
+        check_questions(questions)
         if data is None and corpus is not None:
             raise SettingError(
                 "corpus= goes with data=; to give an import a corpus, import it again: "
@@ -70,20 +103,22 @@ class HaystackSource:
             if self.data is None
             else open_file(self.dataset, self.split, self.data, self.corpus)
         )
+        count = len(self._questions.rows)
+        self._starts = group_starts(count, self.questions)
+        if isinstance(self.questions, int):
+            self._starts = self._starts[: count // self.questions + 1]
         if not len(self):
-            raise SettingError(
-                f"questions={self.questions}, but there are only {len(self._questions.rows)} in the file."
-            )
+            raise SettingError(f"questions={self.questions}, but there are only {count} in the file.")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_questions"}  # the maps stay here
+        return {name: value for name, value in self.__dict__.items() if name not in ("_questions", "_starts")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open()
 
     def __len__(self) -> int:
-        return len(self._questions.rows) // self.questions
+        return len(self._starts) - 1
 
     def task(self, index: int, seed: int) -> Task:
         """The task at `index` (0 ≤ index < len), its context drawn and shuffled by `seed` (≥ 0).
@@ -96,13 +131,13 @@ class HaystackSource:
             raise SettingError(f"index must be from 0 to {len(self) - 1}, got {index}.")
         if seed < 0:
             raise SettingError(f"seed must be at least 0, got {seed}.")
-        rows = [self._questions.rows[index * self.questions + place] for place in range(self.questions)]
+        rows = [self._questions.rows[place] for place in range(self._starts[index], self._starts[index + 1])]
         rng = np.random.default_rng([seed, index])
         numbers = self._choose(rows, rng)
         rng.shuffle(numbers)
         documents = self._questions.documents
         return Task(
-            id=f"{self.dataset}/{self.split}/{index}" + (f"x{self.questions}" if self.questions > 1 else ""),
+            id=f"{self.dataset}/{self.split}/{index}" + ("" if self.questions == 1 else f"x{self.questions}"),
             dataset=self.dataset,
             documents=tuple(Document(*documents[number]) for number in numbers),
             questions=tuple(_question(row) for row in rows),

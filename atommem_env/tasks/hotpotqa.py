@@ -1,7 +1,7 @@
 """Rows of HotpotQA (Yang et al., EMNLP 2018, arXiv 1809.09600), in the distractor setting: ten paragraphs a question.
 
-Two forms of a row are read: the official file's (`context=[[title, [sentence, …]], …]`) and the Hugging Face hub's
-(`context={title: […], sentences: [[…], …]}`).
+Three forms of a row are read: the official file's (`context=[[title, [sentence, …]], …]`), the Hugging Face hub's
+(`context={title: […], sentences: [[…], …]}`), and either of them as JSON text, which conversions of 2WikiMultiHopQA have.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from atommem_env.errors import DataError
-from atommem_env.tasks.records import Record, checked, required, required_text
+from atommem_env.tasks.records import Record, checked, present, required, required_rows, required_text
 from atommem_env.types import Document, Evidence, Question
 
 NO_ID = "no id; one was made from the content"
@@ -89,16 +89,14 @@ def parse(record: Mapping[str, Any]) -> Record:
 
 
 def _pairs(record: Mapping[str, Any], name: str, second: str) -> list[tuple[str, Any]]:
-    """(title, value) pairs of a field that is a list of pairs, or an object of two columns, `title` and `second`."""
-    if isinstance(record.get(name), dict):
-        columns = [required(record[name], column, list, f"{name}.") for column in ("title", second)]
-        if len(columns[0]) != len(columns[1]):
-            raise DataError(f"field '{name}' has {len(columns[0])} titles but {len(columns[1])} of '{second}'.")
-        pairs = list(map(list, zip(*columns, strict=True)))
-    else:
-        pairs = required(record, name, list)
-    for number, pair in enumerate(pairs):
-        if len(checked(pair, list, f"{name}[{number}]")) != 2:
-            raise DataError(f"field '{name}[{number}]' must be a pair of title and {second}, got {len(pair)} values.")
-        checked(pair[0], str, f"{name}[{number}].title")
-    return [(title, value) for title, value in pairs]
+    """(title, value) pairs of a field whose rows are pairs, or objects with `title` and `second`."""
+    pairs = []
+    for number, row in enumerate(required_rows(record, name)):
+        where = f"{name}[{number}]"
+        if isinstance(row, dict):
+            pairs.append((required(row, "title", str, f"{where}."), present(row, second, f"{where}.")))
+        elif len(checked(row, list, where)) != 2:
+            raise DataError(f"field '{where}' must be a pair of title and {second}, got {len(row)} values.")
+        else:
+            pairs.append((checked(row[0], str, f"{where}.title"), row[1]))
+    return pairs

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from atommem_env.errors import DataError
-from atommem_env.tasks.records import Record, checked, required, required_text
+from atommem_env.tasks.records import Record, checked, required, required_rows, required_text
 from atommem_env.types import Document, Evidence, Question
 
 
@@ -34,7 +34,7 @@ def parse(record: Mapping[str, Any]) -> Record | None:
         raise DataError(f"field 'id' must look like '2hop__86689_728109', got {identifier!r}.")
     documents: list[Document] = []
     supporting: list[int] = []
-    for number, value in enumerate(required(record, "paragraphs", list)):
+    for number, value in enumerate(required_rows(record, "paragraphs")):
         where = f"paragraphs[{number}]"
         paragraph = checked(value, dict, where)
         document = Document(
@@ -56,6 +56,6 @@ def parse(record: Mapping[str, Any]) -> Record | None:
         answers=tuple(dict.fromkeys([required_text(record, "answer"), *filter(str.strip, aliases)])),
         evidence=tuple(Evidence(documents[place].title, documents[place].text) for place in supporting),
         kind=identifier.split("__")[0],
-        hops=len(required(record, "question_decomposition", list)),
+        hops=len(required_rows(record, "question_decomposition")),
     )
     return Record(question, tuple(documents), tuple(supporting))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,9 +38,14 @@ def required(record: Mapping[str, Any], name: str, kind: type[T], where: str = "
     Raises:
         DataError: the field is missing, of another type, or text that is not Unicode.
     """
+    return checked(present(record, name, where), kind, where + name)
+
+
+def present(record: Mapping[str, Any], name: str, where: str = "") -> Any:
+    """The value of a field, of whatever type; raises `DataError` where it is missing."""
     if name not in record:
         raise DataError(f"field '{where}{name}' is missing; the fields are {', '.join(map(str, record)) or 'none'}.")
-    return checked(record[name], kind, where + name)
+    return record[name]
 
 
 def required_text(record: Mapping[str, Any], name: str, where: str = "") -> str:
@@ -60,3 +66,29 @@ def checked(value: Any, kind: type[T], name: str) -> T:
         except UnicodeEncodeError as error:  # JSON can spell half a character, which no file and no store can hold
             raise DataError(f"field '{name}' has a lone surrogate at character {error.start}.") from error
     return value
+
+
+def required_rows(record: Mapping[str, Any], name: str) -> list[Any]:
+    """The rows of a field that is a list of them; or an object of columns, or the JSON text of either.
+
+    The official files have lists; conversions on the Hugging Face hub have the other two.
+
+    >>> required_rows({"context": {"title": ["Bath", "Emma"], "sentences": [["A city."], ["A novel."]]}}, "context")
+    [{'title': 'Bath', 'sentences': ['A city.']}, {'title': 'Emma', 'sentences': ['A novel.']}]
+
+    Raises:
+        DataError: the field is missing, none of these, or has columns of different lengths.
+    """
+    value = present(record, name)
+    if isinstance(value, str) and value[:1] in ("[", "{"):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"field '{name}' is text that is not JSON ({error}).") from error
+    if not isinstance(value, dict):
+        return checked(value, list, name)
+    columns = {column: checked(values, list, f"{name}.{column}") for column, values in value.items()}
+    if len({len(values) for values in columns.values()}) > 1:
+        lengths = ", ".join(f"{len(values)} of '{column}'" for column, values in columns.items())
+        raise DataError(f"field '{name}' must have columns of one length, got {lengths}.")
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

@@ -436,7 +436,7 @@ def _operation(outcome: OperationResult, content: list[Element]) -> Element:
 def _question(story: _Story, place: int) -> Element:
     question: Question = story.episode.task.questions[place]
     outcome: QuestionOutcome = story.episode.outcomes[place]
-    gold, *aliases = question.answers
+    gold, *aliases = question.answers or ("none is known",)
     facts = [
         ("gold", gold + (f" (also: {'; '.join(aliases)})" if aliases else "")),
         ("prediction", "– (unanswered)" if outcome.prediction is None else outcome.prediction),

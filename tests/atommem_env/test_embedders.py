@@ -22,6 +22,7 @@ from atommem_env.embedders import CachedEmbedder, Embedder, embed, get_embedder
 from atommem_env.embedders.hashing import HashingEmbedder
 from atommem_env.embedders.minilm import MiniLMEmbedder
 from atommem_env.errors import EmbeddingError, MissingDependency, SettingError
+from atommem_env.testing import check_embedder
 from atommem_env.types import EmbeddingKind, EmbeddingRequest
 
 ODD_TEXTS = ["", " ", "!?", "…", "\n\t", "a", "the", "_", "日本語", "x" * 100_000, "😀", "\ufffd"]
@@ -81,8 +82,9 @@ def test_hashing_gives_any_text_one_unit_vector(texts: list[str], dimension: int
         assert row.tobytes() == embedder.embed([text], "query")[0].tobytes()
 
 
-def test_hashing_gives_odd_texts_unit_vectors() -> None:
-    assert are_unit_rows(HashingEmbedder().embed(ODD_TEXTS, "document"), len(ODD_TEXTS), 256)
+@pytest.mark.parametrize("embedder", [HashingEmbedder(), HashingEmbedder(7), CachedEmbedder(HashingEmbedder(), 5)])
+def test_hashing_and_the_cache_pass_the_users_checks(embedder: Embedder) -> None:
+    check_embedder(embedder)
 
 
 def test_hashing_is_the_same_in_every_process_and_needs_no_torch() -> None:
@@ -167,6 +169,11 @@ def test_minilm_gives_a_text_the_same_bits_alone_and_in_any_batch(minilm: MiniLM
         assert {row.tobytes() for row in together[index :: len(texts)]} == {alone}, text
 
 
+def test_minilm_passes_the_users_checks(minilm: MiniLMEmbedder) -> None:
+    check_embedder(minilm)
+    assert (minilm.name, minilm.dimension, minilm.device, minilm.dtype) == ("minilm", 384, "cpu", "float32")
+
+
 def test_minilm_knows_meaning(minilm: MiniLMEmbedder) -> None:
     query = minilm.embed(["Where does the physician live?"], "query")[0]
     near, far = minilm.embed(["The doctor's home is in Bern.", "Boats are painted each spring."], "document") @ query
@@ -195,7 +202,7 @@ def test_an_embedder_is_loaded_once() -> None:
 
 
 def test_an_unknown_embedder_is_named_with_the_known() -> None:
-    with pytest.raises(SettingError, match="'hashing', 'minilm' or 'openai:MODEL', got 'bert'"):
+    with pytest.raises(SettingError, match="'hashing', 'minilm', 'st:MODEL' or 'openai:MODEL', got 'bert'"):
         get_embedder("bert")
 
 

@@ -78,7 +78,7 @@ def test_both_forms_of_every_id_are_registered_without_a_warning() -> None:
         "for name in atommem_env.ENVIRONMENTS: print(gym.spec(f'AtomMem-{name}').id, gym.spec(f'AtomMem/{name}-v0').id)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert len(out.stdout.split()) == 8
+    assert len(out.stdout.split()) == 2 * len(atommem_env.ENVIRONMENTS)
     assert not out.stderr
 
 
@@ -329,4 +329,4 @@ def test_a_task_source_of_ones_own_takes_the_datasets_place() -> None:
 
 
 def test_every_environment_is_listed() -> None:
-    assert set(atommem_env.ENVIRONMENTS) == {"HotpotQA", "2WikiMultiHopQA", "MuSiQue", "Synthetic"}
+    assert set(atommem_env.ENVIRONMENTS) == {"HotpotQA", "2WikiMultiHopQA", "MuSiQue", "Synthetic", "Files"}

@@ -1,14 +1,16 @@
 """Whatever a policy writes is legal. The long form is a program:
 
-python tests/atommem_env/test_fuzz.py --replies 100000
+python tests/atommem_env/test_fuzz.py --replies 100000 --dialect tool_calls
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import time
 
 import numpy as np
+import pytest
 
 from atommem_env.dialects import get_dialect
 from atommem_env.embedders import embed, get_embedder
@@ -16,11 +18,12 @@ from atommem_env.episode import Episode
 from atommem_env.tasks import make_source
 from atommem_env.types import EpisodeSettings, Operation, OperationKind
 
+DIALECTS = {"tags": "m{}", "public_code": "{}", "tool_calls": "m{}"}  # how each names an entry
 _KINDS = list(OperationKind)
 _PIECES = [
     *(
         f"<{slash}{name}>"
-        for name in ("create_memory", "read_memory", "update_memory", "delete_memory")
+        for name in ("create_memory", "read_memory", "update_memory", "delete_memory", "add_memory", "modify_memory")
         for slash in ("", "/")
     ),
     *(
@@ -33,6 +36,23 @@ _PIECES = [
         "{",
         ":",
         "m1: ",
+    ),
+    *(
+        "<tool_call>",
+        "</tool_call>",
+        '{"name": "create_memory", "arguments": {"text": "a"}}',
+        '{"name": "delete_memory", "arguments": {"id": "m1"}}',
+        '{"name": "',
+        '"arguments": ',
+        '"tool_calls": ',
+        "[",
+        "]",
+        '"',
+        "\\",
+        "\\u0000",
+        "\\ud800",
+        "null",
+        "1e999",
     ),
     *(
         "<create_memory",
@@ -80,32 +100,45 @@ _PIECES = [
 ]
 
 
-def random_reply(rng: np.random.Generator) -> str:
-    """A mixture of well-formed operations, torn tags and rubbish, now and then long."""
-    dialect = get_dialect("tags")
+def random_reply(rng: np.random.Generator, name: str) -> str:
+    """A mixture of well-formed operations, torn ones and rubbish, now and then long."""
+    dialect = get_dialect(name)
     pieces = []
     for _ in range(int(rng.geometric(0.15))):
         form = rng.integers(4)
         if form == 0:
             text = " ".join(rng.choice(_PIECES, size=rng.integers(0, 4)).tolist())
-            pieces.append(dialect.write(Operation(_KINDS[rng.integers(6)], text, f"m{rng.integers(0, 30)}")))
+            pieces.append(
+                dialect.write(Operation(_KINDS[rng.integers(6)], text, DIALECTS[name].format(rng.integers(30))))
+            )
         elif form == 1:
             pieces.append(str(rng.choice(_PIECES)))
         elif form == 2:
             pieces.append("".join(map(chr, rng.integers(1, 0xD800, size=rng.integers(0, 20)).tolist())))
         else:
-            pieces.append(dialect.write(Operation(_KINDS[rng.integers(6)], "plain text", f"m{rng.integers(0, 9)}")))
+            pieces.append(
+                dialect.write(Operation(_KINDS[rng.integers(6)], "plain text", DIALECTS[name].format(rng.integers(9))))
+            )
     reply = "".join(pieces)
     return reply * int(rng.integers(100, 1000)) if rng.random() < 0.002 else reply
 
 
-def named_entries(reply: str, alive: dict[str, str]) -> set[str]:
-    """The entries whose id occurs in the reply: only these may change."""
-    return {entry_id for entry_id in alive if entry_id in reply}
+def named_entries(reply: str, alive: dict[str, str], retrieved: str, dialect: str) -> set[str]:
+    """The entries that the reply can mean: only these may change."""
+    if dialect != "public_code":
+        return {entry_id for entry_id in alive if entry_id in reply}
+    shown = {
+        int(place): text.replace("\n    Memory", "\nMemory")
+        for place, text in re.findall(
+            r"^Memory ([0-9]+): (.*?)(?=\nMemory [0-9]+: |\Z)", retrieved, re.DOTALL | re.MULTILINE
+        )
+    }
+    texts = [shown[int(place)] for place in re.findall(r"Memory\s+([0-9]{1,9})", reply) if int(place) in shown]
+    return {entry_id for entry_id, text in alive.items() if any(text.startswith(each) for each in texts)}
 
 
-def fuzz(replies: int, seed: int) -> dict[str, int]:
-    """Plays random replies, and checks after each what may have changed. Returns counts.
+def fuzz(replies: int, seed: int, dialect: str) -> dict[str, int]:
+    """Plays random replies in a dialect, and checks after each what may have changed. Returns counts.
 
     Raises:
         AssertionError: an entry changed that was not named, or an observation is not text.
@@ -116,6 +149,8 @@ def fuzz(replies: int, seed: int) -> dict[str, int]:
     counts = {"replies": 0, "episodes": 0, "operations": 0, "faults": 0}
     while counts["replies"] < replies:
         settings = EpisodeSettings(
+            dialect=dialect,
+            advance=["always", "on_write"][rng.integers(2)],
             chunk_tokens=40,
             capacity=[None, 3, 40][rng.integers(3)],
             read_latency=int(rng.integers(2)),
@@ -127,12 +162,13 @@ def fuzz(replies: int, seed: int) -> dict[str, int]:
         episode = Episode(source.task(int(rng.integers(len(source))), task_seed), settings, seed=task_seed)
         counts["episodes"] += 1
         while episode.stop_reason is None and counts["replies"] < replies:
-            reply = random_reply(rng)
+            reply = random_reply(rng, dialect)
+            retrieved = episode.observe()["retrieved"]
             before = {entry.id: entry.text for entry in episode.memory.entries()}
             step = episode.steps
             result = episode.resolve(embed(embedder, episode.submit(reply)))
             after = {entry.id: entry.text for entry in episode.memory.entries()}
-            for entry_id in set(before) - named_entries(reply, before):
+            for entry_id in set(before) - named_entries(reply, before, retrieved, dialect):
                 assert after.get(entry_id) == before[entry_id], (reply, entry_id)
             assert episode.steps == step + 1
             assert settings.capacity is None or len(after) <= settings.capacity
@@ -145,23 +181,25 @@ def fuzz(replies: int, seed: int) -> dict[str, int]:
     return counts
 
 
-def test_random_replies_raise_nothing_and_change_nothing_that_was_not_named() -> None:
-    counts = fuzz(1500, seed=0)
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_random_replies_raise_nothing_and_change_nothing_that_was_not_named(dialect: str) -> None:
+    counts = fuzz(1500, seed=0, dialect=dialect)
     assert counts["operations"] > 1000  # the fuzzer reaches what it is to test
     assert counts["faults"] > 1000
 
 
-def test_a_reply_of_ten_megabytes_is_carried_out() -> None:
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_reply_of_ten_megabytes_is_carried_out(dialect: str) -> None:
     task = make_source("synthetic", num_docs=12).task(0, 0)
     embedder = get_embedder("hashing")
+    write = get_dialect(dialect).write
 
     def seconds(megabytes: int) -> float:
-        episode = Episode(task, EpisodeSettings(chunk_tokens=40), seed=0)
-        text = "lorem ipsum " * (megabytes * 2**20 // 12)
+        episode = Episode(task, EpisodeSettings(dialect=dialect, chunk_tokens=40), seed=0)
+        text = ("lorem ipsum " * (megabytes * 2**20 // 12)).strip()
+        reply = write(Operation(OperationKind.CREATE, text)) + write(Operation(OperationKind.READ, "x"))
         start = time.perf_counter()
-        result = episode.resolve(
-            embed(embedder, episode.submit(f"<create_memory>{text}</create_memory><read_memory>x</read_memory>"))
-        )
+        result = episode.resolve(embed(embedder, episode.submit(reply)))
         assert result.results[0].entry_id == "m1"
         assert "first 4096 tokens" in result.observation["notice"]
         return time.perf_counter() - start
@@ -173,6 +211,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Plays random replies and checks that nothing breaks.")
     parser.add_argument("--replies", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dialect", choices=list(DIALECTS), default="tags")
     arguments = parser.parse_args()
     started = time.perf_counter()
-    print(fuzz(arguments.replies, arguments.seed), f"{time.perf_counter() - started:.0f} s")
+    print(fuzz(arguments.replies, arguments.seed, arguments.dialect), f"{time.perf_counter() - started:.0f} s")

@@ -1,8 +1,9 @@
-"""Both layouts show everything, and what the rollouts of a group share comes first."""
+"""Every layout shows everything; in ours what the rollouts of a group share comes first, in the public code's its own order."""
 
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any, cast
 
 import gymnasium as gym
@@ -19,7 +20,7 @@ from atommem_env.prompts import get_layout
 from atommem_env.tokens import get_tokenizer
 from atommem_env.types import EpisodeSettings, Message, Observation
 
-LAYOUTS = ("shared_prefix", "terse")
+LAYOUTS = ("shared_prefix", "terse")  # the third, public_code:PATH, has tests of its own at the end
 ORDER = ("questions", "chunk", "notice", "scratchpad", "query", "retrieved", "question")  # of what a prompt shows
 SETTINGS = EpisodeSettings()
 EMPTY = Observation(
@@ -151,5 +152,127 @@ def test_terse_is_one_user_message_of_which_a_word_tokenizer_adds_one_token_a_pa
 
 
 def test_an_unknown_layout_is_refused_with_those_there_are() -> None:
-    with pytest.raises(SettingError, match=r"\['shared_prefix', 'terse'\], got 'brief'"):
+    with pytest.raises(SettingError, match=r"\['shared_prefix', 'terse', 'public_code:PATH'\], got 'brief'"):
         get_layout("brief")
+
+
+# ------------------------------------------------------------------------------------------------------ public_code:PATH
+
+PUBLIC = EpisodeSettings(dialect="public_code")
+# A file with the names and the slots of the public code's, in words of our own. To run it would be an error.
+SOURCE = '''
+import a_package_that_nobody_has
+from another import Base
+
+SYSTEM_PROMPT = """Mind the {braces}: they are text here.
+"""
+
+TEMPLATE_MEMORY = """Asked: {prompt}
+Note: {short_memory}
+Sought: {query}
+Found: {long_memory}
+Text: {chunk}
+"""
+RULES = "Searches: {query_times} of {{3}}"
+TEMPLATE_MEMORY = TEMPLATE_MEMORY + RULES
+
+TEMPLATE_FINAL_BOXED = """Answer \\\\boxed{{{{here}}}}: {prompt}
+Note: {short_memory}
+Sought: {query}
+Found: {long_memory}
+Searches: {query_times}"""
+
+
+class Agent(Base):
+    def __init__(self, size):
+        raise RuntimeError("not to be run")
+        self.NO_MEMORY_TOKENS = "nothing"
+
+    def start(self):
+        self.query = ["no search yet"] * self.size
+        self.query[0] = "another"
+'''.replace("{{{{", "{{").replace("}}}}", "}}")
+PLACE = "AtomMem/recurrent/impls/memory_long_short_multiquery.py"
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder as a clone of the public code is."""
+    (tmp_path / PLACE).parent.mkdir(parents=True)
+    (tmp_path / PLACE).write_text(SOURCE)
+    return tmp_path
+
+
+def test_public_code_fills_the_slots_of_the_checkouts_templates_in_their_order(checkout: Path) -> None:
+    layout = get_layout(f"public_code:{checkout}")
+    seen = observed(notice="It was cut.", scratchpad="a {note}", query="Ada", retrieved="Memory 1: Ada did.")
+    system = {"role": "system", "content": "Mind the {braces}: they are text here.\n"}
+    assert layout(seen, PUBLIC) == [
+        system,
+        {
+            "role": "user",
+            "content": "Asked: Who?\nNote: a {note}\nSought: Ada\nFound: Memory 1: Ada did.\nText: Ada did.\n"
+            "Searches: 0 of {3}",
+        },
+    ]
+    asked = observed(phase="answer", chunk="", questions="Who?\nWhere?", question="Where?")
+    assert layout(asked, PUBLIC) == [
+        system,
+        {
+            "role": "user",
+            "content": "Answer \\boxed{here}: Where?\nNote: \nSought: no search yet\nFound: nothing\nSearches: 0",
+        },
+    ]
+
+
+def test_public_code_is_found_from_each_of_its_folders_and_read_once(checkout: Path) -> None:
+    names = [f"public_code:{path}" for path in (checkout, checkout / "AtomMem", checkout / PLACE)]
+    first = [get_layout(name)(EMPTY, PUBLIC) for name in names]
+    assert first[0] == first[1] == first[2]
+    (checkout / PLACE).write_text("")  # a run keeps the words that it began with
+    assert [get_layout(name)(EMPTY, PUBLIC) for name in names] == first
+
+
+def test_public_code_is_found_in_the_home_folder(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(checkout.parent))
+    assert get_layout(f"public_code:~/{checkout.name}")(EMPTY, PUBLIC)
+
+
+@pytest.mark.parametrize(
+    "name", ["public_code", "public_code:", "public_code:no/such/folder", "public_code:no/such.py"]
+)
+def test_public_code_without_a_checkout_says_where_it_looked(name: str) -> None:
+    with pytest.raises(SettingError, match=r"RUCBM/AtomMem; got PATH .*there is no .*\.py.*Clone"):
+        get_layout(name)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (SOURCE, "x = 1", "SYSTEM_PROMPT, TEMPLATE_MEMORY, TEMPLATE_FINAL_BOXED, self.NO_MEMORY_TOKENS, self.query"),
+        ("SYSTEM_PROMPT = ", "OTHER = ", "text assigned to SYSTEM_PROMPT and found none"),
+        ("TEMPLATE_MEMORY + RULES", "make(TEMPLATE_MEMORY)", "text assigned to TEMPLATE_MEMORY and"),
+        ('["no search yet"]', "[None]", "text assigned to self.query and"),
+        (
+            "Text: {chunk}",
+            "",
+            "TEMPLATE_MEMORY in .*found .'long_memory', 'prompt', 'query', 'query_times', 'short_memory'",
+        ),
+        ("{chunk}", "{chunk} {prompt.__class__}", "TEMPLATE_MEMORY in .*__class__"),
+        ("{chunk}", "{chunk!r}", "each as {name}"),
+        ("Answer", "Answer {", "expected a template in TEMPLATE_FINAL_BOXED"),
+        ("class Agent(Base):", "class Agent(Base:", "expected Python source"),
+    ],
+)
+def test_public_code_of_another_form_is_refused_with_what_is_missing(
+    checkout: Path, old: str, new: str, message: str
+) -> None:
+    assert old in SOURCE
+    (checkout / PLACE).write_text(SOURCE.replace(old, new))
+    with pytest.raises(SettingError, match=message):
+        get_layout(f"public_code:{checkout}")
+
+
+def test_public_code_refuses_the_dialect_that_its_words_do_not_explain(checkout: Path) -> None:
+    with pytest.raises(SettingError, match="dialect 'tags'"):
+        get_layout(f"public_code:{checkout}")(EMPTY, SETTINGS)

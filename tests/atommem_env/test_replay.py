@@ -79,3 +79,16 @@ def test_data_that_changed_under_the_same_name_are_noticed(task: Task, tmp_path:
     episode = first_moment(store.episode(episode_id), OneTask(shorter), SETTINGS)
     with pytest.raises(StoreError, match="does not fit"):
         list(replay(episode, store, episode_id))
+
+
+def test_settings_with_nested_tuples_are_recognised(task: Task, tmp_path: Path) -> None:
+    settings = dataclasses.replace(SETTINGS, reward_terms=(("faults", -0.1),))
+    store = MemoryStore(tmp_path)
+    recorder = store.begin(
+        env_id="here", task_id=task.id, index=0, task_seed=1, episode_seed=SEED, settings=dataclasses.asdict(settings)
+    )
+    recorder.commit("interrupted", 0.0, Episode(task, settings, SEED).memory)
+    record = store.episode(recorder.episode_id)
+    assert first_moment(record, OneTask(task), settings).settings == settings
+    with pytest.raises(SettingError, match="other settings of reward_terms"):
+        first_moment(record, OneTask(task), SETTINGS)

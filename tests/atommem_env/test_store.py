@@ -64,12 +64,14 @@ class Player:
         self.replies: list[str] = []
         self.vectors: dict[tuple[str, str], Vector] = {}
 
-    def play(self, steps: int) -> None:
+    def play(self, steps: int, write: bool = False) -> None:
         for _ in range(steps):
             step = len(self.replies) + 1
             self.replies.append(f"reply {step} “quoted’ ' \x00")
             self.recorder.record(step, self.replies[-1], step_result(self.operate(), str(step)))
             self.history.append(self.memory.snapshot())
+            if write:
+                self.recorder._store.write([self.recorder])
 
     def operate(self) -> list[Mutation]:
         mutations = []
@@ -109,6 +111,8 @@ class Player:
             if live.entries():
                 assert then.vectors().tobytes() == live.vectors().tobytes()
         assert then.create("next", np.ones(DIMENSION)) == live.create("next", np.ones(DIMENSION))
+        if store.episode(episode_id).status == "interrupted" and store.durability == "step":
+            return  # its entries are written when it ends
         rows = [row for row in plain_rows(store.folder, "entries") if row["episode_id"] == episode_id]
         assert [(row["entry_id"], row["text"]) for row in rows] == [(e.id, e.text) for e in self.memory.entries()]
         if rows:
@@ -237,6 +241,211 @@ def test_an_interrupted_episode_goes_on_twice(tmp_path: Path) -> None:
         store.resume(player.recorder.episode_id)
 
 
+# ------------------------------------------------------------------------------------------------- step by step, in groups
+
+
+def test_each_step_is_there_when_write_has_returned(tmp_path: Path) -> None:
+    store = MemoryStore(tmp_path, "step")
+    players = [Player(begin(store, seed), seed) for seed in range(5)]
+    for steps in range(1, 8):
+        for player in players:
+            player.play(1)
+            assert player.recorder.due
+        store.write([player.recorder for player in players])
+        for player in players:
+            assert not player.recorder.due
+            player.check(MemoryStore(tmp_path, "step"))
+        assert {record.status for record in store.episodes()} == {"interrupted"}
+        assert {record.steps for record in store.episodes()} == {steps}
+    for player in players[:3]:
+        player.play(1)
+        player.recorder.end("answered", 0.25, player.memory)
+    players[3].play(2)
+    store.write([player.recorder for player in players])
+    for player in players:
+        player.check(MemoryStore(tmp_path, "step"))
+    assert [record.status for record in store.episodes()].count("answered") == 3
+    assert len(plain_rows(tmp_path, "episodes")) == 5  # the rows of the beginning are gone
+    for table, key in (("turns", "step"), ("journal", "seq")):
+        rows = [(row["episode_id"], row[key]) for row in plain_rows(tmp_path, table)]
+        assert len(rows) == len(set(rows))
+
+
+def test_a_group_is_one_commit_a_table(tmp_path: Path) -> None:
+    store = MemoryStore(tmp_path)
+    players = [Player(begin(store, seed), seed) for seed in range(20)]
+    for player in players:
+        player.play(4)
+        player.recorder.end("answered", 0.5, player.memory)
+    store.write([player.recorder for player in players] * 2)  # saying it twice changes nothing
+    store.write([player.recorder for player in players])
+    for player in players:
+        player.check(store)
+    for name in ("episodes", "turns", "journal", "entries"):
+        assert lancedb.connect(tmp_path).open_table(name).stats()["fragment_stats"]["num_fragments"] == 1
+
+
+def test_what_is_due_rests_on_the_durability(tmp_path: Path) -> None:
+    for durability, after_a_reply, after_the_end in (("off", 0, 0), ("episode", 0, 1), ("step", 1, 1)):
+        store = MemoryStore(tmp_path / durability, durability)
+        player = Player(begin(store), 0)
+        assert not player.recorder.due
+        player.play(1)
+        assert player.recorder.due == after_a_reply
+        store.write([player.recorder])
+        assert len(store.episodes()) == after_a_reply
+        player.recorder.end("answered", 0.5, player.memory)
+        assert player.recorder.due == after_the_end
+        store.write([player.recorder])
+        assert len(store.episodes()) == after_the_end
+        assert not player.recorder.due
+
+
+@pytest.mark.parametrize("crash_at", ["journal", "turns", "entries", "episodes", "delete"])
+@pytest.mark.parametrize("after", [False, True])
+def test_a_failed_write_loses_and_doubles_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash_at: str, after: bool
+) -> None:
+    """`after`: the rows were written, and the error came later."""
+    store = MemoryStore(tmp_path, "step")
+    players = [Player(begin(store, seed), seed) for seed in (9, 5, 7)]
+    for player in players:
+        player.play(6, write=True)
+    assert len(players[0].memory)
+    table_type = type(lancedb.connect(tmp_path).open_table("turns"))
+    add, delete = table_type.add, table_type.delete
+
+    def cut_add(table: Any, data: Any) -> None:
+        if table.name != crash_at or after:
+            add(table, data)
+        if table.name == crash_at:
+            raise RuntimeError("the disk went away")
+
+    def cut_delete(table: Any, where: str) -> None:
+        if crash_at != "delete" or after:
+            delete(table, where)
+        if crash_at == "delete":
+            raise RuntimeError("the disk went away")
+
+    for player in players:
+        player.play(1)
+    players[0].recorder.end("answered", 0.5, players[0].memory)
+    with monkeypatch.context() as patch:
+        patch.setattr(table_type, "add", cut_add)
+        patch.setattr(table_type, "delete", cut_delete)
+        with pytest.raises(StoreError, match="disk went away"):
+            store.write([player.recorder for player in players])
+    for record in MemoryStore(tmp_path).episodes():  # whole steps, whatever was written
+        assert record.steps in (6, 7)
+        player = next(player for player in players if player.recorder.episode_id == record.episode_id)
+        kept = store.memory_at(record.episode_id, record.steps).entries()
+        assert kept == WorkingMemory.restore(player.history[record.steps]).entries()
+    for player in players[1:]:
+        player.play(1)
+    store.write([player.recorder for player in players])
+    for player in players:
+        player.check(MemoryStore(tmp_path, "step"))
+    assert len(store.search(np.ones(DIMENSION), 99)) == len(players[0].memory)
+    assert len(plain_rows(tmp_path, "episodes")) == 3
+
+
+def test_a_step_whose_turn_is_missing_does_not_count_and_is_played_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = MemoryStore(tmp_path, "step")
+    player = Player(begin(store), 1)
+    player.play(3, write=True)
+    lost = Player(begin(MemoryStore(tmp_path, "off")), 1)  # the same episode, as it would have gone on
+    lost.play(3)
+    add = (table_type := type(lancedb.connect(tmp_path).open_table("turns"))).add
+
+    def killed(table: Any, data: Any) -> None:
+        if table.name == "turns":
+            raise RuntimeError("killed")
+        add(table, data)
+
+    player.play(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(table_type, "add", killed)
+        with pytest.raises(StoreError, match="killed"):
+            store.write([player.recorder])
+    again = MemoryStore(tmp_path, "step")
+    lost.recorder = again.resume(player.recorder.episode_id)
+    lost.rng = np.random.default_rng(77)  # another step 4 than the one that was cut short
+    lost.play(2, write=True)
+    lost.check(again)
+    lost.recorder.end("answered", 1.0, lost.memory)
+    again.write([lost.recorder])
+    lost.check(MemoryStore(tmp_path))
+
+
+def test_a_folder_in_use_keeps_what_others_read_and_the_last_one_tidies_up(tmp_path: Path) -> None:
+    stores = [MemoryStore(tmp_path) for _ in range(2)]
+    for seed in range(12):
+        played(stores[seed % 2], seed, steps=2)
+
+    def files(name: str) -> int:
+        return sum(path.is_file() for path in (tmp_path / f"{name}.lance").rglob("*"))
+
+    before = files("turns")
+    stores[0].close()
+    assert files("turns") >= before > 10  # the other one may be reading any of them
+    assert len(stores[1].episodes()) == 12
+    stores[1].close()
+    assert all(files(name) <= 10 for name in ("episodes", "turns", "journal", "entries"))
+    assert len(MemoryStore(tmp_path).episodes()) == 12
+
+
+def test_a_checkpoint_reaches_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: set[Path] = set()
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.add(Path(os.readlink(f"/proc/self/fd/{file}"))), fsync(file)))
+    store = MemoryStore(tmp_path / "memory")
+    played(store)
+    store.checkpoint()
+    there = {path.resolve() for path in (tmp_path / "memory").rglob("*")}
+    assert synced == there | {(tmp_path / "memory").resolve(), tmp_path.resolve()}
+    assert len(there) > 12
+
+
+def test_search_over_thousands_of_entries_is_exact_and_passes_over_what_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(5)
+    store = MemoryStore(tmp_path)
+    live: dict[tuple[str, str], Vector] = {}
+    recorders = []
+    for index in range(40):
+        memory = WorkingMemory()
+        for vector in unit(rng.standard_normal((75, DIMENSION))):
+            memory.create("text", vector)
+        recorders.append(recorder := begin(store, index))
+        recorder.end("answered", 1.0, memory)
+        live |= {
+            (recorder.episode_id, entry.id): vector
+            for entry, vector in zip(memory.entries(), memory.vectors(), strict=True)
+        }
+    store.write(recorders)
+    queries = unit(rng.standard_normal((3, DIMENSION)))
+    cut = begin(store)  # leaves entries behind that are the nearest of all, of an episode that is not there
+    memory = WorkingMemory()
+    for _ in range(30):
+        for query in queries:
+            memory.create("of nobody", query)
+    table_type = type(lancedb.connect(tmp_path).open_table("entries"))
+    add = table_type.add
+    with monkeypatch.context() as patch:
+        patch.setattr(table_type, "add", lambda table, data: None if table.name == "episodes" else add(table, data))
+        cut.commit("answered", 1.0, memory)
+    keys, matrix = list(live), np.stack(list(live.values()))
+    for query in queries:
+        found = [(hit.episode_id, hit.entry_id) for hit in store.search(query, 20)]
+        assert found == [keys[place] for place in np.argsort(-(matrix @ query))[:20]]
+        inside = store.search(query, 9, recorders[7].episode_id)
+        own = [place for place in np.argsort(-(matrix @ query)) if keys[place][0] == recorders[7].episode_id]
+        assert [(hit.episode_id, hit.entry_id) for hit in inside] == [keys[place] for place in own[:9]]
+
+
 @pytest.mark.parametrize("crash_at", ["turns", "journal", "entries", "episodes", "delete"])
 def test_a_commit_that_is_cut_short_leaves_the_old_state_or_the_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash_at: str
@@ -350,16 +559,63 @@ def test_every_table_says_its_schema_version(tmp_path: Path) -> None:
         assert lancedb.connect(tmp_path).open_table(table).schema.metadata[b"atommem_schema_version"] == b"1"
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
     with pytest.raises(StoreError, match="this user can write"):
-        begin(MemoryStore(tmp_path / "memory")).commit("answered", 0.0, WorkingMemory())
+        begin(MemoryStore(tmp_path / "file" / "memory")).commit("answered", 0.0, WorkingMemory())
 
 
-@pytest.mark.parametrize("durability", ["step", "", "Episode"])
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_only_be_read(tmp_path: Path) -> None:
+    player = played(MemoryStore(tmp_path / "memory"))
+    for path in (tmp_path / "memory", *(tmp_path / "memory").rglob("*")):
+        path.chmod(0o500 if path.is_dir() else 0o400)
+    store = MemoryStore(tmp_path / "memory")
+    player.check(store)
+    with pytest.raises(StoreError, match="this user can write"):
+        played(store, 1)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="this system has no limit on the size of files")
+def test_a_full_disk_says_so_and_loses_nothing(tmp_path: Path) -> None:
+    done = run(
+        """
+        import resource, sys
+        import numpy as np
+        from atommem_env.errors import StoreError
+        from atommem_env.memory import WorkingMemory
+        from atommem_env.store import MemoryStore
+        store = MemoryStore(sys.argv[1])
+        def end(texts):
+            memory = WorkingMemory()
+            for text in texts:
+                memory.create(text, np.ones(8))
+            recorder = store.begin(env_id="", task_id="", index=0, task_seed=0, episode_seed=0, settings={})
+            recorder.end("answered", 1.0, memory)
+            return recorder
+        store.write([end(["small"])])
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+        large = end([str(number) * 1000 for number in range(200)])
+        try:
+            store.write([large])
+        except StoreError as error:
+            assert "Free some space" in str(error), error
+        else:
+            sys.exit("written on a full disk")
+        assert len(MemoryStore(sys.argv[1]).episodes()) == 1
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        store.write([large])
+        assert len(store.episodes()) == 2 and len(store.search(np.ones(8), 300)) == 201
+        """,
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("durability", ["steps", "", "Episode"])
 def test_durabilities_that_do_not_exist(tmp_path: Path, durability: str) -> None:
-    with pytest.raises(SettingError, match="off, episode"):
+    with pytest.raises(SettingError, match="off, episode, step"):
         MemoryStore(tmp_path, durability)
 
 
@@ -486,38 +742,46 @@ def test_in_a_child_forked_after_lancedb_was_used_it_says_so(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
 
 
-def commit_many(folder: Path, seeds: range, barrier: Any) -> None:
+def commit_many(folder: Path, durability: str, seeds: range, barrier: Any) -> None:
     """In a process of its own; all start to make the tables at the same moment."""
-    store = MemoryStore(folder)
+    store = MemoryStore(folder, durability)
     players = [Player(begin(store, seed), seed) for seed in seeds]
-    for player in players:
-        player.play(4)
     barrier.wait(60)
-    for player in players:
-        player.recorder.commit("answered", 1.0, player.memory)
-        if player.recorder.episode_id[0] in "01":  # now and then, while the others write
-            store.optimize()
+    for group in (players[:1], players[1:5], players[5:]):
+        for step in range(4):
+            for player in group:
+                player.play(1)
+                if step == 3:
+                    player.recorder.end("answered", 1.0, player.memory)
+            store.write([player.recorder for player in group])
+        store.optimize()  # while the others write
     store.close()
 
 
-def test_processes_that_begin_at_the_same_time_lose_and_double_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("durabilities", [("episode", "episode"), ("step", "step", "episode")])
+def test_processes_that_begin_at_the_same_time_lose_and_double_nothing(
+    tmp_path: Path, durabilities: tuple[str, ...]
+) -> None:
     context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(2)
+    barrier = context.Barrier(len(durabilities))
     workers = [
-        context.Process(target=commit_many, args=(tmp_path, range(n * 20, n * 20 + 20), barrier)) for n in range(2)
+        context.Process(target=commit_many, args=(tmp_path, durability, range(n * 20, n * 20 + 20), barrier))
+        for n, durability in enumerate(durabilities)
     ]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(120)
         assert worker.exitcode == 0
+    count = 20 * len(workers)
     store = MemoryStore(tmp_path)
     records = store.episodes()
-    assert sorted(record.index for record in records) == list(range(40))
+    assert sorted(record.index for record in records) == list(range(count))
     turns = [(row["episode_id"], row["step"]) for row in plain_rows(tmp_path, "turns")]
-    assert len(turns) == len(set(turns)) == 160
+    assert len(turns) == len(set(turns)) == 4 * count
+    assert len(plain_rows(tmp_path, "episodes")) == count
     expected: dict[int, Player] = {}
-    for seed in range(40):
+    for seed in range(count):
         expected[seed] = Player(begin(MemoryStore(tmp_path, "off"), seed), seed)
         expected[seed].play(4)
     total = 0

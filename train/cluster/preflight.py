@@ -41,6 +41,7 @@ from train.memory_needed import (
     activations,
     environment_of,
     model_size,
+    most_questions,
     product,
     written_sum,
 )
@@ -285,7 +286,7 @@ def _budget_problems(run: ClusterRun) -> Iterator[str]:
         "entries shown": min(math.ceil(factor * settings.memory_tokens), settings.top_k * reply),
         "scratchpad": min(math.ceil(factor * settings.scratchpad_tokens), reply),
         "query": reply,
-        "questions": _QUESTION * source.get("questions", 1),
+        "questions": _QUESTION * most_questions(source),
         "notice": _NOTICE,
         "layout": math.ceil(_MOST * _layout_tokens(run)),
         "max_new_tokens": reply,
@@ -528,7 +529,7 @@ def estimate(run: ClusterRun, size: ModelSize, gpu_memory: int) -> list[Row]:
     """
     turn = Turn.of(run)
     _, settings, source = environment_of(run)
-    head = round(_USUAL * (_layout_tokens(run) + SHORT * source.get("questions", 1)))
+    head = round(_USUAL * (_layout_tokens(run) + SHORT * most_questions(source)))
     chunk = round(_USUAL * turn.context / turn.reading)
     reads, writes = "read" in settings.operations, settings.scratchpad
     own = (turn.entries + SHORT if reads else 0) + (SHORT if writes else 0)

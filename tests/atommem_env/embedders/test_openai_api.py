@@ -26,6 +26,7 @@ from atommem_env.embedders import get_embedder, openai_api
 from atommem_env.embedders.hashing import HashingEmbedder
 from atommem_env.embedders.openai_api import OpenAIEmbedder
 from atommem_env.errors import EmbeddingError, MissingDependency, SettingError
+from atommem_env.testing import check_embedder
 
 D = 8
 TEXTS = [f"text {number} of {number % 7}" for number in range(100)]
@@ -117,6 +118,10 @@ def test_every_text_has_its_own_unit_vector_in_order(service: Service) -> None:
         ("/v1/embeddings", "m", "Bearer none")
     }
     assert embedder.embed([], "query").shape == (0, D)
+
+
+def test_it_passes_the_users_checks(service: Service) -> None:
+    check_embedder(OpenAIEmbedder("m"))
 
 
 def test_lists_of_numbers_do_as_well(service: Service) -> None:

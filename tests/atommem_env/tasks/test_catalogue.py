@@ -87,6 +87,120 @@ def test_new_import_takes_the_place_of_the_old(tmp_path: Path, own_data_folder: 
     assert old.rows[0]["id"] == "q0"  # and who has it open still reads it
 
 
+# ------------------------------------------------------------------------------------------------------ files of the hub
+
+
+def official(dataset: str, number: int) -> dict[str, Any]:
+    """A row as the official file has it."""
+    if dataset != "musique":
+        return row(number) | ({"evidences": [["a", "b", "c"]]} if dataset == "2wikimultihopqa" else {"level": "hard"})
+    paragraphs = [
+        {"idx": k, "title": f"T{number + k}", "paragraph_text": f"Text {number + k}.", "is_supporting": k < 2}
+        for k in range(4)
+    ]
+    return {
+        "id": f"2hop__{number}_1",
+        "question": f"What is {number}?",
+        "answer": f"answer {number}",
+        "answer_aliases": [f"alias {number}"] if number % 2 else [],
+        "answerable": True,
+        "paragraphs": paragraphs,
+        "question_decomposition": [{"id": k, "question": "?", "answer": "!"} for k in range(2)],
+    }
+
+
+def by_column(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    return {name: [item[name] for item in rows] for name in rows[0]}
+
+
+def as_structs(raw: dict[str, Any]) -> dict[str, Any]:
+    """Nested rows as columns: hotpotqa/hotpot_qa and framolfese/2WikiMultihopQA."""
+    raw = {"id": raw["_id"]} | {name: value for name, value in raw.items() if name not in ("_id", "evidences")}
+    raw["context"] = by_column([{"title": title, "sentences": texts} for title, texts in raw["context"]])
+    raw["supporting_facts"] = by_column([{"title": title, "sent_id": at} for title, at in raw["supporting_facts"]])
+    return raw
+
+
+def as_json_text(raw: dict[str, Any]) -> dict[str, Any]:
+    """Nested fields as text: xanhho/2WikiMultihopQA."""
+    nested = ("context", "supporting_facts", "evidences", "paragraphs", "question_decomposition")
+    return {name: json.dumps(value) if name in nested else value for name, value in raw.items()}
+
+
+def musique_columns(raw: dict[str, Any]) -> dict[str, Any]:
+    return raw | {name: by_column(raw[name]) for name in ("paragraphs", "question_decomposition")}
+
+
+HUB: list[tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]] = [
+    ("hotpotqa", as_structs),
+    ("2wikimultihopqa", as_structs),
+    ("2wikimultihopqa", as_json_text),
+    ("musique", lambda raw: raw),
+    ("musique", musique_columns),
+    ("musique", as_json_text),
+]
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize(("dataset", "conversion"), HUB)
+def test_parquet_of_the_hub_imports_as_the_official_file(
+    tmp_path: Path, dataset: str, conversion: Callable[[dict[str, Any]], dict[str, Any]], shards: int
+) -> None:
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    rows = [official(dataset, number) for number in range(7)]
+    expected = import_dataset(dataset, "official", write(tmp_path / "rows", rows))
+    files = [tmp_path / f"{shard:05}-of-{shards:05}.parquet" for shard in range(shards)]
+    for shard, file in enumerate(files):
+        part = [conversion(raw) for raw in rows[7 * shard // shards : 7 * (shard + 1) // shards]]
+        parquet.write_table(pyarrow.Table.from_pylist(part), file, row_group_size=2)
+    report = import_dataset(dataset, "hub", files)
+    assert (report.rows, report.files) == (7, expected.files)
+    assert [Path(source.path) for source in report.sources] == files
+    assert verify_dataset(dataset, "hub") == report
+
+
+@pytest.mark.parametrize("dataset", ["hotpotqa", "2wikimultihopqa", "musique"])
+@pytest.mark.parametrize("form", ["lines", "list", "gzip", "parquet"])
+def test_bad_rows_are_named_in_every_form_of_every_dataset(
+    tmp_path: Path, own_data_folder: Path, form: str, dataset: str
+) -> None:
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    good, path = write(tmp_path / "good", [official(dataset, 9)]), tmp_path / "bad.file"
+    import_dataset(dataset, "dev", good)
+    before = files_in(own_data_folder)
+    rows = [official(dataset, number) for number in range(3)]
+    name = "id" if dataset == "musique" else "_id"
+    nested = "paragraphs" if dataset == "musique" else "context"
+    place = {"list": "index 2 of the list", "parquet": "row 2"}.get(form, "line 3")
+    for change, message in (
+        ({"answer": None}, "field 'answer' must be text, got None"),
+        ({"question": " "}, "field 'question' is blank"),
+        ({name: rows[0][name]}, f"field 'id' is '{rows[0][name]}', as in {path}, "),
+        ({nested: None}, f"field '{nested}' must be a list, got "),
+    ):
+        bad = [*rows[:2], rows[2] | change]
+        if form == "parquet":
+            parquet.write_table(pyarrow.Table.from_pylist(list(map(as_json_text, bad))), path)
+        elif form == "list":
+            path.write_text(json.dumps(bad, indent=1))
+        else:
+            write(path, bad)
+            if form == "gzip":
+                path.write_bytes(gzip.compress(path.read_bytes()))
+        with pytest.raises(DataError) as caught:
+            import_dataset(dataset, "dev", [good, path])
+        assert f"{path}, {place}: {message}" in str(caught.value)
+    assert files_in(own_data_folder) == before
+
+
+def test_an_id_of_another_shard_is_named_with_it(tmp_path: Path) -> None:
+    first, second = write(tmp_path / "a", [row(0), row(1)]), write(tmp_path / "b", [row(2), row(1)])
+    with pytest.raises(DataError, match=r"/b, line 2: field 'id' is 'q1', as in .*/a, line 2"):
+        import_dataset("hotpotqa", "dev", [first, second])
+    with pytest.raises(SettingError, match="at least one file"):
+        import_dataset("hotpotqa", "dev", [])
+
+
 BAD: dict[str, tuple[str, Callable[[Path, Path], object]]] = {
     "missing field": (
         "rows, line 2: field 'answer' is missing",
@@ -245,7 +359,7 @@ def test_commands(
         with pytest.raises(DatasetNotFound, match="atommem data import hotpotqa"):
             command()
     bad = row(1) | {"_id": None, "supporting_facts": [["T1", 9]]}
-    import_command("2wikimultihopqa", write(tmp_path / "rows", [row(0), bad]), split="mine", corpus=corpus)
+    import_command("2wikimultihopqa", (write(tmp_path / "rows", [row(0), bad]),), split="mine", corpus=corpus)
     shown = capsys.readouterr().out
     assert "1 questions mended: no id" in shown
     assert "1 questions mended: a supporting sentence does not exist" in shown
@@ -260,8 +374,9 @@ def test_commands(
 def test_commands_parse_as_documented(tmp_path: Path, own_data_folder: Path, corpus: Path) -> None:
     tyro = pytest.importorskip("tyro")
     file = write(tmp_path / "rows", [row(0)])
-    tyro.cli(import_command, args=["hotpotqa", "--split", "test", str(file), "--corpus", str(corpus)])
+    more = write(tmp_path / "more", [row(1)])
+    tyro.cli(import_command, args=["hotpotqa", "--split", "test", str(file), str(more), "--corpus", str(corpus)])
     tyro.cli(verify_command, args=[])
     report = open_dataset("hotpotqa", "test").report
     assert isinstance(report, ImportReport)
-    assert report.corpus_documents == 7
+    assert (report.rows, report.corpus_documents) == (2, 7)

@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from atommem_env.errors import DatasetNotFound, SettingError
 from atommem_env.tasks.catalogue import import_dataset
-from atommem_env.tasks.haystack import HaystackSource
+from atommem_env.tasks.haystack import HaystackSource, group_starts
 from atommem_env.types import Document, Task
 
 DATASETS = ("hotpotqa", "2wikimultihopqa", "musique")
@@ -155,9 +157,10 @@ def test_too_many_and_too_few_documents(file: Path, corpus: Path, own_data_folde
         ({"num_docs": 0}, "num_docs must be a whole number from 1 to 6400, got 0"),
         ({"num_docs": 6401}, "num_docs must be"),
         ({"num_docs": 200.0}, "num_docs must be"),
-        ({"questions": 0}, "questions must be a whole number from 1 to 10, got 0"),
+        ({"questions": 0}, "questions must be a whole number from 1 to 10, or 'sampled', got 0"),
         ({"questions": 11}, "questions must be"),
         ({"questions": True}, "questions must be"),
+        ({"questions": "all"}, "questions must be"),
     ],
 )
 def test_bad_settings(file: Path, own_data_folder: Path, options: dict[str, Any], message: str) -> None:
@@ -181,6 +184,53 @@ def test_bad_calls(file: Path, corpus: Path, own_data_folder: Path) -> None:
     file.write_text(json.dumps([row(0)]))
     with pytest.raises(SettingError, match="questions=2, but there are only 1"):
         HaystackSource("hotpotqa", data=file, questions=2)
+
+
+# -------------------------------------------------------------------------------------------------- questions of a task
+
+
+def test_sampled_questions_have_the_public_codes_distribution() -> None:
+    sizes = np.diff(group_starts(100_000, "sampled"))[:-1]
+    shares = np.bincount(sizes, minlength=11) / len(sizes)
+    assert shares[0] == 0
+    assert len(shares) == 11
+    assert abs(shares[1] - 0.5) < 0.015  # about 30,000 tasks: four standard deviations
+    assert np.abs(shares[2:] - 0.5 / 9).max() < 0.006
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 500), st.one_of(st.just("sampled"), st.integers(1, 10)))
+def test_groups_divide_the_file(count: int, questions: int | str) -> None:
+    starts = group_starts(count, questions)
+    sizes = np.diff(starts)
+    assert (starts[0], starts[-1]) == (0, count)
+    assert sizes.min() >= 1
+    assert sizes.max() <= 10
+    if questions == "sampled":  # more questions at the end of the file change no task but the last
+        longer = group_starts(count + 100, "sampled")
+        assert starts[:-1].tolist() == longer[: len(starts) - 1].tolist()
+    else:
+        assert set(sizes[:-1].tolist()) <= {questions}
+
+
+def test_sampled_questions_are_asked_once_whatever_the_seed(file: Path, own_data_folder: Path) -> None:
+    source = HaystackSource("hotpotqa", data=file, num_docs=40, questions="sampled")
+    for seed in (0, 7):
+        tasks = [source.task(index, seed) for index in range(len(source))]
+        assert [question.id for task in tasks for question in task.questions] == [f"q{n}" for n in range(25)]
+        assert all(len(supporting(task)) == 2 * len(task.questions) for task in tasks)
+    assert tasks[1].id == "hotpotqa/dev/1xsampled"
+    with pytest.raises(SettingError, match=f"from 0 to {len(source) - 1}"):
+        source.task(len(source), 0)
+
+
+def test_6400_real_documents(real: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATOMMEM_DATA", str(real))
+    task = HaystackSource("hotpotqa", num_docs=6400, questions="sampled").task(0, seed=0)
+    assert len({squeezed(document) for document in task.documents}) == len(task.documents) == 6400
+    assert len(task.questions) == 8
+    for question in task.questions:
+        assert all(any(item.text in document.text for document in task.documents) for item in question.evidence)
 
 
 # -------------------------------------------------------------------------------------------------------- where it lies

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -56,6 +57,11 @@ def test_form_of_the_hub_gives_the_same_record() -> None:
     titles, places = zip(*hub["supporting_facts"], strict=True)
     hub["supporting_facts"] = {"title": list(titles), "sent_id": list(places)}
     assert hotpotqa.parse(hub) == hotpotqa.parse(row())
+
+
+def test_nested_fields_may_be_json_text() -> None:
+    fields = ("context", "supporting_facts")
+    assert twowiki.parse(row() | {name: json.dumps(row()[name]) for name in fields}) == twowiki.parse(row())
 
 
 @settings(max_examples=50, deadline=None)
@@ -115,7 +121,16 @@ def test_sentence_is_looked_up_in_the_document_of_that_title_that_has_it() -> No
         ({"context": [["Bath"]]}, r"'context\[0\]' must be a pair"),
         ({"context": [["Bath", "Bath is a city."]]}, r"'context\[0\].sentences' must be a list"),
         ({"context": [["Bath", ["A city.", 3]]]}, r"'context\[0\].sentences\[1\]' must be text"),
-        ({"context": {"title": ["Bath"], "sentences": []}}, "'context' has 1 titles but 0"),
+        (
+            {"context": {"title": ["Bath"], "sentences": []}},
+            "'context' must have columns of one length, got 1 of 'title', 0 of",
+        ),
+        ({"context": {"title": ["Bath"], "sentences": None}}, "'context.sentences' must be a list, got None"),
+        ({"context": {"title": ["Bath"]}}, r"'context\[0\].sentences' is missing"),
+        ({"context": '[["Bath", ["A city."]'}, "'context' is text that is not JSON"),
+        ({"context": '"Bath"'}, "'context' must be a list"),
+        ({"supporting_facts": [{"title": "Emma"}]}, r"'supporting_facts\[0\].sent_id' is missing"),
+        ({"supporting_facts": [{"title": 5, "sent_id": 0}]}, r"'supporting_facts\[0\].title' must be text, got 5"),
         ({"supporting_facts": []}, "'supporting_facts' is empty"),
         ({"supporting_facts": [["Emma", True]]}, r"'supporting_facts\[0\].sent_id' must be a whole number, got True"),
         ({"supporting_facts": [["Persuasion", 0]]}, r"'supporting_facts\[0\]' names the document 'Persuasion'"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,7 @@ def test_places_and_progress(tmp_path: Path) -> None:
         (gzip.compress(json.dumps(RECORDS).encode())[:-40], "damaged or truncated gzip"),
         (gzip.compress(b'{"a": 1}\n' * 9)[:-6] + b"123456", "damaged or truncated gzip"),
         (b"PAR1 and no more", "damaged parquet"),
+        (b"PK\x03\x04 and more", "a zip archive; unpack it"),
     ],
 )
 def test_damage_is_named_with_file_and_place(tmp_path: Path, content: bytes, message: str) -> None:
@@ -89,6 +92,32 @@ def test_damage_is_named_with_file_and_place(tmp_path: Path, content: bytes, mes
     with pytest.raises(DataError, match=r"damaged\.file") as caught:
         values(path)
     assert message in str(caught.value)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own count of a process's memory")
+@pytest.mark.parametrize("form", ["lines", "list", "lines in gzip", "list in gzip"])
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_record_of_100_mb_is_refused_in_little_memory(tmp_path: Path, form: str, closed: bool) -> None:
+    """Where it ends, and where it does not; in a process of its own, whose memory is asked for."""
+    path = tmp_path / "long.file"
+    opener = gzip.open if "gzip" in form else open
+    with opener(path, "wb", **({"compresslevel": 1} if "gzip" in form else {})) as file:  # type: ignore[operator]
+        file.write(b'[{"a": 1}, {"a": "' if "list" in form else b'{"a": 1}\n{"a": "')
+        for _ in range(100):
+            file.write(b"x" * 1_000_000)
+        if closed:
+            file.write(b'"}]' if "list" in form else b'"}\n{"a": 2}\n')
+    code = (
+        "import sys; from pathlib import Path; from atommem_env.tasks.jsonl import read_records\n"
+        "try: list(read_records(Path(sys.argv[1])))\n"
+        "except ValueError as error: print(error)\n"
+        "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    message, kilobytes = ran.stdout.splitlines()
+    place = "index 1 of the list" if "list" in form else "line 2"
+    assert f"{path}, {place}: longer than 16,777,216 characters" in message
+    assert int(kilobytes) < 300_000
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -39,6 +40,14 @@ def test_row_becomes_question_and_documents() -> None:
     assert question.evidence == tuple(
         Evidence(f"T{number % 3}", f"Paragraph {number}.\nSecond line. ") for number in (1, 4, 5)
     )
+
+
+def test_columns_and_json_text_give_the_same_record() -> None:
+    columns = {name: [item[name] for item in row()["paragraphs"]] for name in paragraph(0, False)}
+    assert musique.parse(row() | {"paragraphs": columns, "question_decomposition": {"id": [1, 2, 3]}}) == musique.parse(
+        row()
+    )
+    assert musique.parse(row() | {"paragraphs": json.dumps(row()["paragraphs"])}) == musique.parse(row())
 
 
 def test_unanswerable_row_is_left_out() -> None:

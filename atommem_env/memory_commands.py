@@ -1,0 +1,210 @@
+"""The commands `atommem memory ls`, `show`, `at-step`, `search` and `export`: what is in a store."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from atommem_env.embedders import embed, get_embedder
+from atommem_env.errors import SettingError, StoreError
+from atommem_env.memory import WorkingMemory
+from atommem_env.store import INTERRUPTED, EpisodeRecord, MemoryStore
+from atommem_env.types import EmbeddingRequest
+
+_ID = 10  # characters of an episode's id that tables show
+Store = Annotated[Path, tyro.conf.Positional]
+Text = Annotated[str, tyro.conf.Positional]
+
+
+def ls_command(store: Store, /, *, last: int = 50) -> None:
+    """List the episodes of a store, the latest at the end.
+
+    Args:
+        store: The store's folder, for example `memory` in what `atommem eval --out` wrote.
+        last: How many to list, the latest ones; 0: all.
+    """
+    records = _open(store).episodes()
+    shown = records[-last:] if last else records
+    table = Table(title=f"{len(shown):,} of {len(records):,} episodes in {store}", title_justify="left")
+    for heading in ("episode", "environment", "task", "status", "reward", "steps", "committed (UTC)"):
+        table.add_column(heading, justify="right" if heading in ("reward", "steps") else "left")
+    for record in shown:
+        table.add_row(*_cells(record), f"{record.committed_at:%Y-%m-%d %H:%M:%S}")
+    console = Console()
+    console.print(table)
+    if shown:
+        console.print(f"Next: atommem memory show {store} {shown[-1].episode_id[:_ID]}", markup=False, soft_wrap=True)
+
+
+def show_command(store: Store, episode: Text, /) -> None:
+    """Show an episode: how it went, its changes to the memory step by step, and what it kept.
+
+    Args:
+        store: The store's folder.
+        episode: The episode's id, or its first characters, as many as it takes.
+    """
+    opened = _open(store)
+    record = _find(opened, episode)
+    console = Console()
+    for name, value in zip(
+        ("episode", "environment", "task", "status", "reward", "replies"), _cells(record), strict=True
+    ):
+        console.print(f"{name:<12}{record.episode_id if name == 'episode' else value}", markup=False, highlight=False)
+    settings = ", ".join(f"{name} {value}" for name, value in record.settings.items())
+    console.print(f"{'settings':<12}{settings}", markup=False, highlight=False)
+    table = Table(title="Changes and searches", title_justify="left")
+    for heading in ("step", "operation", "entry", "text"):
+        table.add_column(heading, justify="right" if heading == "step" else "left")
+    for change in opened.changes(record.episode_id):
+        table.add_row(str(change["step"]), change["operation"], change["entry_id"], escape(change["text"]))
+    console.print(table)
+    _print_entries(console, opened.memory_at(record.episode_id, record.steps), "Kept")
+
+
+def at_step_command(store: Store, episode: Text, step: Annotated[int, tyro.conf.Positional], /) -> None:
+    """Show an episode's memory as it was after some replies.
+
+    Args:
+        store: The store's folder.
+        episode: The episode's id, or its first characters.
+        step: After how many replies; 0 is before the first.
+    """
+    opened = _open(store)
+    record = _find(opened, episode)
+    _print_entries(Console(), opened.memory_at(record.episode_id, step), f"After {step} of {record.steps} replies")
+
+
+def search_command(
+    store: Store, text: Text, /, *, embedder: str = "hashing", k: int = 10, episode: str | None = None
+) -> None:
+    """Search the entries that episodes kept, by meaning: exact, by cosine similarity.
+
+    Args:
+        store: The store's folder.
+        text: What to search for.
+        embedder: The embedder that the store was made with: "hashing", "minilm", "openai:MODEL".
+        k: How many entries to show.
+        episode: Search in one episode alone: its id, or its first characters.
+    """
+    opened = _open(store)
+    episode_id = None if episode is None else _find(opened, episode).episode_id
+    vector = embed(get_embedder(embedder), [EmbeddingRequest(text, "query")])[0]
+    table = Table()
+    for heading in ("score", "episode", "entry", "text"):
+        table.add_column(heading, justify="right" if heading == "score" else "left")
+    for hit in opened.search(vector, k, episode_id):
+        table.add_row(f"{hit.score:.3f}", hit.episode_id[:_ID], hit.entry_id, escape(hit.text))
+    Console().print(table)
+
+
+def export_command(
+    store: Store,
+    /,
+    *,
+    out: Path,
+    what: Literal["entries", "episodes", "journal", "turns"] = "entries",
+    vectors: bool = False,
+) -> None:
+    """Write what a store keeps as one file, to be read without LanceDB.
+
+    Args:
+        store: The store's folder.
+        out: The file, JSON lines if it ends in .jsonl, Parquet if in .parquet.
+        what: A row for each entry that was kept, each episode, each change and search, or each reply.
+        vectors: Write the vectors of entries and journal as well.
+
+    Raises:
+        SettingError: another kind of file, or it is there already.
+    """
+    if out.suffix not in (".jsonl", ".parquet"):
+        raise SettingError(f"--out must end in .jsonl or .parquet, got {out.name!r}.")
+    if out.exists():
+        raise SettingError(f"{out} is there already; name another file, or remove it.")
+    opened = _open(store)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    rows = list(_rows(opened, what, vectors))
+    if out.suffix == ".jsonl":
+        lines = (json.dumps(row, ensure_ascii=False, default=_as_json) + "\n" for row in rows)
+        out.write_text("".join(lines), encoding="utf-8")
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist(rows), out)
+    Console().print(f"{len(rows):,} {what} written to {out}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _open(folder: Path) -> MemoryStore:
+    """The store in a folder.
+
+    Raises:
+        StoreError: there is none; the message names those below the folder.
+    """
+    if not (folder / "episodes.lance").is_dir():
+        below = sorted(path.parent for path in folder.glob("*/episodes.lance"))
+        hint = f"Did you mean {', '.join(map(str, below[:5]))}?" if below else "Name the folder that `store=` named."
+        raise StoreError(f"There is no memory store in {folder}. {hint}")
+    return MemoryStore(folder)
+
+
+def _find(store: MemoryStore, prefix: str) -> EpisodeRecord:
+    """The episode whose id begins so.
+
+    Raises:
+        StoreError: there is none, or more than one.
+    """
+    found = [record for record in store.episodes() if record.episode_id.startswith(prefix)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        some = ", ".join(record.episode_id[: len(prefix) + 4] for record in found[:5])
+        raise StoreError(
+            f"{len(found)} episodes begin with {prefix!r}: {some}{', …' * (len(found) > 5)}. Name more of it."
+        )
+    raise StoreError(f"No episode begins with {prefix!r}. List them: atommem memory ls {store.folder}")
+
+
+def _cells(record: EpisodeRecord) -> list[str]:
+    reward = "" if record.status == INTERRUPTED else f"{record.reward:.3f}"
+    names = [record.episode_id[:_ID], record.env_id, record.task_id]
+    return [*map(escape, names), record.status, reward, str(record.steps)]
+
+
+def _print_entries(console: Console, memory: WorkingMemory, title: str) -> None:
+    table = Table(title=f"{title}: {len(memory)} entries", title_justify="left")
+    table.add_column("entry")
+    table.add_column("text")
+    for entry in memory.entries():
+        table.add_row(entry.id, escape(entry.text))
+    console.print(table)
+
+
+def _rows(store: MemoryStore, what: str, vectors: bool) -> Iterator[dict[str, Any]]:
+    for record in store.episodes():
+        name = {"episode_id": record.episode_id, "task_id": record.task_id}
+        if what == "episodes":
+            yield {**dataclasses.asdict(record), "settings": json.dumps(record.settings)}
+        elif what == "turns":
+            yield from (name | turn for turn in store.turns(record.episode_id))
+        elif what == "journal":
+            for change in store.changes(record.episode_id):
+                vector = {"vector": change.pop("vector")}
+                yield name | change | (vector if vectors else {})
+        else:
+            memory = store.memory_at(record.episode_id, record.steps)
+            for entry, row in zip(memory.entries(), memory.vectors(), strict=True):
+                yield name | {"entry_id": entry.id, "text": entry.text} | ({"vector": row} if vectors else {})
+
+
+def _as_json(value: Any) -> Any:
+    """Vectors as lists, times in ISO 8601."""
+    return value.tolist() if isinstance(value, np.ndarray) else value.isoformat()

@@ -1,0 +1,281 @@
+"""Fetches a dataset's published file when the user asks for it, and keeps it only if its SHA-256 is the known one.
+
+A connection that breaks is taken up where it broke, also by a later call, if the server can (HTTP `Range`) and still has
+the same file (`ETag` and length); else from the beginning.
+"""
+
+from __future__ import annotations
+
+import http.client
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import ssl
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass
+from email.message import Message
+from pathlib import Path
+from typing import Protocol
+
+from atommem_env.errors import DataError, DatasetNotFound, SettingError
+from atommem_env.tasks.catalogue import sha256_of
+
+PAUSES = (1.0, 2.0, 4.0, 8.0)  # seconds before each further try
+TIMEOUT = 30.0  # seconds without a byte after which a connection counts as broken
+_PIECE = 1 << 18  # bytes read at a time, at most
+_PROGRESS = 1 << 20  # bytes more than ever before: the connection is bad, but it leads somewhere, and tries count anew
+_BROKEN = (urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException)
+_TRY_AGAIN = (408, 425, 429, 500, 502, 503, 504)  # what a server may answer and mean "not now"
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A published file and what is known of it."""
+
+    url: str
+    bytes: int
+    sha256: str
+
+
+# Hashes and sizes agree in several independent public records of these files. MuSiQue's are the files of the official archive
+# (a shared folder that no program can rely on), 2WikiMultiHopQA's a conversion: at fixed revisions of the Hugging Face hub.
+_HUB = "https://huggingface.co/datasets"
+_HOTPOTQA = "http://curtis.ml.cmu.edu/datasets/hotpot"
+_MUSIQUE = f"{_HUB}/dgslibisey/MuSiQue/resolve/c8f4f8c9465fb69d31a8eae894c3fd509c4ca321"
+_TWOWIKI = f"{_HUB}/xanhho/2WikiMultihopQA/resolve/612bc5039a457880d9e7d84c3b0a4cf154b70e4f"
+PUBLISHED = {
+    ("hotpotqa", "train"): Published(
+        f"{_HOTPOTQA}/hotpot_train_v1.1.json",
+        566_426_227,
+        "26650cf50234ef5fb2e664ed70bbecdfd87815e6bffc257e068efea5cf7cd316",
+    ),
+    ("hotpotqa", "dev"): Published(
+        f"{_HOTPOTQA}/hotpot_dev_distractor_v1.json",
+        46_320_117,
+        "4e9ecb5c8d3b719f624d66b60f8d56bf227f03914f5f0753d6fa1b359d7104ea",
+    ),
+    ("musique", "train"): Published(
+        f"{_MUSIQUE}/musique_ans_v1.0_train.jsonl",
+        241_046_755,
+        "83a75b1e11e4e9bb8f8308e72ac40ca617ae4431b3a0d955b61cab259248490a",
+    ),
+    ("musique", "dev"): Published(
+        f"{_MUSIQUE}/musique_ans_v1.0_dev.jsonl",
+        30_439_728,
+        "15fa63794d18a94ce12411aca6e2327e65b6e83b0b1490efab3f1962e48abf3b",
+    ),
+    ("2wikimultihopqa", "dev"): Published(
+        f"{_TWOWIKI}/dev.parquet",
+        30_056_098,
+        "c0d8b60b9026b728fb07ad74c5252a0f188f6942e8ba5c02df4dfa369502ea8d",
+    ),
+}
+HOMEPAGES = {
+    "hotpotqa": "https://hotpotqa.github.io",
+    "2wikimultihopqa": "https://github.com/Alab-NII/2wikimultihop",
+    "musique": "https://github.com/StonyBrookNLP/musique",
+}
+
+
+class Progress(Protocol):
+    """Is told of a download now and then."""
+
+    def __call__(self, done: int, total: int | None) -> object:
+        """`done` bytes of `total` are here; None: the server did not say how many there are."""
+        ...
+
+
+def find_published(
+    dataset: str, split: str, url: str | None = None, sha256: str | None = None
+) -> tuple[str, str, int | None]:
+    """(URL, SHA-256, bytes if known) of a split's file: the published one, or what the user gives.
+
+    A URL alone is a mirror of the published file. Nothing is fetched without a known hash.
+
+    Raises:
+        SettingError: `sha256` is none, comes without `url`, or `url` is not for the web.
+        DatasetNotFound: no published file is known for the split; the message says what to do by hand.
+    """
+    if sha256 is not None and (url is None or not re.fullmatch("[0-9a-fA-F]{64}", sha256)):
+        raise SettingError(f"sha256 must be 64 hexadecimal digits and goes with url, got {sha256!r} and url {url!r}.")
+    if url is not None and urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+        raise SettingError(f"url must begin with http:// or https://, got {url!r}.")
+    if url and sha256:
+        return url, sha256.lower(), None
+    known = PUBLISHED.get((dataset, split))
+    if known is None:
+        splits = ", ".join(name for of, name in PUBLISHED if of == dataset)
+        raise DatasetNotFound(
+            f"No file with a known checksum is on record for {dataset} and the split {split!r} (there is one for: {splits}). "
+            f"Download the official file by hand, from {HOMEPAGES[dataset]}, unpack it, and run: "
+            f"atommem data import {dataset} --split {split} FILE. Or, if you know its checksum: "
+            f"atommem data get {dataset} --split {split} --url URL --sha256 HEX"
+        )
+    return url or known.url, known.sha256, known.bytes
+
+
+def download(
+    url: str, target: Path, sha256: str, size: int | None = None, progress: Progress = lambda done, total: None
+) -> Path:
+    """Fetch a file unless it is there already; returns `target`.
+
+    Args:
+        url: Where it is.
+        target: Where it goes, by one rename once it is complete and right. Until then `.NAME.part` lies beside it.
+        sha256: What it must have, in lower-case hexadecimal.
+        size: How many bytes it must have, where that is known.
+        progress: Told now and then.
+
+    Raises:
+        DatasetNotFound: the server refuses, cannot be reached in several tries, or the disk has too little room.
+        DataError: what came is another file; nothing of it is kept.
+    """
+    if target.is_file() and sha256_of(target) == sha256:
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = _Part(target.with_name(f".{target.name}.part"), url)
+    most, tries = len(part), 0
+    while True:
+        try:
+            _fetch(url, part, size, progress)
+            break
+        except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()
+                if error.code not in _TRY_AGAIN:
+                    raise DatasetNotFound(f"{url}: the server says {error.code} {error.reason}. {_HINT}") from error
+            if not isinstance(error, _BROKEN):  # the disk's own errors
+                raise
+            tries = 0 if len(part) >= most + _PROGRESS else tries
+            most = max(most, len(part))
+            if tries == len(PAUSES):
+                reason = getattr(error, "reason", None) or error
+                raise DatasetNotFound(
+                    f"{url} could not be fetched in {tries + 1} tries: {reason}. "
+                    f"{len(part):,} bytes are kept to go on from. {_HINT}"
+                ) from error
+            time.sleep(PAUSES[tries])
+            tries += 1
+    found = sha256_of(part.path)
+    if found != sha256:
+        length = len(part)
+        part.remove()
+        raise DataError(
+            f"{url}: expected the SHA-256 {sha256}, got {found} ({length:,} bytes"
+            + (f", expected {size:,}" if size is not None else "")
+            + f"). Nothing of it is kept. The file was damaged on its way, or is another one. {_HINT}"
+        )
+    os.replace(part.path, target)
+    part.remove()
+    return target
+
+
+_HINT = "Try again, give another address of the same file (--url URL), or download it by hand and run `atommem data import`."
+
+
+class _Part:
+    """The beginning of a file, and the server's name for the whole of it (`ETag`), in a file beside it."""
+
+    def __init__(self, path: Path, url: str) -> None:
+        self.path, self._url = path, url
+        self._origin = path.with_name(f"{path.name}.json")
+
+    def __len__(self) -> int:
+        return self.path.stat().st_size if self.path.is_file() else 0
+
+    def etag(self) -> str | None:
+        """The strong `ETag` under which the beginning came from this URL; None where it cannot be gone on with."""
+        if not len(self) or not self._origin.is_file():
+            return None
+        origin = json.loads(self._origin.read_text(encoding="utf-8"))
+        return origin["etag"] if origin["url"] == self._url else None
+
+    def begin(self, etag: str | None) -> None:
+        """Throw away what there is, and note where the new beginning comes from."""
+        self.remove()
+        if etag and not etag.startswith("W/"):
+            self._origin.write_text(json.dumps({"url": self._url, "etag": etag}), encoding="utf-8")
+
+    def remove(self) -> None:
+        self._origin.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
+
+
+def _fetch(url: str, part: _Part, size: int | None, progress: Progress) -> None:
+    """Complete `part` in one connection.
+
+    Raises:
+        OSError, http.client.HTTPException: the connection broke, or the server refused; what came is in `part`.
+        DataError: the server has a file of another size than `size`; nothing is kept.
+        DatasetNotFound: the disk has too little room.
+    """
+    headers = {"User-Agent": f"atommem/{importlib.metadata.version('atommem')}", "Accept-Encoding": "identity"}
+    etag = part.etag()
+    if etag:
+        headers |= {"Range": f"bytes={len(part)}-", "If-Range": etag}
+    try:
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:
+            raise
+        error.close()
+        part.remove()  # it holds as much as the server's file, or more
+        raise ConnectionError("the server has no more than what was kept; it is fetched anew") from error
+    with response:
+        total = _total(response.headers)
+        if response.status != 206 or not _goes_on(response.headers, etag, len(part)):
+            if response.status == 206:
+                part.remove()
+                raise ConnectionError(
+                    f"the server sent another part than asked for ({response.headers['Content-Range']})"
+                )
+            part.begin(response.headers["ETag"])
+        if size is not None and total is not None and total != size:
+            part.remove()
+            raise DataError(f"{url}: expected a file of {size:,} bytes, the server has one of {total:,}. {_HINT}")
+        _check_room(part.path.parent, (total or size or 0) - len(part))
+        with part.path.open("ab") as file:
+            while piece := response.read1(_PIECE):  # what has come, so that it is kept when no more does
+                file.write(piece)
+                progress(file.tell(), total or size)
+                if size is not None and file.tell() > size:
+                    break  # without a Content-Length it could go on for ever; the hash will say what came
+        whole = size if total is None else total
+        if whole is not None and len(part) < whole:
+            raise ConnectionError(f"the connection ended after {len(part):,} of {whole:,} bytes")
+
+
+def _total(headers: Message) -> int | None:
+    """Bytes of the whole file by what the server says.
+
+    >>> headers = Message()
+    >>> headers["Content-Length"] = "40"
+    >>> _total(headers)
+    40
+    >>> headers["Content-Range"] = "bytes 60-99/100"
+    >>> _total(headers)
+    100
+    """
+    whole = re.fullmatch(r"bytes \d+-\d+/(\d+)", headers["Content-Range"] or "")
+    length = whole[1] if whole else headers["Content-Length"]
+    return int(length) if length and length.isdecimal() else None
+
+
+def _goes_on(headers: Message, etag: str | None, start: int) -> bool:
+    """Whether a partial answer is of the same file and begins at byte `start`."""
+    begins = re.match(r"bytes (\d+)-", headers["Content-Range"] or "")
+    return begins is not None and int(begins[1]) == start and headers["ETag"] in (None, etag)
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise DatasetNotFound(
+            f"The file needs {needed:,} more bytes, and the disk of {folder} has {free:,} free. Make room, or name a folder on "
+            "another disk in ATOMMEM_DATA."
+        )

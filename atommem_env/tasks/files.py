@@ -1,0 +1,325 @@
+"""Questions about files of one's own: text, Markdown and PDF."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from atommem_env.errors import DataError, DatasetNotFound, MissingDependency, SettingError
+from atommem_env.tasks.haystack import check_questions, group_starts
+from atommem_env.tasks.jsonl import read_records
+from atommem_env.tasks.records import checked, required_text
+from atommem_env.types import Document, Evidence, Question, Task
+
+SUFFIXES = (".txt", ".text", ".md", ".markdown", ".pdf")  # what is taken from a folder
+UNGRADED = "ungraded"  # kind of a question without a gold
+_LONGEST_PART = 8_000  # characters, about 1,600 tokens: several parts fit into a chunk of the default size
+_HEADING = re.compile(r"(#{1,6})\s+(.+?)\s*#*\s*$")
+_FENCE = re.compile(r"\s{0,3}(```|~~~)")
+_NUMBER = re.compile(r"(\d+)")
+
+Located = tuple[str, Document]  # the file's name, and a document of it
+
+
+class FilesSource:
+    """Tasks over the user's own files, read in order from the first page to the last: no shuffling, no distractors.
+
+        gym.make("AtomMem-Files", files="handbook/", data="questions.jsonl")
+        gym.make("AtomMem-Files", files=["part1.pdf", "part2.pdf"], question="Who signs the contract?")
+
+    **Files** are read in the order given; those of a folder, and of the folders in it, by name, numbers by value (`ch2` before
+    `ch10`). Of a folder, files that end in .txt, .text, .md, .markdown or .pdf are taken, but for hidden ones; a file that is
+    named is taken whatever it is called. Text is UTF-8. They become documents so:
+
+    - PDF: one for each page with text, titled `report.pdf, page 3`. Needs the extra `files`.
+    - Markdown: one for each section under a heading (`# …`), titled `notes.md: Safety › Fire`.
+    - Text: one for each page, where form feeds part pages, titled `log.txt, page 3`, else one, titled `log.txt`.
+    - What is longer than 8,000 characters is parted between paragraphs, titled `log.txt (2)` and so on from the second part.
+
+    **Questions** are JSON lines, a JSON list, or CSV (with a header, by the name `.csv`), with the fields
+
+    - `question`,
+    - `answer`, a text, or `answers`, the gold and its aliases: a list, in CSV with `|` between them,
+    - `id`, which may be left out, and
+    - `evidence`, which may be left out: a list of `{"file": …, "text": …}`, passages that the answer rests on; in CSV the columns
+      `evidence_file` and `evidence_text`. A passage must stand in one document; whitespace does not count.
+
+    Answers are scored as HotpotQA's. A question whose `answers` are the empty list `[]`, or that is given as `question=` without
+    `answers=`, has **no gold**: it is asked, its answer is in `info`, its kind is "ungraded" and its exact match and F1 are 0.
+
+    Task `i` asks the questions of group `i` of the file, as in `HaystackSource`, but that the last group may be smaller: no
+    question is left out. The seed changes nothing.
+
+    Args:
+        files: A file, a folder, or a list of them.
+        data: The file of questions.
+        question: One question, in place of a file of questions.
+        answers: The gold and aliases of `question`.
+        questions: Questions of a task, 1 to 10, or "sampled".
+
+    Raises:
+        DatasetNotFound: a file does not exist.
+        DataError: a file cannot be read as text, or a question is not as it should be; the message names file and line.
+        MissingDependency: a PDF is given, and the extra `files` is not installed.
+        SettingError: a setting is missing, contradicts another or is out of range.
+    """
+
+    dataset = "files"
+
+    def __init__(
+        self,
+        files: str | Path | Sequence[str | Path] = (),
+        *,
+        data: str | Path | None = None,
+        question: str | None = None,
+        answers: str | Sequence[str] = (),
+        questions: int | str = 1,
+    ) -> None:
+        check_questions(questions)
+        given = [files] if isinstance(files, str | Path) else list(files)
+        if not given:
+            raise SettingError("files= must name a file, a folder, or a list of them: what the questions are about.")
+        if (data is None) == (question is None):
+            raise SettingError(f"Give either data= (a file of questions) or question=, got {data!r} and {question!r}.")
+        if answers and question is None:
+            raise SettingError("answers= goes with question=; in a file of questions each has its own.")
+        located = list(_read(_find([Path(item).expanduser() for item in given])))
+        if data is not None:
+            path = Path(data).expanduser()
+            rows = _csv_records(path) if path.suffix.lower() == ".csv" else read_records(path)
+        else:
+            golds = [answers] if isinstance(answers, str) else list(answers)
+            rows = iter([("question=", {"question": question, "answers": golds})])
+        self.documents = tuple(document for _, document in located)
+        self.all_questions = tuple(_questions(rows, located))
+        if not self.all_questions:
+            raise DataError(f"{data}: no question in it.")
+        self.questions = questions
+        self._starts = group_starts(len(self.all_questions), questions)
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def task(self, index: int, seed: int) -> Task:
+        """The task at `index` (0 ≤ index < len); the same for every seed. Raises `SettingError` for another index."""
+        if not 0 <= index < len(self):
+            raise SettingError(f"index must be from 0 to {len(self) - 1}, got {index}.")
+        return Task(
+            id=f"files/{index}" + ("" if self.questions == 1 else f"x{self.questions}"),
+            dataset=self.dataset,
+            documents=self.documents,
+            questions=self.all_questions[self._starts[index] : self._starts[index + 1]],
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------ documents
+
+
+def _find(given: Sequence[Path]) -> list[tuple[str, Path]]:
+    """(name, path) of every file, in order; a name is the path from the deepest folder that all of them share."""
+    paths: list[Path] = []
+    for path in given:
+        if path.is_dir():
+            inside = [file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
+            shown = [file for file in inside if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+            if not shown:
+                raise DataError(f"{path}: no file in this folder that ends in {', '.join(SUFFIXES)}.")
+            paths += sorted(shown, key=_reading_order)
+        elif path.is_file():
+            paths.append(path)
+        else:
+            raise DatasetNotFound(f"There is no file or folder {path}, given as files=.")
+    full = [path.resolve() for path in paths]
+    if len(set(full)) < len(full):
+        raise SettingError(f"files= names {next(path for path in full if full.count(path) > 1)} twice.")
+    shared = os.path.commonpath([path.parent for path in full])
+    return [(path.relative_to(shared).as_posix(), path) for path in full]
+
+
+def _reading_order(path: Path) -> list[list[Any]]:
+    """
+    >>> [path.name for path in sorted(map(Path, ("ch10.md", "ch2.md", "Ch1.md")), key=_reading_order)]
+    ['Ch1.md', 'ch2.md', 'ch10.md']
+    """
+    return [
+        [int(piece) if number % 2 else piece.casefold() for number, piece in enumerate(_NUMBER.split(part))]
+        for part in path.parts
+    ]
+
+
+def _read(files: Sequence[tuple[str, Path]]) -> Iterator[Located]:
+    for name, path in files:
+        with path.open("rb") as file:
+            start = file.read(5)
+        if start == b"%PDF-":
+            pieces = _paged(name, _pdf_pages(path))
+        else:
+            text = _text(path)
+            if path.suffix.lower() in (".md", ".markdown"):
+                pieces = _sections(name, text)
+            else:
+                pieces = _paged(name, text.split("\f")) if "\f" in text else iter([(name, text)])
+        documents = [Document(*part) for title, piece in pieces for part in _parts(title, piece)]
+        if not documents:
+            raise DataError(
+                f"{path}: no text in it"
+                + (
+                    "; the pages may be pictures: recognise their text (OCR) first."
+                    if path.suffix.lower() == ".pdf"
+                    else "."
+                )
+            )
+        yield from ((name, document) for document in documents)
+
+
+def _text(path: Path) -> str:
+    data = path.read_bytes()
+    if b"\0" in data:
+        raise DataError(
+            f"{path}: not a text file (a zero byte at {data.index(0)}); expected UTF-8 text, Markdown or PDF."
+        )
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text (at byte {error.start}: {error.reason}); save it as UTF-8.") from error
+
+
+def _pdf_pages(path: Path) -> list[str]:
+    try:
+        import pypdf
+    except ImportError as error:
+        raise MissingDependency(f"{path} is a PDF, which needs 'pypdf': pip install 'atommem[files]'.") from error
+    try:
+        reader = pypdf.PdfReader(path)
+        if reader.is_encrypted and not reader.decrypt(""):
+            raise DataError(f"{path}: the PDF is encrypted; save a copy without a password.")
+        # A glyph that stands for half a character, or none, comes out as one.
+        return [page.extract_text().encode("utf-8", "replace").decode().replace("\0", " ") for page in reader.pages]
+    except DataError:
+        raise
+    except pypdf.errors.DependencyError as error:
+        raise DataError(f"{path}: the PDF is encrypted ({error}); save a copy without a password.") from error
+    except Exception as error:  # a damaged file leads pypdf to errors of many types
+        raise DataError(f"{path}: the PDF is damaged ({type(error).__name__}: {error}).") from error
+
+
+def _paged(name: str, pages: Sequence[str]) -> Iterator[tuple[str, str]]:
+    return ((f"{name}, page {number}", page) for number, page in enumerate(pages, 1))
+
+
+def _sections(name: str, text: str) -> Iterator[tuple[str, str]]:
+    """(title, text) of what stands before the first heading of Markdown, and under each.
+
+    >>> list(_sections("a.md", "Hello.\\n# Safety\\n## Fire\\nRun.\\n# End\\nBye."))
+    [('a.md', 'Hello.\\n'), ('a.md: Safety', ''), ('a.md: Safety › Fire', 'Run.\\n'), ('a.md: End', 'Bye.')]
+    """
+    path: list[tuple[int, str]] = []  # (level, heading) down to where we are
+    lines: list[str] = []
+    fence = ""
+
+    def section() -> tuple[str, str]:
+        return name + (": " + " › ".join(heading for _, heading in path) if path else ""), "".join(lines)
+
+    for line in io.StringIO(text):
+        if mark := _FENCE.match(line):
+            fence = "" if fence == mark[1] else fence or mark[1]
+        heading = None if fence else _HEADING.match(line)
+        if heading:
+            yield section()
+            path, lines = [item for item in path if item[0] < len(heading[1])], []
+            path.append((len(heading[1]), heading[2]))
+        else:
+            lines.append(line)
+    yield section()
+
+
+def _parts(title: str, text: str) -> Iterator[tuple[str, str]]:
+    """(title, text) of the parts of a text; none of a blank one. A paragraph that is too long stays whole."""
+    parts: list[str] = []
+    for paragraph in re.split(r"\n\s*\n", text):
+        if parts and len(parts[-1]) + 2 + len(paragraph) <= _LONGEST_PART:
+            parts[-1] += "\n\n" + paragraph
+        else:
+            parts.append(paragraph)
+    shown = (part.strip("\n") for part in parts if part.strip())
+    return ((title if number == 1 else f"{title} ({number})", part) for number, part in enumerate(shown, 1))
+
+
+# ------------------------------------------------------------------------------------------------------------ questions
+
+
+def _csv_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, record) of each row, in the form that JSON has."""
+    if not path.is_file():
+        raise DatasetNotFound(f"There is no file {path}, given as data=.")
+    reader = csv.DictReader(io.StringIO(_text(path)), strict=True)
+    try:
+        for row in reader:
+            place = f"{path}, line {reader.line_num}"
+            if None in row or None in row.values():
+                raise DataError(f"{place}: expected {len(reader.fieldnames or ())} cells as in the header.")
+            record: dict[str, Any] = {name: value for name, value in row.items() if value}
+            if "answers" in record:
+                record["answers"] = record["answers"].split("|")
+            if "evidence_text" in record or "evidence_file" in record:
+                record["evidence"] = [{key: record.pop(f"evidence_{key}", "") for key in ("file", "text")}]
+            yield place, record
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.reader.line_num}: not CSV ({error}).") from error
+
+
+def _questions(rows: Iterator[tuple[str, dict[str, Any]]], located: Sequence[Located]) -> Iterator[Question]:
+    seen: dict[str, str] = {}
+    for number, (place, record) in enumerate(rows, 1):
+        try:
+            question = _question(record, f"q{number}", located)
+            if question.id in seen:
+                raise DataError(f"field 'id' is {question.id!r}, as in {seen[question.id]}; ids must differ.")
+        except DataError as error:
+            raise DataError(f"{place}: {error}") from error
+        seen[question.id] = place
+        yield question
+
+
+def _question(record: Mapping[str, Any], default_id: str, located: Sequence[Located]) -> Question:
+    if ("answer" in record) == ("answers" in record):
+        raise DataError("expected either the field 'answer' or the field 'answers' (an empty list: no gold is known).")
+    if "answer" in record:
+        golds = [required_text(record, "answer")]
+    else:
+        listed = checked(record["answers"], list, "answers")
+        golds = [required_text({"": gold}, "", f"answers[{number}]") for number, gold in enumerate(listed)]
+    evidence = []
+    for number, item in enumerate(checked(record.get("evidence", []), list, "evidence")):
+        where = f"evidence[{number}]"
+        passage = checked(item, dict, where)
+        evidence.append(
+            _evidence(
+                required_text(passage, "file", f"{where}."), required_text(passage, "text", f"{where}."), where, located
+            )
+        )
+    return Question(
+        id=required_text(record, "id") if "id" in record else default_id,
+        text=required_text(record, "question"),
+        answers=tuple(dict.fromkeys(golds)),
+        evidence=tuple(dict.fromkeys(evidence)),
+        kind="question" if golds else UNGRADED,
+        hops=max(1, len({item.title for item in evidence})),
+    )
+
+
+def _evidence(file: str, text: str, where: str, located: Sequence[Located]) -> Evidence:
+    """The passage as it stands in a document of the file, however its words are spaced."""
+    names = dict.fromkeys(name for name, _ in located)
+    if file not in names:
+        raise DataError(f"field '{where}.file' must be one of {', '.join(names)}; got {file!r}.")
+    words = re.compile(r"\s+".join(map(re.escape, text.split())))
+    for name, document in located:
+        if name == file and (found := words.search(document.text)):
+            return Evidence(document.title, found[0])
+    raise DataError(f"field '{where}.text' stands in no document (page, section or part) of {file}: {text[:80]!r}.")

@@ -1,0 +1,116 @@
+"""Many environments as one: each step embeds what all of them write in one batch, and keeps it by one commit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector.utils import iterate
+from numpy.typing import ArrayLike
+
+from atommem_env.embedders import Embedder, embed, get_embedder
+from atommem_env.env import AtomMemEnv, open_store, split_options
+from atommem_env.store import MemoryStore, Recorder
+from atommem_env.tasks import make_source
+from atommem_env.types import TaskSource
+
+
+class AtomMemVectorEnv(SyncVectorEnv):
+    """`num_envs` environments that share a task source, an embedder and a store: `gym.make_vec(id, num_envs=N)`.
+
+    Spaces, seeds, options, autoreset and `info` are those of `gymnasium.vector.SyncVectorEnv`, and so is, byte for byte, all
+    that it returns: texts come as tuples of N, numbers as arrays [N]. What differs is the speed. A step makes one call of the
+    embedder for each kind of text, with the texts of all N, and one commit; reset draws each environment's task by its seed.
+
+    A step whose embedding fails leaves all environments as they were; it can be taken again.
+
+    Args:
+        dataset: as for `AtomMemEnv`.
+        num_envs: N, at least 1.
+        autoreset_mode: "NextStep", "SameStep", "Disabled", or the `AutoresetMode`.
+        embedder, store, durability, render_mode, options: as for `AtomMemEnv`.
+    """
+
+    envs: list[_Member]  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        dataset: str | TaskSource,
+        *,
+        num_envs: int = 1,
+        autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
+        embedder: str | Embedder = "hashing",
+        store: str | Path | MemoryStore | None = None,
+        durability: str = "episode",
+        render_mode: str | None = None,
+        **options: Any,
+    ) -> None:
+        _, source_options = split_options(dataset, options)
+        source = make_source(dataset, **source_options) if isinstance(dataset, str) else dataset
+        settings = {name: value for name, value in options.items() if name not in source_options}
+        self.embedder = get_embedder(embedder) if isinstance(embedder, str) else embedder
+        self._owns_store = not isinstance(store, MemoryStore)
+        self.store = store if isinstance(store, MemoryStore) else open_store(store, self.embedder, durability)
+        self._to_write: dict[Recorder, None] = {}  # in order, each once
+
+        def member() -> _Member:
+            return _Member(
+                self._to_write, source, embedder=self.embedder, store=self.store, render_mode=render_mode, **settings
+            )
+
+        super().__init__([member] * num_envs, autoreset_mode=autoreset_mode)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "spec" and value is not None:  # given by `gym.make_vec`; the store calls episodes by its id
+            for env in self.envs:
+                env.spec = gym.spec(value.id)
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        over = self._autoreset_envs if self.autoreset_mode is AutoresetMode.NEXT_STEP else [False] * self.num_envs
+        requests = {
+            env: env.submit(action)
+            for env, action, resets in zip(self.envs, iterate(self.action_space, actions), over, strict=True)
+            if not resets
+        }
+        vectors = embed(self.embedder, [request for some in requests.values() for request in some])
+        start = 0
+        for env, some in requests.items():
+            env.vectors = vectors[start : start + len(some)]
+            start += len(some)
+        result = super().step(actions)
+        self._write()
+        return result
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        result = super().reset(**kwargs)
+        self._write()
+        return result
+
+    def close_extras(self, **kwargs: Any) -> None:
+        super().close_extras(**kwargs)
+        self._write()
+        if self._owns_store:
+            self.store.close()
+
+    def _write(self) -> None:
+        """Keeps what the members noted; after an error they still hold it, and the next call keeps it."""
+        self.store.write(list(self._to_write))
+        self._to_write.clear()
+
+
+class _Member(AtomMemEnv):
+    """An environment for which the vector environment embeds and writes."""
+
+    def __init__(self, to_write: dict[Recorder, None], dataset: TaskSource, **kwargs: Any) -> None:
+        super().__init__(dataset, **kwargs)
+        self.vectors: ArrayLike = []  # of the action submitted last
+        self._to_write = to_write
+
+    def step(self, action: str) -> Any:
+        return self.resolve(action, self.vectors)
+
+    def _write(self, recorder: Recorder) -> None:
+        self._to_write[recorder] = None

@@ -1,0 +1,234 @@
+"""Kills what writes a store: `python -m eval.benchmarks.crash [--trials 50] [--out FILE]`, some minutes on two cores.
+
+A process plays random episodes of `AtomMem-Synthetic`, eight at a time, and says after each commit what was acknowledged. It
+is ended by kill -9 at a random moment. Then the store must be readable, for us and for LanceDB by itself; it must hold all
+that was acknowledged; the last episodes in it, played again from their replies, must lead to the memory that the journal
+gives; each interrupted one must go on to its end; and when the store was joined and closed no table may have more than ten
+files. What is left of one trial is the store that the next one writes to, five times.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from agents.baselines.cheats import Random
+from agents.policy import Act
+from atommem_env.embedders import embed, get_embedder
+from atommem_env.episode import Episode
+from atommem_env.errors import StoreError
+from atommem_env.replay import first_moment, replay
+from atommem_env.store import INTERRUPTED, MemoryStore, Recorder
+from atommem_env.store_tables import TABLES
+from atommem_env.tasks import make_source
+from atommem_env.types import EpisodeSettings
+
+_SETTINGS = EpisodeSettings(chunk_tokens=64)
+_IN_FLIGHT = 8
+_MOST_FILES = 10
+_REPLAYED = 8  # episodes that were over, the last ones; all that were not are
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What was found with one durability; all but the first four must be 0."""
+
+    durability: str
+    trials: int
+    acknowledged_replies: int  # with "episode": those of episodes whose end was acknowledged
+    resumed: int  # interrupted episodes that went on to their end
+    unreadable: int  # stores that could not be opened or read
+    lost: int  # acknowledged replies, and ends, that were not there
+    inconsistent: int  # episodes whose journal and replies disagree
+    not_resumed: int
+    too_many_files: int  # tables
+
+
+def play_until_killed(folder: str, durability: str, seed: str) -> None:
+    """Plays for ever and prints a line for each commit: of each acknowledged episode its id, replies and whether it ended."""
+    import lancedb  # noqa: F401  # takes a second, in which nothing could go wrong
+
+    store, source = MemoryStore(folder, durability), make_source("synthetic")
+    rng = np.random.default_rng(int(seed))
+
+    def begin() -> tuple[Episode, Recorder, Act]:
+        index, number = int(rng.integers(len(source))), int(rng.integers(2**31))
+        task = source.task(index, number)
+        recorder = store.begin(
+            env_id="crash",
+            task_id=task.id,
+            index=index,
+            task_seed=number,
+            episode_seed=number,
+            settings=dataclasses.asdict(_SETTINGS),
+        )
+        return Episode(task, _SETTINGS, number), recorder, Random(_SETTINGS).begin(number, None)
+
+    playing = [begin() for _ in range(_IN_FLIGHT)]
+    os.write(1, b"{}\n")  # from now on it may be killed
+    while True:
+        for one in playing:
+            _step(*one)
+        store.write([recorder for _, recorder, _ in playing])
+        said = {
+            recorder.episode_id: (episode.steps, episode.stop_reason is not None)
+            for episode, recorder, _ in playing
+            if durability == "step" or episode.stop_reason is not None
+        }
+        os.write(1, json.dumps(said).encode() + b"\n")  # at once: never half a line
+        playing = [begin() if one[0].stop_reason is not None else one for one in playing]
+
+
+def _step(episode: Episode, recorder: Recorder, act: Act) -> None:
+    reply = act(episode.observe())
+    assert isinstance(reply, str)
+    result = episode.resolve(embed(get_embedder("hashing"), episode.submit(reply)))
+    recorder.record(episode.steps, reply, result)
+    if episode.stop_reason is not None:
+        recorder.end(episode.stop_reason, episode.reward, episode.memory)
+
+
+def killed(folder: Path, durability: str, seed: int, delay: float) -> dict[str, tuple[int, bool]]:
+    """Lets a process write for `delay` seconds and kills it: the replies acknowledged of each episode, and whether its end was.
+
+    Raises:
+        RuntimeError: the process ended by itself.
+    """
+    code = "import sys; from eval.benchmarks.crash import play_until_killed; play_until_killed(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, str(folder), durability, str(seed)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as child:
+        assert child.stdout is not None
+        timer = threading.Timer(delay, child.send_signal, (signal.SIGKILL,))
+        acknowledged: dict[str, tuple[int, bool]] = {}
+        for line in child.stdout:
+            if timer.ident is None:
+                timer.start()
+            acknowledged |= {episode: (steps, over) for episode, (steps, over) in json.loads(line).items()}
+    timer.cancel()
+    if child.returncode != -signal.SIGKILL:
+        raise RuntimeError(f"The process that was to be killed ended with status {child.returncode}.")
+    return acknowledged
+
+
+def inspect(folder: Path, acknowledged: dict[str, tuple[int, bool]], after: float) -> Iterator[str]:
+    """What became of a store, by the names of `Result`'s counts. Played again are episodes committed `after` a time."""
+    import lancedb
+
+    store, source = MemoryStore(folder, "step"), make_source("synthetic")
+    try:
+        records = {record.episode_id: record for record in store.episodes()}
+        for name in TABLES if records else ():
+            lancedb.connect(folder).open_table(name).to_arrow()
+    except Exception as error:  # any error at all is what is looked for
+        yield f"unreadable: {error!r}"
+        return
+    for episode_id, (steps, ended) in acknowledged.items():
+        row = records.get(episode_id)
+        if row is None or row.steps < steps or (ended and row.status == INTERRUPTED):
+            yield f"lost: {episode_id} had {steps} replies{' and its end' if ended else ''}, and now {row}"
+    new = [record for record in records.values() if record.committed_at.timestamp() >= after]
+    over = [record for record in new if record.status != INTERRUPTED]
+    for record in over[-_REPLAYED:] + [record for record in new if record.status == INTERRUPTED]:
+        episode = first_moment(record, source, _SETTINGS)
+        try:
+            for _ in replay(episode, store, record.episode_id):
+                pass
+            kept = store.memory_at(record.episode_id, record.steps)
+        except StoreError as error:
+            yield f"inconsistent: {error}"
+            continue
+        status = episode.stop_reason or INTERRUPTED
+        if (
+            episode.steps != record.steps
+            or kept.entries() != episode.memory.entries()
+            or not np.array_equal(kept.vectors(), episode.memory.vectors())
+            or (record.status != INTERRUPTED and status != record.status)
+        ):
+            yield f"inconsistent: {record}, played again {episode.steps} replies, {status}"
+            continue
+        if record.status == INTERRUPTED:
+            recorder = store.resume(record.episode_id)
+            act = Random(_SETTINGS).begin(record.episode_seed, None)
+            if episode.stop_reason is not None:  # its last reply was written, its end was not
+                recorder.end(episode.stop_reason, episode.reward, episode.memory)
+            while episode.stop_reason is None:
+                _step(episode, recorder, act)
+                store.write([recorder])
+            store.write([recorder])
+            again = store.episode(record.episode_id)
+            last = store.memory_at(record.episode_id, episode.steps).entries()
+            right = (again.status, again.steps, last) == (episode.stop_reason, episode.steps, episode.memory.entries())
+            yield "resumed" if right else f"not_resumed: {again}"
+    store.optimize()
+    store.close()
+    for name in TABLES if records else ():
+        files = sum(path.is_file() for path in (folder / f"{name}.lance").rglob("*"))
+        if files > _MOST_FILES:
+            yield f"too_many_files: {files} of {name}"
+
+
+def measure(durability: str, trials: int, seed: int, console: Console, longest: float = 3.0) -> Result:
+    """Kills `trials` times, after up to `longest` seconds of writing; prints what was found wrong."""
+    rng = np.random.default_rng(seed)
+    found: Counter[str] = Counter()
+    replies = 0
+    with tempfile.TemporaryDirectory() as work:
+        for trial in track(range(trials), durability, console=console, transient=True):
+            begun = time.time()
+            folder = Path(work) / str(trial // 5)  # five trials write to one store
+            acknowledged = killed(folder, durability, int(rng.integers(2**31)), float(rng.uniform(0, longest)))
+            replies += sum(steps for steps, _ in acknowledged.values())
+            for line in inspect(folder, acknowledged, begun):
+                name, _, detail = line.partition(": ")
+                found[name] += 1
+                if detail:
+                    console.print(f"{durability}, trial {trial}: {line}", markup=False)
+    counts = {
+        name: found[name] for name in ("resumed", "unreadable", "lost", "inconsistent", "not_resumed", "too_many_files")
+    }
+    return Result(durability=durability, trials=trials, acknowledged_replies=replies, **counts)
+
+
+def main(*, out: Path | None = None, trials: int = 50, seed: int = 0) -> None:
+    """Kill what writes a store, look at what is left, and print a table; the status is 1 if anything was lost.
+
+    Args:
+        out: JSON file for the numbers.
+        trials: How often, with each durability.
+        seed: Draws episodes and moments.
+    """
+    console = Console()
+    results = [measure(durability, trials, seed, console) for durability in ("episode", "step")]
+    fields = [field.name for field in dataclasses.fields(Result)]
+    table = Table(title=f"kill -9, {trials} times with each durability")
+    table.add_column("")
+    for result in results:
+        table.add_column(result.durability, justify="right")
+    for name in fields[1:]:
+        table.add_row(name.replace("_", " "), *(f"{getattr(result, name):,}" for result in results))
+    console.print(table)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n", encoding="utf-8")
+    sys.exit(any(getattr(result, name) for result in results for name in fields[4:]))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

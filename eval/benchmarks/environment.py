@@ -1,0 +1,273 @@
+"""Where the time of a step goes outside of the model: `python -m eval.benchmarks.environment [--out FILE]`, half a minute.
+
+Episodes of the synthetic world are played by replies of a fixed kind (three Creates, an Update and a Read while reading, an
+answer when asked), with vectors that were computed beforehand. A step is taken apart into **parse** (`Episode.submit`:
+reading the reply and planning it), **memory** (`Episode.resolve`: writing, searching, the next observation) and **render** (a
+layout: the observation as chat messages); **reset** is the drawing of a task and its cutting into chunks.
+
+Beside it, whole steps of `gym.make_vec`, which embeds and keeps once for all its environments, against Gymnasium's own
+`SyncVectorEnv` over as many single ones, with the same replies, the same embedder and the same store setting.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+import atommem_env  # noqa: F401  (registers the ids)
+from atommem_env.dialects import get_dialect
+from atommem_env.embedders import get_embedder
+from atommem_env.episode import Episode
+from atommem_env.prompts import get_layout
+from atommem_env.tasks.synthetic import SyntheticSource
+from atommem_env.types import EpisodeSettings, Observation, Operation, OperationKind
+
+_WORDS = [f"word{number}" for number in range(500)]
+_ENTRY_WORDS, _QUERY_WORDS = 30, 8
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What was measured: means a step or an episode; ratios are medians over the repetitions."""
+
+    dialect: str
+    layout: str
+    num_docs: int
+    chunk_tokens: int
+    dimension: int
+    dtype: str
+    steps: int
+    reset_us: float  # an episode
+    parse_us: float  # a step
+    memory_us: float
+    render_us: float
+    num_envs: int
+    embedder: str
+    durability: str
+    vector_steps_per_s: float
+    sync_steps_per_s: float
+    ratio: float
+    ratios: tuple[float, ...]
+
+
+class Writer:
+    """Replies of the fixed kind, in a dialect; the same for the same seed."""
+
+    def __init__(self, dialect: str, seed: int) -> None:
+        self._write = get_dialect(dialect).write
+        self._rng = np.random.default_rng(seed)
+        self._created = 0
+
+    def __call__(self, observation: Observation) -> str:
+        """The reply to an observation."""
+        if observation["step"] == 0:
+            self._created = 0
+        if observation["phase"] == "answer":
+            return self._write(Operation(OperationKind.ANSWER, "unknown"))
+        operations = [Operation(OperationKind.CREATE, self._words(_ENTRY_WORDS)) for _ in range(3)]
+        if self._created:
+            # Ids where entries have them; the first one shown, if any is shown, where they go by their place.
+            target = "1" if observation["retrieved"].startswith("Memory ") else f"m{self._created}"
+            operations.append(Operation(OperationKind.UPDATE, self._words(_ENTRY_WORDS), target))
+        operations.append(Operation(OperationKind.READ, self._words(_QUERY_WORDS)))
+        self._created += 3
+        return "\n".join(map(self._write, operations))
+
+    def _words(self, count: int) -> str:
+        return " ".join(self._rng.choice(_WORDS, count))
+
+
+def _parts(
+    dialect: str, layout: str, num_docs: int, chunk_tokens: int, dimension: int, episodes: int, seed: int
+) -> dict[str, float]:
+    """Seconds of reset, parse, memory and render, all episodes together, and the number of steps."""
+    source = SyntheticSource(num_docs=num_docs)
+    settings = EpisodeSettings(dialect=dialect, chunk_tokens=chunk_tokens)
+    messages = get_layout(layout)
+    vectors = np.random.default_rng(seed).standard_normal((4096, dimension)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    rows = _cycle(vectors)
+    spent = dict.fromkeys(("reset", "parse", "memory", "render", "steps"), 0.0)
+    for index in range(episodes):
+        write = Writer(dialect, seed + index)
+        marks = [time.perf_counter()]
+        episode = Episode(source.task(index, seed), settings, seed)
+        spent["reset"] += time.perf_counter() - marks[0]
+        while episode.stop_reason is None:
+            reply = write(episode.observe())
+            marks = [time.perf_counter()]
+            requests = episode.submit(reply)
+            marks.append(time.perf_counter())
+            needed = [next(rows) for _ in requests]
+            given = np.stack(needed) if needed else np.empty((0, dimension), dtype=np.float32)
+            marks.append(time.perf_counter())
+            result = episode.resolve(given)
+            marks.append(time.perf_counter())
+            messages(result.observation, settings)
+            marks.append(time.perf_counter())
+            spent["parse"] += marks[1] - marks[0]
+            spent["memory"] += marks[3] - marks[2]
+            spent["render"] += marks[4] - marks[3]
+            spent["steps"] += 1
+    return spent
+
+
+def _cycle(rows: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
+    while True:
+        yield from rows
+
+
+def _play(vector: Any, dialect: str, steps: int, seed: int) -> tuple[float, list[Any]]:
+    """Seconds of `steps` steps of all environments, and all that they returned but `info`."""
+    writers = [Writer(dialect, seed + number) for number in range(vector.num_envs)]
+    observations, _ = vector.reset(seed=seed)
+    seen: list[Any] = []
+    spent = 0.0
+    for _ in range(steps):
+        replies = tuple(
+            write({name: values[number] for name, values in observations.items()})  # type: ignore[arg-type]
+            for number, write in enumerate(writers)
+        )
+        begun = time.perf_counter()
+        observations, *rest, _ = vector.step(replies)
+        spent += time.perf_counter() - begun
+        seen.append([{name: list(values) for name, values in observations.items()}, *map(list, rest)])
+    return spent, seen
+
+
+def measure(
+    *,
+    dialect: str,
+    layout: str,
+    num_docs: int,
+    chunk_tokens: int,
+    dimension: int,
+    episodes: int,
+    num_envs: int,
+    steps: int,
+    embedder: str,
+    durability: str,
+    repeats: int,
+    seed: int,
+) -> Result:
+    """Times the parts of a step, then both vector environments, the one that begins changing with each repetition."""
+    _parts(dialect, layout, num_docs, chunk_tokens, dimension, 1, seed)  # warms up
+    spent = _parts(dialect, layout, num_docs, chunk_tokens, dimension, episodes, seed)
+    seconds: dict[str, list[float]] = {"sync": [], "vector_entry_point": []}
+    for repeat in range(repeats):
+        seen: list[list[Any]] = []
+        for mode in list(seconds)[:: -1 if repeat % 2 else 1]:
+            get_embedder.cache_clear()  # no text may be in the embedder's cache
+            with tempfile.TemporaryDirectory() as folder:
+                vector = gym.make_vec(
+                    "AtomMem-Synthetic",
+                    num_envs=num_envs,
+                    vectorization_mode=mode,
+                    dialect=dialect,
+                    embedder=embedder,
+                    durability=durability,
+                    store=folder,
+                )
+                took, returned = _play(vector, dialect, steps, seed + 1000 * repeat)
+                vector.close()
+            seconds[mode].append(took)
+            seen.append(returned)
+        assert seen[0] == seen[1], "both must do, and return, the same"
+    ratios = [slow / fast for slow, fast in zip(seconds["sync"], seconds["vector_entry_point"], strict=True)]
+    return Result(
+        dialect=dialect,
+        layout=layout,
+        num_docs=num_docs,
+        chunk_tokens=chunk_tokens,
+        dimension=dimension,
+        dtype="float32",
+        steps=int(spent["steps"]),
+        reset_us=1e6 * spent["reset"] / episodes,
+        **{f"{part}_us": 1e6 * spent[part] / spent["steps"] for part in ("parse", "memory", "render")},
+        num_envs=num_envs,
+        embedder=embedder,
+        durability=durability,
+        vector_steps_per_s=num_envs * steps / statistics.median(seconds["vector_entry_point"]),
+        sync_steps_per_s=num_envs * steps / statistics.median(seconds["sync"]),
+        ratio=statistics.median(ratios),
+        ratios=tuple(ratios),
+    )
+
+
+def main(
+    *,
+    out: Path | None = None,
+    dialect: str = "tags",
+    layout: str = "shared_prefix",
+    num_docs: int = 400,
+    chunk_tokens: int = 512,
+    dimension: int = 1024,
+    episodes: int = 40,
+    num_envs: int = 64,
+    steps: int = 12,
+    embedder: str = "hashing",
+    durability: str = "step",
+    repeats: int = 3,
+    seed: int = 0,
+) -> None:
+    """Take steps apart, compare the vector environments, and print a table.
+
+    Args:
+        out: JSON file for the numbers.
+        dialect: In which replies are written.
+        layout: That makes messages of observations.
+        num_docs: Documents of a task that is taken apart.
+        chunk_tokens: Size of its chunks.
+        dimension: Of its vectors.
+        episodes: Episodes that are taken apart.
+        num_envs: Environments side by side.
+        steps: Steps of each of them.
+        embedder: Of these environments.
+        durability: Of these environments.
+        repeats: Repetitions that are timed; medians are reported.
+        seed: Draws tasks and replies.
+    """
+    result = measure(
+        dialect=dialect,
+        layout=layout,
+        num_docs=num_docs,
+        chunk_tokens=chunk_tokens,
+        dimension=dimension,
+        episodes=episodes,
+        num_envs=num_envs,
+        steps=steps,
+        embedder=embedder,
+        durability=durability,
+        repeats=repeats,
+        seed=seed,
+    )
+    table = Table(title=f"{result.steps} steps, {dialect}, {layout}, D = {dimension}, float32")
+    table.add_column("part")
+    table.add_column("µs a step", justify="right")
+    for part in ("parse", "memory", "render"):
+        table.add_row(part, f"{getattr(result, f'{part}_us'):.0f}")
+    table.add_row(f"reset ({num_docs} documents), an episode", f"{result.reset_us:,.0f}", style="dim")
+    table.add_section()
+    for name, rate in (("SyncVectorEnv", result.sync_steps_per_s), ("AtomMemVectorEnv", result.vector_steps_per_s)):
+        table.add_row(f"{name}, {num_envs} × {embedder}, {durability}: steps/s", f"{rate:,.0f}")
+    table.add_row("ratio", f"{result.ratio:.2f}x")
+    Console().print(table)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
