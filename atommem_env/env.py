@@ -40,10 +40,11 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
     A long document is shown chunk by chunk. With each reply the policy may Create, Read, Update and Delete entries of an
     external memory and rewrite a scratchpad; after the last chunk it answers questions from what it kept. The decision
     process is that of AtomMem (arXiv 2601.08323), the tasks are multi-hop questions from HotpotQA, 2WikiMultiHopQA and
-    MuSiQue among distracting documents, or from a procedural world.
+    MuSiQue among distracting documents, from a procedural world, or about files of one's own.
 
     ## Action Space
-    `Text()`: any `str` at all. What counts are the operations in it, in the order written (dialect `tags`):
+    `Text()`: any `str` at all. What counts are the operations in it, in the order written; in the dialect `tags` (others are
+    `public_code` and `tool_calls`):
 
     | text                                                | operation                                                |
     |-----------------------------------------------------|----------------------------------------------------------|
@@ -84,16 +85,19 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
     `em`, `f1` and `evidence` (passages, how many were stored, how many retrieved), each a tuple with an item a question.
 
     ## Arguments
-    * `embedder` ("hashing"): "hashing", "minilm", "openai:MODEL" (a service, at OPENAI_BASE_URL), or an object with the
-      methods of `atommem_env.embedders.Embedder`.
-    * `store` (None): the LanceDB folder that keeps the memories; None is `memory/EMBEDDER` in the data folder.
-    * `durability` ("episode"): "off", or "episode": committed when the episode ends, is left or the environment is closed.
+    * `embedder` ("hashing"): "hashing", "minilm", "st:MODEL" (of sentence-transformers), "openai:MODEL" (a service, at
+      OPENAI_BASE_URL), or an object with the methods of `atommem_env.embedders.Embedder`.
+    * `store` (None): the LanceDB folder that keeps the memories, or a `MemoryStore`, which whoever made it closes; None is
+      `memory/EMBEDDER` in the data folder.
+    * `durability` ("episode"): "episode": committed when the episode ends, is left or the environment is closed; "step":
+      before `step` returns; "off": never.
     * `render_mode` (None): "ansi" or "human".
     * `ablation` (None): one of the paper's by name: `no_update`, `no_delete`, `no_scratchpad`, `no_storage`, `no_memory`,
       `random_retrieval`; `atommem_env.types.ABLATIONS` says what each one sets.
     * any field of `atommem_env.EpisodeSettings`, for example `chunk_tokens`, `top_k`, `operations`, `capacity`.
     * any option of the task source: `split`, `data`, `corpus`, `num_docs`, `questions` for the datasets
-      (`atommem_env.tasks.haystack`), `hops`, `corrections` and others for the synthetic one (`atommem_env.tasks.synthetic`).
+      (`atommem_env.tasks.haystack`), `hops`, `corrections` and others for the synthetic one (`atommem_env.tasks.synthetic`),
+      `files`, `data`, `question` and `questions` for one's own (`atommem_env.tasks.files`).
 
     ## Version History
     * v0: first version.
@@ -127,6 +131,7 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
         self.embedder = get_embedder(embedder) if isinstance(embedder, str) else embedder
         self._owns_store = not isinstance(store, MemoryStore)
         self.store = store if isinstance(store, MemoryStore) else open_store(store, self.embedder, durability)
+        self.store.expect_dimension(self.embedder.dimension)
         self.render_mode = render_mode
         self.episode: Episode | None = None
         self.results: tuple[OperationResult, ...] = ()  # of the last reply

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from atommem_env.errors import EmbeddingError, EpisodeStateError, SettingError
 from atommem_env.types import Entry, Vector
 
-_FIRST_ROWS = 16  # rows of the first matrix; doubled when full
+_FIRST_ROWS = 128  # of the first matrix, of which the system gives pages as they are written; doubled when full
 _TIE = 1e-6  # a matrix product's scores are off by less than half of this, depending on where a row lies
 _UNIT = 5e-7  # rounding to float32 moves a unit vector's squared length by at most 1.2e-7
 

@@ -91,7 +91,7 @@ def search_command(
     Args:
         store: The store's folder.
         text: What to search for.
-        embedder: The embedder that the store was made with: "hashing", "minilm", "openai:MODEL".
+        embedder: The embedder that the store was made with: "hashing", "minilm", "st:MODEL", "openai:MODEL".
         k: How many entries to show.
         episode: Search in one episode alone: its id, or its first characters.
     """

@@ -57,7 +57,7 @@ _MOST_FILES = 10  # of a table when the store is closed
 _KEEP_VERSIONS = timedelta(minutes=5)  # another process may still be reading an older version
 _AT_ONCE = timedelta(milliseconds=1)  # of less LanceDB warns
 _BATCH_ROWS = 512  # made and written at a time
-_CACHE_BYTES = 16 << 20  # without a limit LanceDB's caches grow with every commit
+_CACHE_BYTES = 4 << 20  # without a limit LanceDB's caches grow with every commit
 _DISK_FULL = ("No space left", "os error 28", "File too large", "os error 27", "quota", "os error 122")
 
 _forked_after_lancedb = False
@@ -132,6 +132,15 @@ class MemoryStore:
         return type(self), (self.folder, self.durability)
 
     # ---------------------------------------------------------------------------------------------------------- writing
+
+    def expect_dimension(self, dimension: int) -> None:
+        """Finds out now, rather than at the first commit, whether vectors [`dimension`] can be kept here.
+
+        Raises:
+            StoreError: the folder holds vectors of another dimension, or cannot be read.
+        """
+        if self.durability != "off":
+            self._agreed_dimension({dimension})
 
     def begin(
         self,
@@ -208,6 +217,7 @@ class MemoryStore:
                     for table in self._tables.values():
                         if self._grown(table):
                             self._optimize(table, alone)
+                self._connection, self._tables = None, {}  # LanceDB keeps a little of each commit as long as it is open
 
     def checkpoint(self) -> None:
         """Returns when all that was written is on the disk itself, to outlast a loss of power; LanceDB leaves that open.
@@ -236,8 +246,9 @@ class MemoryStore:
         with self._lock:
             if not _forked_after_lancedb:
                 with self._shared.alone(leaving=True) as alone:
-                    for name, table in self._tables.items() if self._commits else ():
-                        if self._files(name) > _MOST_FILES if alone else self._grown(table):
+                    for name in TABLES if self._commits else ():
+                        table = self._table(name)
+                        if table is not None and (self._files(name) > _MOST_FILES if alone else self._grown(table)):
                             self._optimize(table, alone)
             self._connection, self._tables, self._commits = None, {}, 0
 

@@ -194,9 +194,9 @@ def _check_linear(dialect: Dialect) -> None:
     short, long = 25_000, 400_000
 
     def seconds(reply: str) -> float:
-        start = time.perf_counter()
+        start = time.thread_time()  # of the processor: a busy machine must not fail a dialect
         dialect.parse(reply)
-        return time.perf_counter() - start
+        return time.thread_time() - start
 
     for piece in filter(None, (*marks, "".join(marks), "\\boxed{", "{", "[", "<", '"', "\\", " ")):
         for start, end in (("", ""), (before, after)):
@@ -204,7 +204,7 @@ def _check_linear(dialect: Dialect) -> None:
             quick, slow = (min(seconds(reply) for _ in range(3)) for reply in replies)
             # In proportion it is 16 times, by the square 256 times.
             _require(
-                slow < 64 * max(quick, 5e-4),
+                slow < 64 * max(quick, 1e-3),
                 f"parse must take time in proportion to the length: {short:,} characters of {_short(start + piece)} took "
                 f"{quick:.4f} s, {long:,} took {slow:.2f} s.",
             )

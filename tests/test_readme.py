@@ -46,9 +46,21 @@ def write_question_files(folder: Path) -> None:
             file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
+def write_own_files(folder: Path) -> None:
+    """A little handbook, and questions about it."""
+    (folder / "handbook").mkdir()
+    (folder / "handbook" / "safety.md").write_text("# Fire\nLeave by the north door.\n# Water\nCall Ada Brook.\n")
+    lines = [
+        {"question": "Which door in a fire?", "answer": "north"},
+        {"question": "Who is called about water?", "answer": "Ada Brook"},
+    ]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 @pytest.mark.xdist_group("slow")
 def test_the_readmes_commands_and_code_do_what_they_say(tmp_path: Path) -> None:
     write_question_files(tmp_path)
+    write_own_files(tmp_path)
     python = blocks("python")
     (policy,) = (code for code in python if "def policy" in code)
     (tmp_path / "my_module.py").write_text(policy)

@@ -354,7 +354,7 @@ def middle(played: Sequence[Episode], slow_steps: int, repeats: int, work: Path 
                         took += go(memory, order)
                 seconds[name].append(took / steps[name])
     assert all(len(texts) == 1 for texts in finds.values()), "all must find the same entries"
-    return _results(seconds, dict.fromkeys(seconds, [0.0]), len(played), steps)
+    return _results(seconds, {name: [0.0] for name in seconds}, len(played), steps)
 
 
 def whole(played: Sequence[Episode], repeats: int, work: Path | None) -> list[Result]:

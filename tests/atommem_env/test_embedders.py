@@ -142,9 +142,9 @@ def test_hashing_takes_time_in_proportion_to_length(unit: str) -> None:
     def seconds(length: int) -> float:
         repeats = length // len(unit)
         text = " ".join(map(str, range(length // 7))) if unit == "{}a " else unit * repeats
-        start = time.perf_counter()
+        start = time.process_time()
         HashingEmbedder().embed([text], "document")
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     short, long = min(seconds(100_000) for _ in range(3)), min(seconds(1_000_000) for _ in range(2))
     assert long < 60 * short + 0.5
@@ -181,10 +181,10 @@ def test_minilm_knows_meaning(minilm: MiniLMEmbedder) -> None:
 
 
 def test_minilm_reads_no_more_than_its_window_of_a_long_text(minilm: MiniLMEmbedder) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     short, long = minilm.embed(["boat " * 300, "boat " * 1_000_000], "document")
     assert short.tobytes() == long.tobytes()
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_minilm_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,11 +198,11 @@ def test_a_reply_of_ten_megabytes_is_carried_out(dialect: str) -> None:
         episode = Episode(task, EpisodeSettings(dialect=dialect, chunk_tokens=40), seed=0)
         text = ("lorem ipsum " * (megabytes * 2**20 // 12)).strip()
         reply = write(Operation(OperationKind.CREATE, text)) + write(Operation(OperationKind.READ, "x"))
-        start = time.perf_counter()
+        start = time.process_time()
         result = episode.resolve(embed(embedder, episode.submit(reply)))
         assert result.results[0].entry_id == "m1"
         assert "first 4096 tokens" in result.observation["notice"]
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     assert seconds(10) < 40 * max(seconds(1), 0.02)  # linear would be 10 times
 

@@ -109,8 +109,8 @@ def test_holds_is_containment_of_the_folded_texts(text: str, passage: str) -> No
 
 def test_holds_is_quick_on_long_texts() -> None:
     text = "Ada was born in Turin.\n" * 200_000  # 4.6 MB
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(5):
         assert not holds(text, "Ada was born in Bern.")
         assert holds(text, "Turin. Ada was")
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
