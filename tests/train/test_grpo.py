@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -492,6 +493,7 @@ def test_a_process_killed_in_the_middle_of_a_step_goes_on(
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3]
+    time.sleep(1)  # TensorBoard puts files in order by the second in which they were begun
     resumed(run).train()
     assert same_ends(run, never_killed)
     shown = EventAccumulator(str(run.out / "tensorboard")).Reload()
