@@ -57,6 +57,8 @@ class WorkingMemory:
     Ids are "m1", "m2", … in order of creation and never used twice. Search is exact and rests on ids and vectors alone,
     not on where a row lies: the same before and after `fork`, `restore` and deletions.
 
+    With vectors of 1024 numbers a create takes about 3 µs, a search among 50 entries 8 µs (`eval/benchmarks/store.py`).
+
     Args:
         capacity: most entries at a time; None: no limit.
 
