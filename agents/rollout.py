@@ -18,7 +18,8 @@ from atommem_env.embedders import Embedder, embed
 from atommem_env.env import AtomMemEnv
 from atommem_env.episode import Episode
 from atommem_env.errors import DataError, EngineDied, MissingDependency, PromptTooLong, SettingError
-from atommem_env.store import MemoryStore, Recorder
+from atommem_env.recorder import Recorder
+from atommem_env.store import MemoryStore
 from atommem_env.types import EmbeddingRequest, EpisodeSettings, Rollout, TaskSource, Turn, Vector
 
 T = TypeVar("T")

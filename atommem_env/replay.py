@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from atommem_env.episode import Episode
 from atommem_env.errors import SettingError, StoreError
-from atommem_env.store import EpisodeRecord, MemoryStore
+from atommem_env.recorder import EpisodeRecord
+from atommem_env.store import MemoryStore
 from atommem_env.types import EpisodeSettings, StepResult, TaskSource
 
 

@@ -27,7 +27,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +34,17 @@ from numpy.typing import ArrayLike
 
 from atommem_env.errors import MissingDependency, SettingError, StoreError
 from atommem_env.memory import WorkingMemory, unit
+from atommem_env.recorder import INTERRUPTED, Commit, EpisodeRecord, Recorder, batches_of, dimensions_of
 from atommem_env.shared_folder import SharedFolder
 from atommem_env.store_tables import (
     SCHEMA_VERSION,
     TABLES,
     VERSION_KEY,
-    batch_of,
     clean,
     reader_of,
     schema_of,
-    surrogates_kept,
 )
-from atommem_env.types import EmbeddingKind, OperationKind, StepResult, StopReason, Vector
-
-INTERRUPTED = "interrupted"  # the status of an episode that is not over; nobody may be playing it any more
+from atommem_env.types import EmbeddingKind, OperationKind, Vector
 
 DURABILITIES = ("off", "episode", "step")
 _OPTIMIZE_EVERY = 64  # commits, each of which leaves a few small files a table
@@ -56,7 +52,6 @@ _MOST_PARTS = 1000  # of a table, whatever it costs to join them: each commit wr
 _MOST_FILES = 10  # of a table when the store is closed
 _KEEP_VERSIONS = timedelta(minutes=5)  # another process may still be reading an older version
 _AT_ONCE = timedelta(milliseconds=1)  # of less LanceDB warns
-_BATCH_ROWS = 512  # made and written at a time
 _CACHE_BYTES = 4 << 20  # without a limit LanceDB's caches grow with every commit
 _DISK_FULL = ("No space left", "os error 28", "File too large", "os error 27", "quota", "os error 122")
 
@@ -70,25 +65,6 @@ def _note_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_note_fork)
-
-
-@dataclass(frozen=True, slots=True)
-class EpisodeRecord:
-    """A row of `episodes`."""
-
-    episode_id: str
-    env_id: str
-    task_id: str
-    index: int
-    task_seed: int
-    episode_seed: int
-    settings: dict[str, object]  # as JSON gives them back: tuples are lists
-    status: str  # a StopReason, or "interrupted"
-    reward: float
-    steps: int  # replies
-    writers: tuple[str, ...]  # whose rows in the other tables count: one, and one more each time it was resumed
-    schema_version: int
-    committed_at: datetime  # UTC
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,15 +178,15 @@ class MemoryStore:
             due = [recorder for recorder in recorders if recorder.due]
             if not due:
                 return
-            commits = [recorder._next_commit() for recorder in due]
+            commits = [recorder.next_commit() for recorder in due]
             try:
                 self._write(commits)
             except BaseException:
                 for recorder in due:
-                    recorder._failed()
+                    recorder.failed()
                 raise
             for recorder, commit in zip(due, commits, strict=True):
-                recorder._succeeded(commit)
+                recorder.succeeded(commit)
             self._commits += 1
             if self._commits % _OPTIMIZE_EVERY == 0:
                 with self._shared.alone() as alone:
@@ -271,17 +247,17 @@ class MemoryStore:
         with self._reporting("optimize"), _conflicts_allowed():
             table.optimize(cleanup_older_than=_AT_ONCE if alone else _KEEP_VERSIONS, delete_unverified=alone)
 
-    def _write(self, commits: list[_Commit]) -> None:
+    def _write(self, commits: list[Commit]) -> None:
         """Appends the rows of a group, in an order that leaves whole steps, then removes what they replace."""
         for name in TABLES:  # one of another version is found before any is made
             self._table(name)
-        dimension = self._agreed_dimension(_dimensions(commits))
+        dimension = self._agreed_dimension(dimensions_of(commits))
         with self._reporting("write"):
             self._shared.enter(make=True)
             for names in (("journal", "entries"), ("turns",), ("episodes",)):
                 pending = []
                 for name in names:
-                    batches = _batches(name, commits, dimension)
+                    batches = batches_of(name, commits, dimension)
                     first = next(batches, None)
                     # Of the tables with vectors one without rows, rather than none.
                     if first is not None or (dimension and name in ("journal", "entries")):
@@ -549,181 +525,6 @@ class MemoryStore:
                 else "Name a folder that this user can write, or set durability='off'."
             )
             raise StoreError(f"Cannot {doing} the memory store in {self.folder}: {error}. {advice}") from error
-
-
-_Note = tuple[int, str, StepResult]  # step, reply, what it led to
-
-
-@dataclass(frozen=True, slots=True)
-class _Commit:
-    """What one recorder has to write."""
-
-    episode_id: str
-    writer: str
-    notes: tuple[_Note, ...]
-    changes: int  # journal rows before these
-    row: EpisodeRecord | None  # for `episodes`, where this writer is new
-    memory: WorkingMemory | None  # at the end
-    replaced: tuple[str, ...]  # writers whose rows of `episodes` and `entries` this one's take the place of
-
-
-class Recorder:
-    """Notes what happens in one episode until `MemoryStore.write`; made by `MemoryStore.begin` and `resume`."""
-
-    def __init__(
-        self, store: MemoryStore, record: EpisodeRecord, changes: int = 0, replaced: tuple[str, ...] = ()
-    ) -> None:
-        self.episode_id = record.episode_id
-        self._store = store
-        self._record = record
-        self._steps = record.steps
-        self._changes = changes  # journal rows written
-        self._replaced = replaced
-        self._writer = ""  # "": the next commit gets a new one
-        self._notes: list[_Note] = []  # not yet written
-        self._ending: tuple[str, float, WorkingMemory] | None = None
-        self._closed = False
-
-    @property
-    def due(self) -> bool:
-        """Whether `MemoryStore.write` has something to write: with "episode" at the end, with "step" after each reply."""
-        if self._closed or self._store.durability == "off":
-            return False
-        return self._ending is not None or (self._store.durability == "step" and bool(self._notes))
-
-    def record(self, step: int, reply: str, result: StepResult) -> None:
-        """Notes reply number `step`, counted from 1, and what it led to.
-
-        Raises:
-            StoreError: not the next reply, or the episode has ended.
-        """
-        self._check_open()
-        if self._ending is not None or step != self._steps + 1:
-            raise StoreError(f"Reply {self._steps + 1} of episode {self.episode_id} comes next, got number {step}.")
-        self._steps = step
-        if self._store.durability != "off":
-            self._notes.append((step, reply, result))
-
-    def end(self, status: str, reward: float, memory: WorkingMemory) -> None:
-        """Notes that no reply follows; until it was written, it can be said anew.
-
-        Args:
-            status: a StopReason, or "interrupted".
-            reward: the episode's reward so far.
-            memory: the memory as it is now, and stays until it was written.
-
-        Raises:
-            SettingError: another status.
-            StoreError: its end was written.
-        """
-        known = (*map(str, StopReason), INTERRUPTED)
-        if str(status) not in known:
-            raise SettingError(f"status must be one of {', '.join(known)}, got {status!r}.")
-        self._check_open()
-        self._ending = str(status), float(reward), memory
-        self._closed = self._store.durability == "off"
-
-    def commit(self, status: str, reward: float, memory: WorkingMemory) -> None:
-        """`end` and `MemoryStore.write`, for an episode by itself."""
-        self.end(status, reward, memory)
-        self._store.write([self])
-
-    def _next_commit(self) -> _Commit:
-        row = memory = None
-        if self._ending is not None or not self._writer:
-            status, reward, memory = self._ending or (INTERRUPTED, 0.0, None)
-            self._replaced += (self._writer,) if self._writer else ()
-            self._writer = uuid.uuid4().hex
-            row = replace(
-                self._record,
-                status=status,
-                reward=reward,
-                steps=self._steps,
-                writers=(*self._record.writers, self._writer),
-                committed_at=datetime.now(UTC),
-            )
-        notes = tuple(self._notes)
-        return _Commit(self.episode_id, self._writer, notes, self._changes, row, memory, self._replaced)
-
-    def _succeeded(self, commit: _Commit) -> None:
-        del self._notes[: len(commit.notes)]
-        self._changes += sum(len(result.mutations) for _, _, result in commit.notes)
-        if commit.row is not None:
-            self._record, self._replaced = commit.row, ()
-        self._closed = self._ending is not None
-
-    def _failed(self) -> None:
-        """Nobody knows what of it was written: all is written anew, by a writer that takes the place of this one."""
-        self._replaced, self._writer = (*self._replaced, self._writer), ""
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise StoreError(
-                f"Episode {self.episode_id} was committed; `MemoryStore.resume` continues an interrupted one."
-            )
-
-
-def _dimensions(commits: list[_Commit]) -> set[int]:
-    """The lengths of all vectors."""
-    found = {len(vector) for commit in commits for vector in _vectors(commit)}
-    return found | {commit.memory.dimension for commit in commits if commit.memory and commit.memory.dimension}
-
-
-def _vectors(commit: _Commit) -> Iterator[Vector]:
-    for _, _, result in commit.notes:
-        for mutation in result.mutations:
-            if mutation.vector is not None:
-                yield mutation.vector
-
-
-def _batches(name: str, commits: list[_Commit], dimension: int | None) -> Iterator[Any]:
-    """What a group adds to a table, made piece by piece as it is written, so that it needs little memory."""
-    make = {"journal": _journal, "entries": _entries, "turns": _turns, "episodes": _episodes}[name]
-    rows = ((commit.episode_id, commit.writer, *values) for commit in commits for values in make(commit))
-    while some := tuple(islice(rows, _BATCH_ROWS)):
-        yield batch_of(name, tuple(zip(*some, strict=True)), dimension)
-
-
-# The rows of each table: the values after `episode_id` and `writer`, in the order of the schema.
-
-
-def _turns(commit: _Commit) -> Iterator[tuple[object, ...]]:
-    for step, reply, result in commit.notes:
-        seen = result.observation
-        yield step, reply, surrogates_kept(reply), seen["notice"], seen["query"], seen["scratchpad"]
-
-
-def _journal(commit: _Commit) -> Iterator[tuple[object, ...]]:
-    seq = commit.changes
-    for step, _, result in commit.notes:
-        for mutation in result.mutations:
-            seq += 1
-            yield seq, step, str(mutation.kind), mutation.entry_id, mutation.text, mutation.vector
-
-
-def _entries(commit: _Commit) -> Iterator[tuple[object, ...]]:
-    if commit.memory is not None:
-        for entry, vector in zip(commit.memory.entries(), commit.memory.vectors(), strict=True):
-            yield entry.id, entry.text, vector
-
-
-def _episodes(commit: _Commit) -> Iterator[tuple[object, ...]]:
-    row = commit.row
-    if row is not None:
-        yield (
-            row.env_id,
-            row.task_id,
-            row.index,
-            row.task_seed,
-            row.episode_seed,
-            json.dumps(row.settings),
-            row.status,
-            row.reward,
-            row.steps,
-            list(row.writers),
-            row.schema_version,
-            row.committed_at,
-        )
 
 
 @contextmanager

@@ -34,8 +34,9 @@ from agents.policy import Act
 from atommem_env.embedders import embed, get_embedder
 from atommem_env.episode import Episode
 from atommem_env.errors import StoreError
+from atommem_env.recorder import INTERRUPTED, Recorder
 from atommem_env.replay import first_moment, replay
-from atommem_env.store import INTERRUPTED, MemoryStore, Recorder
+from atommem_env.store import MemoryStore
 from atommem_env.store_tables import TABLES
 from atommem_env.tasks import make_source
 from atommem_env.types import EpisodeSettings

@@ -18,7 +18,8 @@ import pytest
 
 from atommem_env.errors import EmbeddingError, SettingError, StoreError
 from atommem_env.memory import WorkingMemory, unit
-from atommem_env.store import MemoryStore, Recorder
+from atommem_env.recorder import Recorder
+from atommem_env.store import MemoryStore
 from atommem_env.types import Mutation, Observation, OperationKind, StepResult, Vector
 
 lancedb = pytest.importorskip("lancedb")

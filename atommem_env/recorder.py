@@ -1,0 +1,218 @@
+"""What a store is told of an episode: noted step by step, then handed over as the rows of one commit."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from atommem_env.errors import SettingError, StoreError
+from atommem_env.memory import WorkingMemory
+from atommem_env.store_tables import batch_of, surrogates_kept
+from atommem_env.types import StepResult, StopReason, Vector
+
+if TYPE_CHECKING:
+    from atommem_env.store import MemoryStore
+
+INTERRUPTED = "interrupted"  # the status of an episode that is not over; nobody may be playing it any more
+_BATCH_ROWS = 512  # made and written at a time
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeRecord:
+    """A row of `episodes`."""
+
+    episode_id: str
+    env_id: str
+    task_id: str
+    index: int
+    task_seed: int
+    episode_seed: int
+    settings: dict[str, object]  # as JSON gives them back: tuples are lists
+    status: str  # a StopReason, or "interrupted"
+    reward: float
+    steps: int  # replies
+    writers: tuple[str, ...]  # whose rows in the other tables count: one, and one more each time it was resumed
+    schema_version: int
+    committed_at: datetime  # UTC
+
+
+_Note = tuple[int, str, StepResult]  # step, reply, what it led to
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """What one recorder has to write."""
+
+    episode_id: str
+    writer: str
+    notes: tuple[_Note, ...]
+    changes: int  # journal rows before these
+    row: EpisodeRecord | None  # for `episodes`, where this writer is new
+    memory: WorkingMemory | None  # at the end
+    replaced: tuple[str, ...]  # writers whose rows of `episodes` and `entries` this one's take the place of
+
+
+class Recorder:
+    """Notes what happens in one episode until `MemoryStore.write`; made by `MemoryStore.begin` and `resume`."""
+
+    def __init__(
+        self, store: MemoryStore, record: EpisodeRecord, changes: int = 0, replaced: tuple[str, ...] = ()
+    ) -> None:
+        self.episode_id = record.episode_id
+        self._store = store
+        self._record = record
+        self._steps = record.steps
+        self._changes = changes  # journal rows written
+        self._replaced = replaced
+        self._writer = ""  # "": the next commit gets a new one
+        self._notes: list[_Note] = []  # not yet written
+        self._ending: tuple[str, float, WorkingMemory] | None = None
+        self._closed = False
+
+    @property
+    def due(self) -> bool:
+        """Whether `MemoryStore.write` has something to write: with "episode" at the end, with "step" after each reply."""
+        if self._closed or self._store.durability == "off":
+            return False
+        return self._ending is not None or (self._store.durability == "step" and bool(self._notes))
+
+    def record(self, step: int, reply: str, result: StepResult) -> None:
+        """Notes reply number `step`, counted from 1, and what it led to.
+
+        Raises:
+            StoreError: not the next reply, or the episode has ended.
+        """
+        self._check_open()
+        if self._ending is not None or step != self._steps + 1:
+            raise StoreError(f"Reply {self._steps + 1} of episode {self.episode_id} comes next, got number {step}.")
+        self._steps = step
+        if self._store.durability != "off":
+            self._notes.append((step, reply, result))
+
+    def end(self, status: str, reward: float, memory: WorkingMemory) -> None:
+        """Notes that no reply follows; until it was written, it can be said anew.
+
+        Args:
+            status: a StopReason, or "interrupted".
+            reward: the episode's reward so far.
+            memory: the memory as it is now, and stays until it was written.
+
+        Raises:
+            SettingError: another status.
+            StoreError: its end was written.
+        """
+        known = (*map(str, StopReason), INTERRUPTED)
+        if str(status) not in known:
+            raise SettingError(f"status must be one of {', '.join(known)}, got {status!r}.")
+        self._check_open()
+        self._ending = str(status), float(reward), memory
+        self._closed = self._store.durability == "off"
+
+    def commit(self, status: str, reward: float, memory: WorkingMemory) -> None:
+        """`end` and `MemoryStore.write`, for an episode by itself."""
+        self.end(status, reward, memory)
+        self._store.write([self])
+
+    def next_commit(self) -> Commit:
+        """All that is noted, under this recorder's writer; stays noted until `succeeded`. For `MemoryStore.write`."""
+        row = memory = None
+        if self._ending is not None or not self._writer:
+            status, reward, memory = self._ending or (INTERRUPTED, 0.0, None)
+            self._replaced += (self._writer,) if self._writer else ()
+            self._writer = uuid.uuid4().hex
+            row = replace(
+                self._record,
+                status=status,
+                reward=reward,
+                steps=self._steps,
+                writers=(*self._record.writers, self._writer),
+                committed_at=datetime.now(UTC),
+            )
+        notes = tuple(self._notes)
+        return Commit(self.episode_id, self._writer, notes, self._changes, row, memory, self._replaced)
+
+    def succeeded(self, commit: Commit) -> None:
+        """The commit is durable, and nothing of it will be written again."""
+        del self._notes[: len(commit.notes)]
+        self._changes += sum(len(result.mutations) for _, _, result in commit.notes)
+        if commit.row is not None:
+            self._record, self._replaced = commit.row, ()
+        self._closed = self._ending is not None
+
+    def failed(self) -> None:
+        """Nobody knows what of it was written: all is written anew, by a writer that takes the place of this one."""
+        self._replaced, self._writer = (*self._replaced, self._writer), ""
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreError(
+                f"Episode {self.episode_id} was committed; `MemoryStore.resume` continues an interrupted one."
+            )
+
+
+def dimensions_of(commits: list[Commit]) -> set[int]:
+    """The lengths of all vectors."""
+    found = {len(vector) for commit in commits for vector in _vectors(commit)}
+    return found | {commit.memory.dimension for commit in commits if commit.memory and commit.memory.dimension}
+
+
+def _vectors(commit: Commit) -> Iterator[Vector]:
+    for _, _, result in commit.notes:
+        for mutation in result.mutations:
+            if mutation.vector is not None:
+                yield mutation.vector
+
+
+def batches_of(name: str, commits: list[Commit], dimension: int | None) -> Iterator[Any]:
+    """What a group adds to a table, made piece by piece as it is written, so that it needs little memory."""
+    make = {"journal": _journal, "entries": _entries, "turns": _turns, "episodes": _episodes}[name]
+    rows = ((commit.episode_id, commit.writer, *values) for commit in commits for values in make(commit))
+    while some := tuple(islice(rows, _BATCH_ROWS)):
+        yield batch_of(name, tuple(zip(*some, strict=True)), dimension)
+
+
+# The rows of each table: the values after `episode_id` and `writer`, in the order of the schema.
+
+
+def _turns(commit: Commit) -> Iterator[tuple[object, ...]]:
+    for step, reply, result in commit.notes:
+        seen = result.observation
+        yield step, reply, surrogates_kept(reply), seen["notice"], seen["query"], seen["scratchpad"]
+
+
+def _journal(commit: Commit) -> Iterator[tuple[object, ...]]:
+    seq = commit.changes
+    for step, _, result in commit.notes:
+        for mutation in result.mutations:
+            seq += 1
+            yield seq, step, str(mutation.kind), mutation.entry_id, mutation.text, mutation.vector
+
+
+def _entries(commit: Commit) -> Iterator[tuple[object, ...]]:
+    if commit.memory is not None:
+        for entry, vector in zip(commit.memory.entries(), commit.memory.vectors(), strict=True):
+            yield entry.id, entry.text, vector
+
+
+def _episodes(commit: Commit) -> Iterator[tuple[object, ...]]:
+    row = commit.row
+    if row is not None:
+        yield (
+            row.env_id,
+            row.task_id,
+            row.index,
+            row.task_seed,
+            row.episode_seed,
+            json.dumps(row.settings),
+            row.status,
+            row.reward,
+            row.steps,
+            list(row.writers),
+            row.schema_version,
+            row.committed_at,
+        )
