@@ -1,5 +1,7 @@
 """What a step costs in each kind of memory: `python -m eval.benchmarks.store [--out FILE]`, some minutes on two cores.
 
+Needs the extra `benchmarks`.
+
 All episodes are in the middle, in the same step, and share one process; the embeddings exist already. A step makes 3
 Creates, 1 Update, on average 0.3 Deletes and 1 Read of the 6 nearest entries of its episode. Five memories do it:
 
@@ -169,7 +171,7 @@ class FaissMemory:
         self._store.add_embeddings(pairs, metadatas=[{"episode": episode} for _ in texts])
 
     def _remove(self, episode: int, text: str) -> None:
-        documents = self._store.docstore._dict.items()  # type: ignore[attr-defined]  # as the public code does
+        documents = self._store.docstore._dict.items()  # as the public code does
         self._store.delete(
             [
                 key
