@@ -44,7 +44,7 @@ def draw_curve(metrics: Path, picture: Path) -> None:
         if any(kind in line["operations"] for line in steps):
             operations.plot(at, [line["operations"].get(kind, 0.0) for line in steps], label=kind)
     operations.set_ylabel("operations a turn")
-    operations.set_ylim(bottom=0)
+    operations.set_ylim(0, 1.25 * operations.get_ylim()[1])  # the legend has the room above
     operations.legend(loc="upper right", frameon=False, ncols=3)
 
     faults.plot(at, [line["faults"] for line in steps], color="tab:red")
