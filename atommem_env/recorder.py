@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from atommem_env.store import MemoryStore
 
 INTERRUPTED = "interrupted"  # the status of an episode that is not over; nobody may be playing it any more
-_BATCH_ROWS = 512  # made and written at a time
+_BATCH_ROWS = 256  # made and written at a time, or fewer: LanceDB takes pieces of over a megabyte at half the speed
+_BATCH_NUMBERS = 1 << 18  # of float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +173,8 @@ def batches_of(name: str, commits: list[Commit], dimension: int | None) -> Itera
     """What a group adds to a table, made piece by piece as it is written, so that it needs little memory."""
     make = {"journal": _journal, "entries": _entries, "turns": _turns, "episodes": _episodes}[name]
     rows = ((commit.episode_id, commit.writer, *values) for commit in commits for values in make(commit))
-    while some := tuple(islice(rows, _BATCH_ROWS)):
+    size = max(1, min(_BATCH_ROWS, _BATCH_NUMBERS // (dimension or 1)))
+    while some := tuple(islice(rows, size)):
         yield batch_of(name, tuple(zip(*some, strict=True)), dimension)
 
 
