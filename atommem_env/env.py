@@ -133,8 +133,8 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
         self.settings, source_kwargs = split_options(dataset, options)
         self.source = make_source(dataset, **source_kwargs) if isinstance(dataset, str) else dataset
         self.embedder = get_embedder(embedder) if isinstance(embedder, str) else embedder
-        self._owns_store = not isinstance(store, MemoryStore)
-        self.store = store if isinstance(store, MemoryStore) else open_store(store, self.embedder, durability)
+        self.store = open_store(store, self.embedder, durability)
+        self._owns_store = self.store is not store
         self.store.expect_dimension(self.embedder.dimension)
         self.render_mode = render_mode
         self.episode: Episode | None = None
@@ -256,8 +256,10 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
         return record.index, record.task_seed
 
 
-def open_store(store: str | Path | None, embedder: Embedder, durability: str) -> MemoryStore:
-    """The store that the arguments of an environment name."""
+def open_store(store: str | Path | MemoryStore | None, embedder: Embedder, durability: str) -> MemoryStore:
+    """The store that the arguments of an environment name; one that is given as it is stays its maker's."""
+    if isinstance(store, MemoryStore):
+        return store
     # A store holds vectors of one embedder, so that each has a default folder of its own.
     return MemoryStore(data_folder("memory", embedder.name) if store is None else store, durability)
 

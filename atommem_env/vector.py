@@ -55,8 +55,8 @@ class AtomMemVectorEnv(SyncVectorEnv):
         source = make_source(dataset, **source_options) if isinstance(dataset, str) else dataset
         settings = {name: value for name, value in options.items() if name not in source_options}
         self.embedder = get_embedder(embedder) if isinstance(embedder, str) else embedder
-        self._owns_store = not isinstance(store, MemoryStore)
-        self.store = store if isinstance(store, MemoryStore) else open_store(store, self.embedder, durability)
+        self.store = open_store(store, self.embedder, durability)
+        self._owns_store = self.store is not store
         self._to_write: dict[Recorder, None] = {}  # in order, each once
 
         def member() -> _Member:

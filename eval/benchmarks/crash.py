@@ -40,6 +40,7 @@ from atommem_env.store import MemoryStore
 from atommem_env.store_tables import TABLES
 from atommem_env.tasks import make_source
 from atommem_env.types import EpisodeSettings
+from eval.benchmarks import write_figures
 
 _SETTINGS = EpisodeSettings(chunk_tokens=64)
 _IN_FLIGHT = 8
@@ -225,9 +226,7 @@ def main(*, out: Path | None = None, trials: int = 50, seed: int = 0) -> None:
     for name in fields[1:]:
         table.add_row(name.replace("_", " "), *(f"{getattr(result, name):,}" for result in results))
     console.print(table)
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n", encoding="utf-8")
+    write_figures(out, [asdict(result) for result in results])
     sys.exit(any(getattr(result, name) for result in results for name in fields[4:]))
 
 

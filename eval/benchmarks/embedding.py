@@ -11,7 +11,6 @@ Texts are sentences, passages and questions of AtomMem-Synthetic, each one new. 
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ from atommem_env.embedders.minilm import MiniLMEmbedder
 from atommem_env.embedders.sentence_transformers import SentenceTransformerEmbedder
 from atommem_env.tasks.synthetic import SyntheticSource
 from atommem_env.types import EmbeddingRequest
+from eval.benchmarks import write_figures
 
 Step = list[list[EmbeddingRequest]]  # of each episode
 Way = Callable[[SentenceTransformerEmbedder, Step], NDArray[np.float32]]
@@ -168,9 +168,7 @@ def main(*, out: Path | None = None, episodes: int = 64, steps: int = 2, repeats
     ):
         table.add_row(name, f"{seconds:.2f}", f"{result.texts / seconds:,.0f}", f"{ratio:.2f}x")
     Console().print(table)
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
+    write_figures(out, asdict(result))
 
 
 if __name__ == "__main__":

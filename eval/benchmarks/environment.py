@@ -11,7 +11,6 @@ Beside it, whole steps of `gym.make_vec`, which embeds and keeps once for all it
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
@@ -33,6 +32,7 @@ from atommem_env.episode import Episode
 from atommem_env.prompts import get_layout
 from atommem_env.tasks.synthetic import SyntheticSource
 from atommem_env.types import EpisodeSettings, Observation, Operation, OperationKind
+from eval.benchmarks import write_figures
 
 _WORDS = [f"word{number}" for number in range(500)]
 _ENTRY_WORDS, _QUERY_WORDS = 30, 8
@@ -264,9 +264,7 @@ def main(
         table.add_row(f"{name}, {num_envs} × {embedder}, {durability}: steps/s", f"{rate:,.0f}")
     table.add_row("ratio", f"{result.ratio:.2f}x")
     Console().print(table)
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
+    write_figures(out, asdict(result))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ scratchpad is off: always in view, and at 2048 tokens, it holds all facts that m
 from __future__ import annotations
 
 import asyncio
-import json
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from agents.baselines.planner import Planner
 from agents.rollout import Driver, EpisodeSpec
 from atommem_env.env import count_results
 from atommem_env.types import Rollout
+from eval.benchmarks import write_figures
 from eval.metrics import bootstrap_ci95
 
 OPERATIONS = ("create", "read", "update", "delete")
@@ -106,10 +106,8 @@ def main(*, episodes: int = 300, out: Path | None = None) -> None:
         counts = [f"{count:.1f}" for count in result.operations.values()]
         table.add_row("+".join(result.without), f"{100 * result.em:.1f}", *lost, *counts)
     Console().print(table)
-    if out:
-        figures = {"episodes": episodes, "settings": EPISODES, "results": [asdict(result) for result in results]}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    figures = {"episodes": episodes, "settings": EPISODES, "results": [asdict(result) for result in results]}
+    write_figures(out, figures)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ they are those of `tiny`; neither does the time that it takes here, and none is 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from agents.registry import load_policy
 from agents.rollout import Driver, EpisodeSpec, run_blocking
 from atommem_env.prompts import Layout, shared_prefix
 from atommem_env.types import EpisodeSettings, Message, Observation, Rollout
+from eval.benchmarks import write_figures
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,13 +134,8 @@ def main(
         share = f"{one.computed_tokens / one.prompt_tokens:.1%}"
         table.add_row(one.layout, f"{one.prompt_tokens:,}", f"{one.computed_tokens:,}", share)
     Console().print(table, f"{public.computed_tokens / shared.computed_tokens:.1f} times fewer in shared_prefix.")
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        figures = {
-            "results": [asdict(shared), asdict(public)],
-            "ratio": public.computed_tokens / shared.computed_tokens,
-        }
-        out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    ratio = public.computed_tokens / shared.computed_tokens
+    write_figures(out, {"results": [asdict(shared), asdict(public)], "ratio": ratio})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ reply: its length is drawn beforehand, and both do exactly the same work. They a
 from __future__ import annotations
 
 import asyncio
-import json
 import statistics
 import tempfile
 import time
@@ -29,6 +28,7 @@ from rich.table import Table
 from agents.models.chat_tokenizer import ChatTokenizer
 from agents.models.transformers_model import TransformersModel
 from atommem_env.types import Reply
+from eval.benchmarks import write_figures
 
 _WORDS = [f"w{index}" for index in range(250)]
 _TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
@@ -180,9 +180,7 @@ def main(*, out: Path | None = None, episodes: int = 64, in_flight: int = 16, re
         table.add_row(name, f"{seconds:.2f}", f"{result.reply_tokens / seconds:,.0f}")
     table.add_row("ratio", f"{result.ratio:.2f}x", "")
     Console().print(table)
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
+    write_figures(out, asdict(result))
 
 
 if __name__ == "__main__":

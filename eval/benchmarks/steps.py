@@ -22,7 +22,6 @@ processor's time; they are right for one thread only (OMP_NUM_THREADS=1).
 from __future__ import annotations
 
 import functools
-import json
 import statistics
 import tempfile
 import time
@@ -49,6 +48,7 @@ from agents.rollout import Driver
 from atommem_env.episode import Episode
 from atommem_env.tasks.synthetic_world import vocabulary
 from atommem_env.types import Message, Observation, Rollout, StopReason, Turn
+from eval.benchmarks import write_figures
 from train.advantages import group_advantages
 from train.grpo import GRPORun, Trainer
 from train.samples import make_samples
@@ -514,9 +514,7 @@ def main(
             against = measure_against_trl(model, steps=steps)
             console.print(trl_table(against))
             results["trl"] = asdict(against)
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_figures(out, results)
 
 
 if __name__ == "__main__":

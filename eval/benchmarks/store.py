@@ -22,7 +22,6 @@ the repetitions, and a step is one episode's.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import tempfile
@@ -41,6 +40,7 @@ from rich.table import Table
 from atommem_env.memory import WorkingMemory, unit
 from atommem_env.store import MemoryStore
 from atommem_env.types import Mutation, Observation, OperationKind, StepResult, Vector
+from eval.benchmarks import write_figures
 
 TOP_K = 6
 _FETCH = 40_000  # candidates of a search in the public code
@@ -459,12 +459,9 @@ def main(
                 f"{result.close_s:.2f} s" if part == "whole" else "",
             )
         console.print(table)
-    if out:
-        conditions = {"dtype": "float32", "dimension": dimension, "steps": steps, "top_k": TOP_K, "seed": seed}
-        conditions |= {"threads": os.environ.get("OMP_NUM_THREADS", "all"), "cpus": os.cpu_count()}
-        figures = {part: [asdict(result) for result in results] for part, results in found.items()}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(conditions | figures, indent=2) + "\n", encoding="utf-8")
+    conditions = {"dtype": "float32", "dimension": dimension, "steps": steps, "top_k": TOP_K, "seed": seed}
+    conditions |= {"threads": os.environ.get("OMP_NUM_THREADS", "all"), "cpus": os.cpu_count()}
+    write_figures(out, conditions | {part: [asdict(result) for result in results] for part, results in found.items()})
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from atommem_env.tasks.haystack import HaystackSource
 from atommem_env.tasks.jsonl import read_records
 from atommem_env.tokens import BuiltinTokenizer, get_tokenizer
 from atommem_env.types import EpisodeSettings
+from eval.benchmarks import write_figures
 
 _REPORT = """
 import json, sys, time
@@ -275,9 +276,7 @@ def main(
             str(reset.num_docs), f"{reset.tokens:,}", *(f"{value:.2f}" for value in times), f"{reset.ratio:.2f}x"
         )
     console.print(table)
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
+    write_figures(out, asdict(result))
 
 
 if __name__ == "__main__":

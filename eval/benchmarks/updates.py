@@ -17,7 +17,6 @@ model. The default model is one: Qwen3 of 4 layers, width 128, random weights. T
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -33,6 +32,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from eval.benchmarks import write_figures
 from train.losses import grpo_loss, token_logprobs
 from train.packing import pack_samples, packed_logits, use_packed_attention
 from train.samples import Sample, collate
@@ -210,9 +210,8 @@ def main(
             table.add_row(result["name"], form, f"{seconds:.3f}", f"{ratio:.2f}", f"{difference:.1e}")
         table.add_section()
     Console().print(table)
-    if out:
-        machine = {"model": name, "device": computed.device.type, "threads": torch.get_num_threads()}
-        out.write_text(json.dumps({**machine, "rounds": rounds, "shapes": results}, indent=2) + "\n", encoding="utf-8")
+    machine = {"model": name, "device": computed.device.type, "threads": torch.get_num_threads()}
+    write_figures(out, {**machine, "rounds": rounds, "shapes": results})
 
 
 if __name__ == "__main__":
