@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,24 +38,47 @@ _WORDS = [f"word{number}" for number in range(500)]
 _ENTRY_WORDS, _QUERY_WORDS = 30, 8
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What is taken apart and compared."""
+
+    dialect: str = "tags"
+    """In which replies are written."""
+    layout: str = "shared_prefix"
+    """That makes messages of observations."""
+    num_docs: int = 400
+    """Documents of a task that is taken apart."""
+    chunk_tokens: int = 512
+    """Size of its chunks."""
+    dimension: int = 1024
+    """Of its vectors."""
+    episodes: int = 40
+    """Episodes that are taken apart."""
+    num_envs: int = 64
+    """Environments side by side."""
+    steps: int = 12
+    """Steps of each of them."""
+    embedder: str = "hashing"
+    """Of these environments."""
+    durability: str = "step"
+    """Of these environments."""
+    repeats: int = 3
+    """Repetitions that are timed; medians are reported."""
+    seed: int = 0
+    """Draws tasks and replies."""
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """What was measured: means a step or an episode; ratios are medians over the repetitions."""
 
-    dialect: str
-    layout: str
-    num_docs: int
-    chunk_tokens: int
-    dimension: int
+    setup: Setup
     dtype: str
-    steps: int
+    steps: int  # that were taken apart
     reset_us: float  # an episode
     parse_us: float  # a step
     memory_us: float
     render_us: float
-    num_envs: int
-    embedder: str
-    durability: str
     vector_steps_per_s: float
     sync_steps_per_s: float
     ratio: float
@@ -89,21 +112,19 @@ class Writer:
         return " ".join(self._rng.choice(_WORDS, count))
 
 
-def _parts(
-    dialect: str, layout: str, num_docs: int, chunk_tokens: int, dimension: int, episodes: int, seed: int
-) -> dict[str, float]:
+def _parts(setup: Setup) -> dict[str, float]:
     """Seconds of reset, parse, memory and render, all episodes together, and the number of steps."""
-    source = SyntheticSource(num_docs=num_docs)
-    settings = EpisodeSettings(dialect=dialect, chunk_tokens=chunk_tokens)
-    messages = get_layout(layout)
-    vectors = np.random.default_rng(seed).standard_normal((4096, dimension)).astype(np.float32)
+    source = SyntheticSource(num_docs=setup.num_docs)
+    settings = EpisodeSettings(dialect=setup.dialect, chunk_tokens=setup.chunk_tokens)
+    messages = get_layout(setup.layout)
+    vectors = np.random.default_rng(setup.seed).standard_normal((4096, setup.dimension)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     rows = _cycle(vectors)
     spent = dict.fromkeys(("reset", "parse", "memory", "render", "steps"), 0.0)
-    for index in range(episodes):
-        write = Writer(dialect, seed + index)
+    for index in range(setup.episodes):
+        write = Writer(setup.dialect, setup.seed + index)
         marks = [time.perf_counter()]
-        episode = Episode(source.task(index, seed), settings, seed)
+        episode = Episode(source.task(index, setup.seed), settings, setup.seed)
         spent["reset"] += time.perf_counter() - marks[0]
         while episode.stop_reason is None:
             reply = write(episode.observe())
@@ -111,7 +132,7 @@ def _parts(
             requests = episode.submit(reply)
             marks.append(time.perf_counter())
             needed = [next(rows) for _ in requests]
-            given = np.stack(needed) if needed else np.empty((0, dimension), dtype=np.float32)
+            given = np.stack(needed) if needed else np.empty((0, setup.dimension), dtype=np.float32)
             marks.append(time.perf_counter())
             result = episode.resolve(given)
             marks.append(time.perf_counter())
@@ -147,125 +168,66 @@ def _play(vector: Any, dialect: str, steps: int, seed: int) -> tuple[float, list
     return spent, seen
 
 
-def measure(
-    *,
-    dialect: str,
-    layout: str,
-    num_docs: int,
-    chunk_tokens: int,
-    dimension: int,
-    episodes: int,
-    num_envs: int,
-    steps: int,
-    embedder: str,
-    durability: str,
-    repeats: int,
-    seed: int,
-) -> Result:
+def measure(setup: Setup) -> Result:
     """Times the parts of a step, then both vector environments, the one that begins changing with each repetition."""
-    _parts(dialect, layout, num_docs, chunk_tokens, dimension, 1, seed)  # warms up
-    spent = _parts(dialect, layout, num_docs, chunk_tokens, dimension, episodes, seed)
+    _parts(replace(setup, episodes=1))  # warms up
+    spent = _parts(setup)
     seconds: dict[str, list[float]] = {"sync": [], "vector_entry_point": []}
-    for repeat in range(repeats):
+    for repeat in range(setup.repeats):
         seen: list[list[Any]] = []
         for mode in list(seconds)[:: -1 if repeat % 2 else 1]:
             get_embedder.cache_clear()  # no text may be in the embedder's cache
             with tempfile.TemporaryDirectory() as folder:
                 vector = gym.make_vec(
                     "AtomMem-Synthetic",
-                    num_envs=num_envs,
+                    num_envs=setup.num_envs,
                     vectorization_mode=mode,
-                    dialect=dialect,
-                    embedder=embedder,
-                    durability=durability,
+                    dialect=setup.dialect,
+                    embedder=setup.embedder,
+                    durability=setup.durability,
                     store=folder,
                 )
-                took, returned = _play(vector, dialect, steps, seed + 1000 * repeat)
+                took, returned = _play(vector, setup.dialect, setup.steps, setup.seed + 1000 * repeat)
                 vector.close()
             seconds[mode].append(took)
             seen.append(returned)
         assert seen[0] == seen[1], "both must do, and return, the same"
     ratios = [slow / fast for slow, fast in zip(seconds["sync"], seconds["vector_entry_point"], strict=True)]
+    taken = setup.num_envs * setup.steps
     return Result(
-        dialect=dialect,
-        layout=layout,
-        num_docs=num_docs,
-        chunk_tokens=chunk_tokens,
-        dimension=dimension,
+        setup=setup,
         dtype="float32",
         steps=int(spent["steps"]),
-        reset_us=1e6 * spent["reset"] / episodes,
+        reset_us=1e6 * spent["reset"] / setup.episodes,
         **{f"{part}_us": 1e6 * spent[part] / spent["steps"] for part in ("parse", "memory", "render")},
-        num_envs=num_envs,
-        embedder=embedder,
-        durability=durability,
-        vector_steps_per_s=num_envs * steps / statistics.median(seconds["vector_entry_point"]),
-        sync_steps_per_s=num_envs * steps / statistics.median(seconds["sync"]),
+        vector_steps_per_s=taken / statistics.median(seconds["vector_entry_point"]),
+        sync_steps_per_s=taken / statistics.median(seconds["sync"]),
         ratio=statistics.median(ratios),
         ratios=tuple(ratios),
     )
 
 
-def main(
-    *,
-    out: Path | None = None,
-    dialect: str = "tags",
-    layout: str = "shared_prefix",
-    num_docs: int = 400,
-    chunk_tokens: int = 512,
-    dimension: int = 1024,
-    episodes: int = 40,
-    num_envs: int = 64,
-    steps: int = 12,
-    embedder: str = "hashing",
-    durability: str = "step",
-    repeats: int = 3,
-    seed: int = 0,
-) -> None:
+def main(setup: Setup, *, out: Path | None = None) -> None:
     """Take steps apart, compare the vector environments, and print a table.
 
     Args:
+        setup: What is measured.
         out: JSON file for the numbers.
-        dialect: In which replies are written.
-        layout: That makes messages of observations.
-        num_docs: Documents of a task that is taken apart.
-        chunk_tokens: Size of its chunks.
-        dimension: Of its vectors.
-        episodes: Episodes that are taken apart.
-        num_envs: Environments side by side.
-        steps: Steps of each of them.
-        embedder: Of these environments.
-        durability: Of these environments.
-        repeats: Repetitions that are timed; medians are reported.
-        seed: Draws tasks and replies.
     """
-    result = measure(
-        dialect=dialect,
-        layout=layout,
-        num_docs=num_docs,
-        chunk_tokens=chunk_tokens,
-        dimension=dimension,
-        episodes=episodes,
-        num_envs=num_envs,
-        steps=steps,
-        embedder=embedder,
-        durability=durability,
-        repeats=repeats,
-        seed=seed,
-    )
-    table = Table(title=f"{result.steps} steps, {dialect}, {layout}, D = {dimension}, float32")
+    result = measure(setup)
+    table = Table(title=f"{result.steps} steps, {setup.dialect}, {setup.layout}, D = {setup.dimension}, float32")
     table.add_column("part")
     table.add_column("µs a step", justify="right")
     for part in ("parse", "memory", "render"):
         table.add_row(part, f"{getattr(result, f'{part}_us'):.0f}")
-    table.add_row(f"reset ({num_docs} documents), an episode", f"{result.reset_us:,.0f}", style="dim")
+    table.add_row(f"reset ({setup.num_docs} documents), an episode", f"{result.reset_us:,.0f}", style="dim")
     table.add_section()
     for name, rate in (("SyncVectorEnv", result.sync_steps_per_s), ("AtomMemVectorEnv", result.vector_steps_per_s)):
-        table.add_row(f"{name}, {num_envs} × {embedder}, {durability}: steps/s", f"{rate:,.0f}")
+        table.add_row(f"{name}, {setup.num_envs} × {setup.embedder}, {setup.durability}: steps/s", f"{rate:,.0f}")
     table.add_row("ratio", f"{result.ratio:.2f}x")
     Console().print(table)
     write_figures(out, asdict(result))
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, config=(tyro.conf.OmitArgPrefixes,))
