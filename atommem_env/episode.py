@@ -377,6 +377,8 @@ class Episode:
         view = _SEPARATOR.join([self._observation["scratchpad"], *(entry.text for entry in self._shown)])
         outcome = QuestionOutcome(
             question_id=question.id,
+            kind=question.kind,
+            hops=question.hops,
             prediction=answer,
             em=graded.em if graded else 0.0,
             f1=graded.f1 if graded else 0.0,

@@ -53,8 +53,21 @@ class JobFailed(AtomMemError, RuntimeError):
     """A job, or a service that it needs, ended before it was done; the message gives the cause and names the log."""
 
 
+class ModelError(AtomMemError, RuntimeError):
+    """A model's service failed, refused a request or sent something else; an infrastructure failure, never a reward."""
+
+
 class PromptTooLong(AtomMemError, ValueError):
-    """A prompt and its reply do not fit into the model's window."""
+    """A prompt and its reply do not fit into the model's window.
+
+    Attributes:
+        tokens: of the prompt; None: the service did not say.
+        room: most tokens that the prompt could have had; None: the service did not say.
+    """
+
+    def __init__(self, message: str, tokens: int | None = None, room: int | None = None) -> None:
+        super().__init__(message)
+        self.tokens, self.room = tokens, room
 
 
 class StoreError(AtomMemError, RuntimeError):

@@ -283,6 +283,20 @@ class StepResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """What a reply took: a sum over the calls of models behind it."""
+
+    calls: int = 0  # of a model
+    prompt_tokens: int = 0
+    completion_tokens: int = 0  # what a model thought before it replied included
+    cached_tokens: int = 0  # of the prompts', those that a prefix cache held, as far as the service says
+    dropped_tokens: int = 0  # of the document, left out of a prompt because the model's window ended; the environment's tokens
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True, slots=True)
 class Reply:
     """A policy's reply, kept as it was sampled. Policies that are no language model fill in `text` alone."""
 
@@ -291,6 +305,7 @@ class Reply:
     completion_ids: tuple[int, ...] = ()  # [T_out]
     logprobs: tuple[float, ...] = ()  # [T_out], natural logarithm, at the sampling temperature
     stop: Literal["stop", "length"] = "stop"  # "length": the token limit cut it
+    usage: Usage | None = None  # None: not told
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,6 +322,8 @@ class QuestionOutcome:
     """How one question of a rollout ended."""
 
     question_id: str
+    kind: str  # the dataset's own type
+    hops: int
     prediction: str | None  # None: unanswered
     em: float
     f1: float
