@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,9 +22,18 @@ class ChatModel(Protocol):
         ...
 
     async def complete(
-        self, messages: Sequence[Message], *, max_new_tokens: int, temperature: float, seed: int
+        self, messages: Sequence[Message], *, max_new_tokens: int, temperature: float, thinking: bool, seed: int
     ) -> Reply:
-        """The reply to a chat, sampled with `seed`; temperature 0 is greedy."""
+        """The reply to a chat, sampled with `seed`, with its `usage`; temperature 0 is greedy.
+
+        Args:
+            max_new_tokens: most tokens of the reply, what is thought before it included.
+            thinking: whether a model that can think before it replies shall; `Reply.text` is without what it thought.
+
+        Raises:
+            PromptTooLong: the prompt and `max_new_tokens` together exceed the model's window.
+            ModelError, EngineDied: the service, or the engine, failed; never a reply.
+        """
         ...
 
 
@@ -33,6 +43,7 @@ class Sampling:
 
     temperature: float = 0.0  # 0 is greedy; the AtomMem paper evaluates at 0.7
     max_new_tokens: int = 256  # a longer reply is cut
+    thinking: bool = False  # whether a model that can think before it replies shall
 
 
 GREEDY = Sampling()
@@ -59,8 +70,7 @@ class ChatPolicy:
         async def act(observation: Observation) -> Reply:
             return await self.model.complete(
                 get_layout(self.layout)(observation, self.settings),
-                max_new_tokens=self.sampling.max_new_tokens,
-                temperature=self.sampling.temperature,
+                **dataclasses.asdict(self.sampling),
                 seed=zlib.crc32(f"{seed}/{observation['step']}".encode()),
             )
 

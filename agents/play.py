@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 import atommem_env  # noqa: F401  (registers the environments)
-from agents.registry import MODELS, POLICIES
+from agents.models.load import MODELS
+from agents.registry import METHODS, POLICIES
 from agents.rollout import play_episode
 from atommem_env.dialects import Dialect, get_dialect
 from atommem_env.env import AtomMemEnv
@@ -117,8 +118,16 @@ def main(
 
 
 def list_policies() -> None:
-    """List the policies that are known by name."""
-    table = Table("policy", "what it does", title="--policy NAME, constant=TEXT, or module:attribute")
-    for name, description in {**{name: what for name, (_, what) in POLICIES.items()}, **MODELS}.items():
-        table.add_row(name, description)
-    Console().print(table)
+    """List the policies, methods and models that are known by name."""
+    rules = {name: what for name, (_, what) in POLICIES.items()}
+    methods = {name: what for name, (_, what) in METHODS.items()}
+    console = Console()
+    for title, caption, rows in (
+        ("Rules: --policy NAME", "* is given the golds", rules),
+        ("Methods: --policy METHOD@MODEL", "or module:attribute@MODEL, a method of yours", methods),
+        ("Models as AtomMem agents: --policy MODEL", "or module:attribute, a policy of yours", MODELS),
+    ):
+        table = Table("name", "what it does", title=title, caption=caption, title_justify="left")
+        for name, description in rows.items():
+            table.add_row(name, description)
+        console.print(table)

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from agents.baselines import cheats, oracle, planner, world_reader
+from agents.baselines.append_all import append_all
+from agents.baselines.full_context import full_context
+from agents.baselines.memagent import memagent
+from agents.baselines.no_memory import no_memory
+from agents.baselines.rag import rag
 from agents.chat_policy import GREEDY, ChatPolicy, Sampling
-from agents.models.download import find_model
-from agents.models.transformers_model import TransformersModel
+from agents.models.load import MODELS, is_model, load_model
 from agents.policy import Policy, as_policy
+from agents.prompted import Method, PromptedPolicy
 from atommem_env.errors import PolicyError
 from atommem_env.types import EpisodeSettings
 
@@ -62,10 +69,21 @@ POLICIES: dict[str, tuple[Callable[[EpisodeSettings], Policy], str]] = {
     "random": (cheats.Random, "random operations with random words of what it sees"),
     "spam": (cheats.Spam, "floods the memory and answers in every turn"),
 }
-MODELS = {
-    "tiny": "a base model of the synthetic world that has yet to learn the game (0.9 million parameters; use --layout terse)",
-    "smollm2": "SmolLM2-135M-Instruct, a language model on this machine (first: atommem models get smollm2)",
+# name → the method, which a model is put behind: `rag@smollm2`
+METHODS: dict[str, tuple[Method, str]] = {
+    "no-memory": (no_memory, "asks the question alone: what the model knows by itself"),
+    "full-context": (
+        full_context,
+        "asks with the whole document, without its middle where the model's window is too short",
+    ),
+    "rag": (
+        rag,
+        "stores every document, searches for the question, asks with what is found; --set retrieval=bm25 or hybrid",
+    ),
+    "append-all": (append_all, "stores every chunk whole, searches for the question, asks with what is found"),
+    "memagent": (memagent, "MemAgent: the model writes one memory anew with every chunk, and answers from it"),
 }
+_ATTRIBUTE = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")  # module:attribute
 
 
 def load_policy(
@@ -74,30 +92,57 @@ def load_policy(
     """The policy called `name`, for episodes with these settings.
 
     Args:
-        name: one of `POLICIES` or `MODELS`; `constant=TEXT`; the folder of a chat model; or `module:attribute`, a function or
-            `Policy` of yours, the module being looked for in the working folder first.
+        name: one of
+
+            - `NAME`, one of `POLICIES`, or `constant=TEXT`;
+            - `MODEL`, one of `agents.models.load.MODELS`: that model as an AtomMem agent;
+            - `METHOD@MODEL`, one of `METHODS` with any model behind it;
+            - `module:attribute`, a function or `Policy` of yours; `module:attribute@MODEL`, a method of yours
+              (`agents.prompted.Method`) with any model behind it. The module is looked for in the working folder first.
         settings: the dynamics of the episodes; a policy writes in their dialect.
         sampling: how a language model samples; nothing to other policies.
-        layout: how it is shown an observation, see `atommem_env.prompts`; nothing to other policies.
+        layout: how a model that is the agent is shown an observation, see `atommem_env.prompts`; nothing to other policies.
 
     Raises:
         PolicyError: there is none of that name.
-        ModelNotFound: the model was not fetched yet.
+        ModelNotFound: there is no such model, or it was not fetched yet.
+        SettingError: a method cannot work with these settings.
     """
     if name.startswith("constant="):
         return cheats.Constant(settings, name.removeprefix("constant="))
     if name in POLICIES:
         return POLICIES[name][0](settings)
-    if name in MODELS or (Path(name) / "config.json").is_file():
-        return ChatPolicy(TransformersModel(find_model(name)), settings, sampling, layout)
-    module_name, colon, attribute = name.partition(":")
-    if not colon:
+    if is_model(name) or ("/" in name and ":" not in name and "@" not in name):
+        return ChatPolicy(load_model(name), settings, sampling, layout)
+    left, at, model_name = name.partition("@")
+    if left in POLICIES and left not in METHODS:
+        raise PolicyError(f"{left} takes no model; call it {left!r}, got {name!r}. Methods are {', '.join(METHODS)}.")
+    if left in METHODS:
+        method = METHODS[left][0]
+    elif _ATTRIBUTE.fullmatch(left):
+        found = _attribute(left)
+        if not at:
+            return as_policy(found)
+        if not callable(found):
+            raise PolicyError(f"A method is a function (settings, ask) -> act, got {found!r} for {left!r}.")
+        method = found
+    else:
         raise PolicyError(
-            f"No policy is called {name!r}. There are {', '.join([*POLICIES, *MODELS])}, a model's folder, and module:attribute."
+            f"No policy is called {name!r}. There are {', '.join([*POLICIES, *MODELS])}, METHOD@MODEL with a METHOD of "
+            f"{', '.join(METHODS)}, module:attribute, and module:attribute@MODEL."
         )
+    if not model_name:
+        raise PolicyError(f"{left} needs a model: {left}@smollm2. Models are {', '.join(MODELS)}.")
+    model = load_model(model_name)
+    return PromptedPolicy(f"{left}@{model.name}", method, model, settings, sampling)
+
+
+def _attribute(name: str) -> Any:
+    """What `module:attribute` names."""
+    module_name, _, attribute = name.partition(":")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     module = importlib.import_module(module_name)
     if not hasattr(module, attribute):
         raise PolicyError(f"Module {module_name!r} ({module.__file__}) has no {attribute!r}.")
-    return as_policy(getattr(module, attribute))
+    return getattr(module, attribute)

@@ -71,12 +71,14 @@ class Driver:
         policy: Policy | Act,
         *,
         in_flight: int = 64,
+        begun: Callable[[int], None] = lambda position: None,
         finished: Callable[[int, Rollout], None] = lambda position, rollout: None,
         replied: Callable[[], None] = lambda: None,
     ) -> list[Rollout]:
         """Plays all episodes, at most `in_flight` at a time.
 
         Args:
+            begun: called with the position in `specs` when an episode begins.
             finished: called with the position in `specs` and the rollout, in the order in which episodes end.
             replied: called after each reply of any episode; for a progress bar.
 
@@ -87,7 +89,7 @@ class Driver:
             Exception: whatever policy, embedder or store raised first; the other episodes are stopped. A failure is never
                 scored, and what `finished` was told before stands.
         """
-        rollouts = await self._each(specs, policy, in_flight, finished, replied, retries=None)
+        rollouts = await self._each(specs, policy, in_flight, finished, replied, retries=None, begun=begun)
         return [rollout for rollout in rollouts if rollout is not None]  # all of them: a failure was raised
 
     async def run_tolerant(
@@ -121,6 +123,7 @@ class Driver:
         finished: Callable[[int, Rollout], None],
         replied: Callable[[], None],
         retries: int | None,
+        begun: Callable[[int], None] = lambda position: None,
     ) -> list[Rollout | None]:
         """Plays all; `retries` None raises the first failure."""
         policy = as_policy(policy)
@@ -128,6 +131,7 @@ class Driver:
 
         async def one(position: int, spec: EpisodeSpec) -> Rollout | None:
             async with gate:
+                begun(position)
                 played: Rollout | Exception
                 if retries is None:
                     played = await self.play(spec, policy, replied=replied)

@@ -12,7 +12,13 @@ from atommem_env.errors import AtomMemError, ShadowedPackage
 
 # command → ("module:function", what it does). The only place where this package names those above it.
 COMMANDS = {
-    "eval": ("eval.run:main", "Evaluate a policy on an environment: a table, summary.json, every memory entry."),
+    "eval": ("eval.run:main", "Evaluate a policy, or by a recipe many on many environments: tables, every number."),
+    "compare": (
+        "eval.compare:main",
+        "Compare two runs on the same episodes: which questions were won, and whether by chance.",
+    ),
+    "judge": ("eval.judge:main", "Let a language model pass or fail the answers of a run, beside exact match."),
+    "report": ("eval.report:main", "Turn runs into tables (Markdown, CSV, LaTeX) and plots, beside published figures."),
     "grpo": ("train.grpo:main", "Train a model by reinforcement learning, on this machine."),
     "sft": ("train.sft:main", "Fine-tune a chat model on collected samples."),
     "collect": ("train.collect:main", "Collect a policy's trajectories, as prompts and completions to train on."),
@@ -46,9 +52,10 @@ COMMANDS = {
     "models get": ("agents.models.download:get_command", "Fetch a model's weights and make them ready."),
 }
 _OURS = ("agents", "eval", "train")
-# those whose options have defaults from a file: what parses their words and calls their function
+# those whose options can come from a file: what parses their words and calls their function
 _PARSERS = dict.fromkeys(("collect", "sft", "grpo"), "train.presets:call") | {
-    "train cluster": "train.cluster.launch:call"
+    "eval": "eval.recipe:call",
+    "train cluster": "train.cluster.launch:call",
 }
 
 _EXAMPLES = """\
@@ -58,6 +65,7 @@ examples:
   atommem eval AtomMem-Synthetic --policy oracle --episodes 100 --out runs/oracle
   atommem data import hotpotqa hotpot_dev_distractor_v1.json --split dev
   atommem eval AtomMem-HotpotQA --num-docs 200 --policy my_module:policy --out runs/mine
+  atommem eval quick.toml --out runs/quick
 
 `atommem COMMAND --help` explains a command's options."""
 

@@ -419,6 +419,10 @@ class Episode:
             ids = [entry.id for entry in self.memory.entries()]
             drawn = np.random.default_rng([self.seed, self.steps]).permutation(len(ids))[: self.settings.top_k]
             found = [ids[row] for row in drawn]
+        elif self.settings.retrieval == "bm25":
+            found = self.memory.search_words(self.query, self.settings.top_k)
+        elif self.settings.retrieval == "hybrid":
+            found = self.memory.search_hybrid(self.query, self._query_vector, self.settings.top_k)
         else:
             found = self.memory.search(self._query_vector, self.settings.top_k)
         tokenizer = get_tokenizer(self.settings.tokenizer)

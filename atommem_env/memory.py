@@ -1,4 +1,4 @@
-"""One episode's memory: entries, their vectors, and exact search among them."""
+"""One episode's memory: entries, their vectors, and exact search among them, by vectors or by words."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from atommem_env.errors import EmbeddingError, EpisodeStateError, SettingError
+from atommem_env.lexical import LexicalIndex, fuse
 from atommem_env.types import Entry, Vector
 
 _FIRST_ROWS = 128  # of the first matrix, of which the system gives pages as they are written; doubled when full
@@ -76,6 +77,7 @@ class WorkingMemory:
         self._rows: dict[str, int] = {}  # the row of each id; the first len(self) rows are in use, in any order
         self._matrix: Vector | None = None
         self._ids: list[str] = []  # of the entry in each row in use
+        self._lexical: LexicalIndex | None = None  # kept from the first search by words on; a copy makes its own anew
 
     @property
     def dimension(self) -> int | None:
@@ -134,6 +136,8 @@ class WorkingMemory:
         self._rows[entry_id] = row
         self._matrix[row] = checked
         self._ids.append(entry_id)
+        if self._lexical is not None:
+            self._lexical.add(self._created, text)
         return entry_id
 
     def update(self, entry_id: str, text: str, vector: ArrayLike) -> None:
@@ -147,6 +151,9 @@ class WorkingMemory:
         checked = self._checked(vector)
         assert self._matrix is not None
         self._matrix[row] = checked
+        if self._lexical is not None:
+            self._lexical.remove(_number(entry_id), self._entries[entry_id].text)
+            self._lexical.add(_number(entry_id), text)
         self._entries[entry_id] = Entry(entry_id, text)
 
     def delete(self, entry_id: str) -> None:
@@ -156,7 +163,9 @@ class WorkingMemory:
             KeyError: no entry has that id.
         """
         row = self._rows.pop(entry_id)
-        del self._entries[entry_id]
+        entry = self._entries.pop(entry_id)
+        if self._lexical is not None:
+            self._lexical.remove(_number(entry_id), entry.text)
         moved = self._ids.pop()
         if moved != entry_id:  # the last row moves into the gap, so that the rows in use stay together
             assert self._matrix is not None
@@ -195,6 +204,24 @@ class WorkingMemory:
         found = sorted(zip((-score for score in exact), (int(self._ids[row][1:]) for row in near), strict=True))
         return [f"m{number}" for _, number in found[:k]]
 
+    def search_words(self, query: str, k: int) -> list[str]:
+        """Ids of the `k` entries best for the words of `query` by BM25 (`atommem_env.lexical`), best first; of equals the
+        older one first. An entry that shares no word with the query is not found.
+
+        Raises:
+            SettingError: k is less than 1.
+        """
+        return _ids(self._by_words(query), k)
+
+    def search_hybrid(self, query: str, query_vector: ArrayLike, k: int) -> list[str]:
+        """Ids of the `k` entries best by reciprocal rank fusion of what `search` and `search_words` make of all entries.
+
+        Raises:
+            EmbeddingError, SettingError: as for `search`.
+        """
+        nearest = self.search(query_vector, max(1, len(self)))
+        return _ids(fuse([[_number(entry_id) for entry_id in nearest], self._by_words(query)]), k)
+
     def snapshot(self) -> dict[str, object]:
         """The state as plain, picklable data."""
         return {
@@ -229,6 +256,13 @@ class WorkingMemory:
         twin._ids = self._ids.copy()
         return twin
 
+    def _by_words(self, query: str) -> list[int]:
+        if self._lexical is None:
+            self._lexical = LexicalIndex()
+            for entry in self._entries.values():
+                self._lexical.add(_number(entry.id), entry.text)
+        return self._lexical.ranking(query)
+
     def _checked(self, vector: ArrayLike) -> Vector:
         checked = unit(vector)
         fits = checked.ndim == 1 if self._matrix is None else checked.shape == self._matrix.shape[1:]
@@ -236,3 +270,13 @@ class WorkingMemory:
             expected = "[D]" if self.dimension is None else f"[{self.dimension}]"
             raise EmbeddingError(f"Expected a vector of shape {expected} in this memory, got {list(checked.shape)}.")
         return checked
+
+
+def _number(entry_id: str) -> int:
+    return int(entry_id[1:])
+
+
+def _ids(ranking: list[int], k: int) -> list[str]:
+    if k < 1:
+        raise SettingError(f"k must be at least 1, got {k}.")
+    return [f"m{number}" for number in ranking[:k]]

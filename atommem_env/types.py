@@ -113,7 +113,7 @@ class EpisodeSettings:
     scratchpad_tokens: int = 2048  # a longer scratchpad is cut, and the policy is told
     top_k: int = 6  # how many entries a query retrieves
     memory_tokens: int = 4096  # retrieved entries beyond this many tokens are not shown, and the policy is told
-    retrieval: str = "top_k"  # "top_k" by cosine similarity, or "random" entries
+    retrieval: str = "top_k"  # by cosine similarity; "bm25": by words; "hybrid": by the ranks of both; "random" entries
     read_latency: int = 1  # 1: a Read is answered a step later; 0: a reply with a Read sees the same chunk once more
     advance: str = "always"  # "always": every reply turns the page; "on_write": only one that created or updated
     capacity: int | None = None  # most entries at a time; a Create beyond it is a fault
@@ -134,7 +134,8 @@ class EpisodeSettings:
         check("reward_terms", ok, f"finite weights of {', '.join(REWARD_TERMS)}")
         object.__setattr__(self, "reward_terms", tuple(sorted((name, float(weight)) for name, weight in pairs)))
         check("operations", set(self.operations) <= set(known), f"a selection of {known}")
-        check("retrieval", self.retrieval in ("top_k", "random"), "'top_k' or 'random'")
+        kinds = ("top_k", "bm25", "hybrid", "random")
+        check("retrieval", self.retrieval in kinds, f"one of {kinds}")
         check("advance", self.advance in ("always", "on_write"), "'always' or 'on_write'")
         check("read_latency", self.read_latency in (0, 1), "0 or 1")
         for name in ("chunk_tokens", "scratchpad_tokens", "top_k", "memory_tokens", "replies_per_question"):
@@ -290,7 +291,7 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0  # what a model thought before it replied included
     cached_tokens: int = 0  # of the prompts', those that a prefix cache held, as far as the service says
-    dropped_tokens: int = 0  # of the document, left out of a prompt because the model's window ended; the environment's tokens
+    dropped_tokens: int = 0  # of the document, left out where a model's window ended; in the environment's tokens
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))

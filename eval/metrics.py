@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from atommem_env.env import count_results
+from atommem_env.errors import DataError
 from atommem_env.tokens import Tokenizer
-from atommem_env.types import Rollout
+from atommem_env.types import OperationKind, Rollout, Turn, Usage
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # of a run's folder
 _RESAMPLES = 10_000
 
 
@@ -20,20 +22,29 @@ def episode_record(position: int, rollout: Rollout, tokenizer: Tokenizer) -> dic
     """One episode as a line of `episodes.jsonl`; everything that `summarise` needs, and nothing that the clock decides.
 
     Tokens are those that a model reported, else counted by the environment's tokenizer over observations and replies.
+    `retrievals` are the turns with a query in force: each of them searches the memory. In `by_step` each list has an item
+    a reply; `entries` is how many the memory held after it, the other numbers count what that reply did.
     """
+    usages = [turn.reply.usage or Usage() for turn in rollout.turns]
+    by_step: dict[str, list[Any]] = {}
+    entries = 0
     operations: Counter[str] = Counter()
     faults: Counter[str] = Counter()
-    prompt = completion = 0
     for turn in rollout.turns:
         counts = count_results(turn.results)
+        done = {str(kind): counts["operations"].get(kind, 0) for kind in OperationKind}
         operations.update(counts["operations"])
         faults.update(counts["faults"])
-        if turn.reply.prompt_ids:
-            prompt += len(turn.reply.prompt_ids)
-            completion += len(turn.reply.completion_ids)
-        else:
-            prompt += sum(tokenizer.count(value) for value in turn.observation.values() if isinstance(value, str))
-            completion += tokenizer.count(turn.reply.text)
+        entries += done["create"] - done["delete"]
+        prompt, completion = _tokens(turn, tokenizer)
+        step = {
+            "phase": turn.observation["phase"],
+            "entries": entries,
+            **done,
+            "faults": sum(counts["faults"].values()),
+        }
+        for name, value in {**step, "prompt_tokens": prompt, "completion_tokens": completion}.items():
+            by_step.setdefault(name, []).append(value)
     return {
         "episode": position,
         "task_id": rollout.task_id,
@@ -44,10 +55,15 @@ def episode_record(position: int, rollout: Rollout, tokenizer: Tokenizer) -> dic
         "replies_cut": sum(turn.reply.stop == "length" for turn in rollout.turns),
         "operations": dict(sorted(operations.items())),
         "faults": dict(sorted(faults.items())),
-        "tokens": {"prompt": prompt, "completion": completion},
+        "tokens": {"prompt": sum(by_step["prompt_tokens"]), "completion": sum(by_step["completion_tokens"])},
+        "calls": sum(usage.calls for usage in usages),
+        "retrievals": sum(turn.observation["query"] != "" for turn in rollout.turns),
+        "dropped_tokens": sum(usage.dropped_tokens for usage in usages),
         "questions": [
             {
                 "id": outcome.question_id,
+                "kind": outcome.kind,
+                "hops": outcome.hops,
                 "prediction": outcome.prediction,
                 "em": outcome.em,
                 "f1": outcome.f1,
@@ -57,68 +73,166 @@ def episode_record(position: int, rollout: Rollout, tokenizer: Tokenizer) -> dic
             }
             for outcome in rollout.questions
         ],
+        "by_step": by_step,
     }
 
 
-def bootstrap_ci95(values: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
-    """The 95 % percentile interval of the weighted mean when whole tasks are resampled, 10,000 times, with a fixed seed.
+def episode_cost(position: int, rollout: Rollout, seconds: float, elapsed: float) -> dict[str, Any]:
+    """One episode as a line of `costs.jsonl`: what the clock and a model's service decide.
+
+    Args:
+        seconds: wall time of the episode, others being played meanwhile.
+        elapsed: wall time of the run until the episode ended, interruptions left out.
+    """
+    cached = sum(turn.reply.usage.cached_tokens for turn in rollout.turns if turn.reply.usage)
+    return {"episode": position, "seconds": round(seconds, 3), "elapsed": round(elapsed, 3), "cached_tokens": cached}
+
+
+def _tokens(turn: Turn, tokenizer: Tokenizer) -> tuple[int, int]:
+    """Of the prompt and of the reply."""
+    reply = turn.reply
+    if reply.usage:
+        return reply.usage.prompt_tokens, reply.usage.completion_tokens
+    if reply.prompt_ids:
+        return len(reply.prompt_ids), len(reply.completion_ids)
+    shown = sum(tokenizer.count(value) for value in turn.observation.values() if isinstance(value, str))
+    return shown, tokenizer.count(reply.text)
+
+
+def resampled_means(values: Sequence[float], weights: Sequence[float], clusters: Sequence[str]) -> NDArray[np.float64]:
+    """The weighted mean in each of 10,000 resamples: whole clusters, drawn with replacement by a fixed seed.
+
+    Episodes of one task are one cluster: their outcomes hang together, and to count them as independent would make an
+    interval look narrower than it is.
 
     Args:
         values: [E] a mean for each episode.
         weights: [E] how many questions it has.
+        clusters: [E] the task that it is about.
+
+    Returns:
+        [10000]; their spread is that of the mean.
+
+    Task "a" has two episodes, one of them right, and task "b" one that is wrong. A resample is a and a (mean 1/2), a and b
+    (1/3) or b and b (0); no resample has half of a task:
+
+    >>> means = resampled_means([1.0, 0.0, 0.0], [1, 1, 1], ["a", "a", "b"])
+    >>> sorted(set(means.round(2).tolist()))
+    [0.0, 0.33, 0.5]
+    """
+    value, weight = np.asarray(values, dtype=float), np.asarray(weights, dtype=float)
+    place = {name: number for number, name in enumerate(dict.fromkeys(clusters))}  # in order of appearance
+    index = [place[name] for name in clusters]
+    # [C] of each cluster: what it adds to the mean's numerator and to its denominator
+    total, weight = np.bincount(index, value * weight), np.bincount(index, weight)
+    rng = np.random.default_rng(0)
+    share = np.full(len(place), 1 / len(place))
+    # [1000, C] how often each cluster is in each resample; in ten parts, because C can be thousands
+    parts = (rng.multinomial(len(place), share, size=_RESAMPLES // 10) for _ in range(10))
+    return np.concatenate([(counts @ total) / (counts @ weight) for counts in parts])
+
+
+def bootstrap_ci95(
+    values: Sequence[float], weights: Sequence[float], clusters: Sequence[str] | None = None
+) -> tuple[float, float]:
+    """The 95 % percentile interval of the weighted mean, by `resampled_means`.
+
+    Args:
+        clusters: [E]; None: each episode is about a task of its own.
 
     >>> bootstrap_ci95([1.0, 1.0, 1.0], [1, 1, 1])
     (1.0, 1.0)
     """
-    value, weight = np.asarray(values, dtype=float), np.asarray(weights, dtype=float)
-    rng = np.random.default_rng(0)
-    # [E] counts of each episode in a resample, drawn as one multinomial row for each of the resamples: small in memory.
-    counts = rng.multinomial(len(value), np.full(len(value), 1 / len(value)), size=_RESAMPLES)
-    means = (counts @ (value * weight)) / (counts @ weight)
-    low, high = np.percentile(means, [2.5, 97.5])
+    names = [str(place) for place in range(len(values))] if clusters is None else clusters
+    low, high = np.percentile(resampled_means(values, weights, names), [2.5, 97.5])
     return float(low), float(high)
 
 
 def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The table's numbers over all episodes. Rates are in [0, 1]; operations, faults and tokens are means an episode.
+    """The table's numbers over all episodes. Rates are in [0, 1]; what is counted is given as the mean of an episode.
 
-    `evidence_recall` says where evidence was lost: the share of passages that stood in the memory or scratchpad when their
-    question was settled (`stored`), that the policy had in view (`retrieved`), and whose question it got right (`answered`).
+    `by_kind` and `by_hops` are the dataset's own types of questions and the steps of reasoning that they take.
+
+    Raises:
+        DataError: the episodes were recorded by an earlier version.
     """
+    if any("by_step" not in record for record in records):
+        raise DataError(f"These episodes are of a version before {SCHEMA_VERSION}, with fewer numbers. Run it again.")
     questions = [question for record in records for question in record["questions"]]
-    passages = sum(question["evidence"] for question in questions)
 
-    def per_episode(field: str) -> dict[str, float]:
+    def mean(count: Callable[[dict[str, Any]], float]) -> float:
+        return round(sum(map(count, records)) / len(records), 4)
+
+    def means(field: str) -> dict[str, float]:
         total: Counter[str] = Counter()
         for record in records:
             total.update(record[field])
         return {name: round(total[name] / len(records), 4) for name in sorted(total)}
 
-    def share(count: float) -> float | None:
-        return round(count / passages, 4) if passages else None
-
-    def mean(name: str) -> float:
-        return round(sum(question[name] for question in questions) / len(questions), 4)
+    def split(name: str) -> dict[str, dict[str, Any]]:
+        values = sorted({question[name] for question in questions})
+        return {str(value): _scores([one for one in questions if one[name] == value]) for value in values}
 
     ems = [sum(question["em"] for question in record["questions"]) / len(record["questions"]) for record in records]
-    low, high = bootstrap_ci95(ems, [len(record["questions"]) for record in records])
+    weights = [len(record["questions"]) for record in records]
+    scores = _scores(questions)
     return {
         "episodes": len(records),
         "tasks": len({record["task_id"] for record in records}),
+        "questions": scores["questions"],
+        "em": scores["em"],
+        "em_ci95": [round(end, 4) for end in bootstrap_ci95(ems, weights, [record["task_id"] for record in records])],
+        "f1": scores["f1"],
+        "reward": mean(lambda record: record["reward"]),
+        "evidence_recall": scores["evidence_recall"],
+        "by_kind": split("kind"),
+        "by_hops": split("hops"),
+        "operations": means("operations"),
+        "faults": means("faults"),
+        "stop_reasons": dict(sorted(Counter(record["stop_reason"] for record in records).items())),
+        "replies_cut": sum(record["replies_cut"] for record in records),
+        "tokens": means("tokens"),
+        "calls": mean(lambda record: record["calls"]),
+        "retrievals": mean(lambda record: record["retrievals"]),
+        "dropped_tokens": mean(lambda record: record["dropped_tokens"]),
+        "entries": mean(lambda record: record["by_step"]["entries"][-1]),  # at the end
+        "steps": mean(lambda record: record["steps"]),
+    }
+
+
+def summarise_costs(costs: Sequence[dict[str, Any]], steps: int) -> dict[str, Any]:
+    """What a run took: `seconds` is its wall time divided by its episodes, `cached_tokens` the mean of an episode.
+
+    Args:
+        costs: of all its episodes.
+        steps: of all its episodes together.
+    """
+    seconds = max(cost["elapsed"] for cost in costs)
+    return {
+        "seconds": round(seconds / len(costs), 4),
+        "cached_tokens": round(sum(cost["cached_tokens"] for cost in costs) / len(costs), 4),
+        "steps_per_second": round(steps / max(seconds, 1e-3), 2),  # no clock of ours is finer
+    }
+
+
+def _scores(questions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of some questions: how many, and their means.
+
+    `evidence_recall` says where evidence was lost: the share of passages that stood in the memory or scratchpad when their
+    question was settled (`stored`), that the policy had in view (`retrieved`), and whose question it got right (`answered`).
+    """
+    passages = sum(question["evidence"] for question in questions)
+
+    def share(found: int) -> float | None:
+        return round(found / passages, 4) if passages else None
+
+    return {
         "questions": len(questions),
-        "em": mean("em"),
-        "em_ci95": [round(low, 4), round(high, 4)],
-        "f1": mean("f1"),
-        "reward": round(sum(record["reward"] for record in records) / len(records), 4),
+        "em": round(sum(question["em"] for question in questions) / len(questions), 4),
+        "f1": round(sum(question["f1"] for question in questions) / len(questions), 4),
         "evidence_recall": {
             "stored": share(sum(question["stored"] for question in questions)),
             "retrieved": share(sum(question["retrieved"] for question in questions)),
             "answered": share(sum(question["evidence"] for question in questions if question["em"] == 1)),
         },
-        "operations": per_episode("operations"),
-        "faults": per_episode("faults"),
-        "stop_reasons": dict(sorted(Counter(record["stop_reason"] for record in records).items())),
-        "replies_cut": sum(record["replies_cut"] for record in records),
-        "tokens": per_episode("tokens"),
-        "steps": round(sum(record["steps"] for record in records) / len(records), 4),
     }

@@ -3,7 +3,10 @@
     atommem eval AtomMem-Synthetic --policy oracle --episodes 50 --out runs/oracle
 
 The folder `--out` then holds `config.json` (what was asked for), `episodes.jsonl` (a line an episode; the same bytes for the
-same configuration), `summary.json` (the numbers) and `memory/` (every entry written, a LanceDB folder).
+same configuration), `costs.jsonl` (what the clock and a model's service decide: a line an episode, in seconds),
+`summary.json` (the numbers) and `memory/` (every entry written, a LanceDB folder).
+
+Many policies on many environments: `eval.recipe`.
 """
 
 from __future__ import annotations
@@ -12,7 +15,8 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -36,7 +40,9 @@ from atommem_env.errors import SettingError
 from atommem_env.tasks import source_options
 from atommem_env.tokens import get_tokenizer
 from atommem_env.types import Rollout
-from eval.metrics import SCHEMA_VERSION, episode_record, summarise
+from eval.metrics import SCHEMA_VERSION, episode_cost, episode_record, summarise, summarise_costs
+
+_ABSENT = object()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +106,8 @@ class EnvConfig(EnvOptions):
     """How many episodes."""
     seed: int = 0
     """Draws the tasks, their documents and whatever a policy draws."""
+    thinking: bool = False
+    """Whether a language model that can think before it replies does; max_new_tokens holds what it thinks as well."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +116,8 @@ class EvalConfig(EnvConfig):
 
     out: Path = Path("runs/eval")
     """Folder of the run."""
+    label: str | None = None
+    """What tables call this run, instead of the policy's name."""
     resume: bool = False
     """Go on with an interrupted run in the same folder: only what is missing is played."""
 
@@ -139,48 +149,66 @@ def episode_specs(length: int, episodes: int, seed: int) -> list[EpisodeSpec]:
     return [EpisodeSpec(order[i % len(order)], *seeds[i]) for i in range(episodes)]
 
 
-def evaluate(config: EvalConfig, console: Console | None = None) -> dict[str, Any]:
+def evaluate(config: EvalConfig, console: Console | None = None, *, progress: Progress | None = None) -> dict[str, Any]:
     """Runs an evaluation and returns what `summary.json` holds.
+
+    Args:
+        console: where a progress bar is drawn; stderr unless told.
+        progress: a display that is running already, which gets the bar instead.
 
     Raises:
         SettingError: the folder holds another run, or an interrupted one and `resume` is off.
         Exception: what the policy, the embedder or the store raised. Finished episodes are kept for `resume`.
     """
-    env, policy, identity = prepare(config)
-    finished = _open_run(config, identity)
-    specs = episode_specs(len(env.source), config.episodes, config.seed)
-    missing = [position for position in range(len(specs)) if position not in finished]
-    tokenizer = get_tokenizer(env.settings.tokenizer)
-    started = time.perf_counter()
-    lines = config.out / "episodes.jsonl"
-    with lines.open("a", encoding="utf-8", newline="\n") as file:
+    env, policy, identity = prepare_evaluation(config)
+    with closing(env):
+        finished, costs = _open_run(config, identity)
+        specs = episode_specs(len(env.source), config.episodes, config.seed)
+        missing = [position for position in range(len(specs)) if position not in finished]
+        tokenizer = get_tokenizer(env.settings.tokenizer)
+        before = max((cost["elapsed"] for cost in costs.values()), default=0.0)
+        started = time.perf_counter()
+        began: dict[int, float] = {}
+        lines, cost_lines = config.out / "episodes.jsonl", config.out / "costs.jsonl"
+        with (
+            lines.open("a", encoding="utf-8", newline="\n") as file,
+            cost_lines.open("a", encoding="utf-8", newline="\n") as cost_file,
+        ):
 
-        def keep(number: int, rollout: Rollout) -> None:
-            record = episode_record(missing[number], rollout, tokenizer)
-            finished[record["episode"]] = record
-            file.write(json_line(record))
-            file.flush()
+            def begin(number: int) -> None:
+                began[number] = time.perf_counter()
 
-        play(
-            config,
-            env,
-            policy,
-            [specs[position] for position in missing],
-            console,
-            rewards_before=[record["reward"] for record in finished.values()],
-            finished=keep,
-        )
-    seconds = time.perf_counter() - started
-    env.close()
-    records = [finished[position] for position in range(len(specs))]
+            def keep(number: int, rollout: Rollout) -> None:
+                now, position = time.perf_counter(), missing[number]
+                costs[position] = episode_cost(position, rollout, now - began[number], before + now - started)
+                finished[position] = episode_record(position, rollout, tokenizer)
+                # A kill between the two leaves a cost without its episode, which does no harm.
+                for record, to in ((costs[position], cost_file), (finished[position], file)):
+                    to.write(json_line(record))
+                    to.flush()
+
+            play(
+                config,
+                env,
+                policy,
+                [specs[position] for position in missing],
+                console,
+                progress=progress,
+                label=identity["label"],
+                rewards_before=[record["reward"] for record in finished.values()],
+                begun=begin,
+                finished=keep,
+            )
+    records, spent = ([kept[position] for position in range(len(specs))] for kept in (finished, costs))
     replace_file(lines, "".join(map(json_line, records)))
-    played = sum(finished[position]["steps"] for position in missing)
+    replace_file(cost_lines, "".join(map(json_line, spent)))
     summary = {
         "env_id": config.env_id,
+        "label": identity["label"],
         "policy": policy.name,
         "privileged": policy.privileged,
         **summarise(records),
-        "steps_per_second": round(played / seconds, 2) if played else None,
+        **summarise_costs(spent, sum(record["steps"] for record in records)),
         "settings": {
             **{name: identity[name] for name in ("seed", "layout", "sampling")},
             **identity["options"],
@@ -192,17 +220,24 @@ def evaluate(config: EvalConfig, console: Console | None = None) -> dict[str, An
     return summary
 
 
+def prepare_evaluation(config: EvalConfig) -> tuple[AtomMemEnv, Policy, dict[str, Any]]:
+    """`prepare`, with the run's label."""
+    env, policy, identity = prepare(config)
+    return env, policy, {**identity, "label": config.label or policy.name}
+
+
 def prepare(config: EnvConfig) -> tuple[AtomMemEnv, Policy, dict[str, Any]]:
-    """The environment, the policy, and what tells the run from every other, as `config.json` says it.
+    """The environment, the policy, and what tells the run from every other, as `config.json` says it; nothing is written.
 
     Raises:
         AtomMemError: the environment or the policy cannot be had as asked.
     """
     options = config.env_options()
-    config.out.mkdir(parents=True, exist_ok=True)
+    if config.episodes < 1:
+        raise SettingError(f"episodes must be at least 1, got {config.episodes}.")
     env = gym.make(config.env_id, **{"store": str(config.out / "memory"), **options}).unwrapped
     assert isinstance(env, AtomMemEnv)
-    sampling = Sampling(config.temperature, config.max_new_tokens)
+    sampling = Sampling(config.temperature, config.max_new_tokens, config.thinking)
     policy = load_policy(config.policy, env.settings, sampling, config.layout)
     defaults = {name: option.default for name, option in source_options(env.source.dataset).items()}
     identity = {
@@ -226,24 +261,30 @@ def play(
     specs: Sequence[EpisodeSpec],
     console: Console | None = None,
     *,
+    progress: Progress | None = None,
+    label: str | None = None,
     rewards_before: Sequence[float] = (),
+    begun: Callable[[int], None] = lambda position: None,
     finished: Callable[[int, Rollout], None] = lambda position, rollout: None,
 ) -> list[Rollout]:
     """Plays `specs` in their order under a progress bar.
 
     Args:
         console: where the bar is drawn; stderr unless told.
+        progress: a display that is running already, which gets the bar instead.
+        label: what the bar calls the policy, instead of its name.
         rewards_before: of episodes that were played before, for the bar.
-        finished: see `Driver.run`, as for what is returned and raised.
+        begun: see `Driver.run`, as for `finished` and what is returned and raised.
     """
     rewards = list(rewards_before)
     replies = 0
-    with step_progress(console or Console(stderr=True)) as progress:
-        bar = progress.add_task(f"{policy.name} on {config.env_id}", total=len(rewards) + len(specs), told="")
+    with nullcontext(progress) if progress else step_progress(console or Console(stderr=True)) as display:
+        total = len(rewards) + len(specs)
+        bar = display.add_task(f"{label or policy.name} on {config.env_id}", total=total, told="")
 
         def show() -> None:
             em = f", EM {fmean(rewards):.3f}" if rewards else ""
-            progress.update(bar, completed=len(rewards), told=f"{replies} replies{em}")
+            display.update(bar, completed=len(rewards), told=f"{replies} replies{em}")
 
         def ended(position: int, rollout: Rollout) -> None:
             finished(position, rollout)
@@ -256,8 +297,14 @@ def play(
             show()
 
         show()
-        driver = Driver.of(env)
-        return run_blocking(driver.run(specs, policy, in_flight=config.in_flight, finished=ended, replied=replied))
+        playing = Driver.of(env).run(
+            specs, policy, in_flight=config.in_flight, begun=begun, finished=ended, replied=replied
+        )
+        try:
+            return run_blocking(playing)
+        finally:
+            if progress:
+                progress.remove_task(bar)
 
 
 def step_progress(console: Console) -> Progress:
@@ -273,18 +320,26 @@ def step_progress(console: Console) -> Progress:
     )
 
 
-def _open_run(config: EvalConfig, identity: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """Writes the run's configuration, or checks it against the one that is there; the episodes that are finished."""
-    path, lines = config.out / "config.json", config.out / "episodes.jsonl"
+_Records = dict[int, dict[str, Any]]  # by episode
+
+
+def _open_run(config: EvalConfig, identity: dict[str, Any]) -> tuple[_Records, _Records]:
+    """Writes the run's configuration, or checks it against the one that is there; finished episodes and their costs."""
+    path, lines, cost_lines = (config.out / name for name in ("config.json", "episodes.jsonl", "costs.jsonl"))
     if not config.resume:
-        if lines.exists():
+        if lines.exists() and lines.stat().st_size:
             raise SettingError(f"{config.out} holds a run. Go on with it by --resume, or choose another --out.")
+        config.out.mkdir(parents=True, exist_ok=True)
+        replace_file(cost_lines, "")  # of one that was stopped before its first episode ended
         replace_file(path, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
-        return {}
+        return {}, {}
     check_unchanged(path, identity)
-    records = {record["episode"]: record for record in read_episodes(lines)}
-    replace_file(lines, "".join(map(json_line, records.values())))
-    return records
+    costs = {cost["episode"]: cost for cost in read_episodes(cost_lines)}
+    records = {record["episode"]: record for record in read_episodes(lines) if record["episode"] in costs}
+    costs = {position: costs[position] for position in records}
+    for file, kept in ((lines, records), (cost_lines, costs)):
+        replace_file(file, "".join(map(json_line, kept.values())))
+    return records, costs
 
 
 def check_new(folder: Path, otherwise: str = "") -> None:
@@ -306,10 +361,24 @@ def check_unchanged(path: Path, identity: dict[str, Any]) -> None:
     if not path.is_file():
         raise SettingError(f"Nothing to resume: {path} does not exist. Leave --resume out to start.")
     before = json.loads(path.read_text(encoding="utf-8"))
-    changed = [name for name in identity if before.get(name) != identity[name]]
-    if changed:
-        told = "; ".join(f"{name} was {before.get(name)!r}, is {identity[name]!r}" for name in changed)
+    told = "; ".join(_differences({name: before.get(name) for name in identity}, identity))
+    if told:
         raise SettingError(f"{path.parent} holds a run of another configuration: {told}.")
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """What differs, in words.
+
+    >>> list(_differences({"seed": 0, "settings": {"top_k": 6, "capacity": None}}, {"seed": 0, "settings": {"top_k": 12}}))
+    ['capacity was None, is not given', 'top_k was 6, is 12']
+    """
+    for name in sorted({*before, *now}):
+        old, new = (side.get(name, _ABSENT) for side in (before, now))
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new)
+        elif old != new:
+            was, is_ = ("not given" if value is _ABSENT else repr(value) for value in (old, new))
+            yield f"{name} was {was}, is {is_}"
 
 
 def read_episodes(path: Path) -> list[dict[str, Any]]:
@@ -338,20 +407,20 @@ def results_table(summaries: list[dict[str, Any]], title: str) -> Table:
     """Summaries as a table for people; fits into 80 columns."""
     table = Table(
         title=title,
-        caption="* knows the golds. In %: exact match with its interval, evidence stored and\n"
+        caption="* knows the golds. In %: exact match with its interval, evidence stored and "
         "in view when its question was settled. An episode: steps, creates, faults.",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
     )
-    table.add_column("policy", no_wrap=True)
+    table.add_column("policy", overflow="fold")
     for heading in ("EM", "95 % CI", "stored", "seen", "steps", "creates", "faults"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in summaries:
         low, high = row["em_ci95"]
         recall = row["evidence_recall"]
         table.add_row(
-            row["policy"] + ("*" if row["privileged"] else ""),
+            row["label"] + ("*" if row["privileged"] else ""),
             f"{100 * row['em']:.1f}",
             f"{100 * low:.1f}–{100 * high:.1f}",
             *("–" if recall[stage] is None else f"{100 * recall[stage]:.1f}" for stage in ("stored", "retrieved")),
@@ -363,10 +432,13 @@ def results_table(summaries: list[dict[str, Any]], title: str) -> Table:
 
 
 def main(config: EvalConfig) -> None:
-    """Evaluate a policy: a table here, and a folder with every number and every memory entry."""
+    """Evaluate a policy: a table here, and a folder with every number and every memory entry.
+
+    With RECIPE.toml in the place of ENV_ID: many policies on many environments, see `atommem eval quick.toml --help`.
+    """
     summary = evaluate(config)
     title = f"{config.env_id}, {summary['episodes']} episodes, {summary['questions']} questions"
     console = Console()
     console.print(results_table([summary], title))
     memory = "" if config.durability == "off" else ", memory/ (LanceDB)"
-    console.print(f"Written to [bold]{config.out}[/]: summary.json, episodes.jsonl, config.json{memory}.")
+    console.print(f"Written to [bold]{config.out}[/]: summary.json, episodes.jsonl, costs.jsonl, config.json{memory}.")

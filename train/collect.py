@@ -69,10 +69,9 @@ def collect(config: CollectConfig, console: Console | None = None) -> dict[str, 
     layout = get_layout(config.layout)
     if not 0 <= config.min_reward <= 1:
         raise SettingError(f"min_reward must be between 0 and 1, got {config.min_reward}.")
-    if config.episodes < 1:
-        raise SettingError(f"episodes must be at least 1, got {config.episodes}.")
     check_new(config.out)
     env, policy, identity = prepare(config)
+    config.out.mkdir(parents=True, exist_ok=True)
     rollouts = play(config, env, policy, episode_specs(len(env.source), config.episodes, config.seed), console)
     env.close()
     kept = [

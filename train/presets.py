@@ -14,20 +14,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
-import tomllib
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
 import tyro
 
 from agents.models.download import find_model
 from atommem_env.errors import ModelNotFound, SettingError
 from eval.run import EnvOptions
+from eval.toml_tables import fields_of, read_table, read_toml
 from train.collect import CollectConfig
 from train.grpo import GRPORun
 from train.memory_needed import check_memory
@@ -79,10 +77,7 @@ def read_preset(name: str) -> Preset:
     path = FOLDER / f"{name}.toml" if name in NAMES else Path(name)
     if not path.is_file():
         raise SettingError(f"--preset takes {', '.join(NAMES)}, or the path of a TOML file; got {name!r}.")
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingError(f"{path} is not TOML: {error}.") from error
+    tables = read_toml(path)
     known = ("env", *_COMMANDS, "model")
     for table, values in tables.items():
         if table not in known or not isinstance(values, dict):
@@ -143,64 +138,3 @@ def call(command: str, function: Callable[[Any], None], words: Sequence[str]) ->
         except ModelNotFound:
             check_memory(config, preset.model)  # first: nobody shall fetch what cannot run here
     function(config)
-
-
-def fields_of(made: type) -> dict[str, Any]:
-    """Name → type of a configuration's fields."""
-    hints = get_type_hints(made)
-    return {field.name: hints[field.name] for field in dataclasses.fields(made)}
-
-
-def read_table(path: Path, table: str, values: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    read = {}
-    for name, value in values.items():
-        if name not in fields:
-            raise SettingError(f"{path}: [{table}] has no {name!r}. It has: {', '.join(fields)}.")
-        try:
-            read[name] = _convert(value, fields[name])
-        except TypeError:
-            expected = " or ".join(_names(fields[name]))
-            raise SettingError(f"{path}: [{table}] {name} must be {expected}, got {value!r}.") from None
-    return read
-
-
-def _convert(value: Any, expected: Any) -> Any:
-    """A value of TOML as a field's type has it; TypeError where it is of another.
-
-    >>> _convert(["a=1"], tuple[str, ...]), _convert(1, float | None)
-    (('a=1',), 1.0)
-    """
-    origin = get_origin(expected)
-    if origin in (Union, UnionType):
-        for option in get_args(expected):
-            with suppress(TypeError):
-                return _convert(value, option)
-    elif origin is Literal:
-        if value in get_args(expected):
-            return value
-    elif origin is tuple:
-        if isinstance(value, list):
-            return tuple(_convert(item, get_args(expected)[0]) for item in value)
-    elif expected is Path and isinstance(value, str):
-        return Path(value)
-    elif expected is float and type(value) is int:
-        return float(value)
-    elif type(value) is expected:
-        return value
-    raise TypeError
-
-
-def _names(expected: Any) -> list[str]:
-    """What a type accepts, in words.
-
-    >>> _names(Literal["a", "b"]), _names(tuple[str, ...]), _names(int | None)
-    (["'a'", "'b'"], ['a list of strings'], ['a whole number'])
-    """
-    origin = get_origin(expected)
-    if origin in (Union, UnionType):
-        return [name for option in get_args(expected) if option is not NoneType for name in _names(option)]
-    if origin is Literal:
-        return [repr(option) for option in get_args(expected)]
-    if origin is tuple:
-        return ["a list of strings"]
-    return [{int: "a whole number", float: "a number", bool: "true or false"}.get(expected, "a string")]

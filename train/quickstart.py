@@ -107,7 +107,7 @@ def main(*, out: Path = Path("runs/quickstart"), seed: int = 0, smoke: bool = Fa
         "sft": str(fine_tuning.out / "model"),
         "grpo": str(training.out / "model"),
     }
-    results = {name: judge(policy, f"{name}-eval", episodes) | {"policy": name} for name, policy in models.items()}
+    results = {name: judge(policy, f"{name}-eval", episodes) | {"label": name} for name, policy in models.items()}
     lap("evaluation")
     gain, low, high = _paired(out / "sft-eval", out / "grpo-eval")
     console.print(results_table(list(results.values()), f"{training.env_id}, {episodes} held-out episodes, greedy"))

@@ -1,1 +1,1 @@
-"""Language models that run on this machine. Importing this package imports neither torch nor transformers."""
+"""Model back ends. Importing this package imports none of torch, transformers, openai and vllm."""

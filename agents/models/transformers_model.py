@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from agents.models.chat_tokenizer import ChatTokenizer
-from atommem_env.errors import MissingDependency, PromptTooLong, SettingError
-from atommem_env.types import Message, Reply
+from agents.models.chat_tokenizer import ChatTokenizer, check_room
+from atommem_env.errors import MissingDependency, SettingError
+from atommem_env.types import Message, Reply, Usage
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -86,9 +86,9 @@ class TransformersModel:
         self._eos_ids = {chat.backend.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
         self._batcher = ContinuousBatcher(model, self._eos_ids, max_batch, self.window)
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+    def prompt_ids(self, messages: Sequence[Message], thinking: bool = False) -> list[int]:
         """The ids of chat messages, up to where the reply begins."""
-        return self.chat.prompt_ids(messages)
+        return self.chat.prompt_ids(messages, thinking)
 
     def generate(
         self,
@@ -101,8 +101,8 @@ class TransformersModel:
         """Samples one reply to each prompt, all in one batch.
 
         The completion ids are exactly those sampled, the end-of-sequence token included; `Reply.text` leaves special
-        tokens out. Log-probabilities are those of the distribution sampled from, softmax(logits / temperature); at
-        temperature 0 (the most probable token always) they are those at temperature 1.
+        tokens out, and what the model thought before it replied. Log-probabilities are those of the distribution sampled
+        from, softmax(logits / temperature); at temperature 0 (the most probable token always) they are those at temperature 1.
 
         Args:
             prompts: [B, T_in], of any lengths.
@@ -132,7 +132,13 @@ class TransformersModel:
         return [self._reply(row) for row in rows]
 
     async def complete(
-        self, messages: Sequence[Message], *, max_new_tokens: int, temperature: float, seed: int | None = None
+        self,
+        messages: Sequence[Message],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        thinking: bool = False,
+        seed: int | None = None,
     ) -> Reply:
         """`generate` for one chat; it joins the batch that is running and returns as soon as its own reply ends.
 
@@ -142,31 +148,24 @@ class TransformersModel:
         """
         if temperature < 0 or (temperature > 0 and seed is None):
             raise SettingError(f"temperature must be 0, or above 0 with a seed; got {temperature=} and {seed=}.")
-        row = self._row(self.prompt_ids(messages), max_new_tokens, temperature, seed)
+        row = self._row(self.prompt_ids(messages, thinking), max_new_tokens, temperature, seed)
         await self._batcher(row)
         return self._reply(row)
 
     def _row(self, prompt: Sequence[int], max_new_tokens: int, temperature: float, seed: int | None) -> Row:
         from agents.models.decoding import Row
 
-        if not prompt or max_new_tokens < 1:
-            raise SettingError(
-                f"A prompt and its reply need a token each at least; got {len(prompt)} and {max_new_tokens=}."
-            )
-        if len(prompt) + max_new_tokens > self.window:
-            raise PromptTooLong(
-                f"The prompt's {len(prompt)} tokens and up to {max_new_tokens} new ones exceed {self.name}'s window of "
-                f"{self.window} tokens. Make chunk_tokens, memory_tokens or max_new_tokens smaller."
-            )
+        check_room(len(prompt), max_new_tokens, self.window, self.name)
         return Row(tuple(prompt), max_new_tokens, temperature, seed)
 
     def _reply(self, row: Row) -> Reply:
         return Reply(
-            text=self.chat.text(row.ids),
+            text=self.chat.reply_text(row.prompt, row.ids),
             prompt_ids=row.prompt,
             completion_ids=tuple(row.ids),
             logprobs=tuple(row.logprobs),
             stop="stop" if row.ids[-1] in self._eos_ids else "length",
+            usage=Usage(calls=1, prompt_tokens=len(row.prompt), completion_tokens=len(row.ids)),
         )
 
 

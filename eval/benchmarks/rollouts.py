@@ -1,11 +1,13 @@
-"""Episodes in flight against lock-step: `python -m eval.benchmarks.rollouts [--out FILE]`, under a minute on two cores.
+"""Episodes in flight against lock-step: `python -m eval.benchmarks.rollouts [--lengths RUN] [--out FILE]`.
 
 Episodes have different numbers of turns, and turns replies of different lengths. **In flight**: a fixed number of episodes
 is under way at any moment, each goes on as soon as its own reply ends, and the next one starts when one is over.
 **Lock-step**, the usual loop: as many episodes start together, make each turn together, which takes as long as its longest
 reply, and the next ones start when the last of them is over. Both sample from the same model through
 `TransformersModel.complete` (so in lock-step, too, a finished reply leaves the batch at once), and no token ends a
-reply: its length is drawn beforehand, and both do exactly the same work. They are measured in turns, in one process.
+reply: its length is known beforehand, and both do exactly the same work. They are measured in turns, in one process.
+
+Lengths are drawn (under a minute on two cores), or those of each turn of a run of `atommem eval`.
 """
 
 from __future__ import annotations
@@ -27,8 +29,10 @@ from rich.table import Table
 
 from agents.models.chat_tokenizer import ChatTokenizer
 from agents.models.transformers_model import TransformersModel
+from atommem_env.errors import SettingError
 from atommem_env.types import Reply
 from eval.benchmarks import write_figures
+from eval.run import read_episodes
 
 _WORDS = [f"w{index}" for index in range(250)]
 _TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
@@ -74,7 +78,31 @@ def draw_episodes(count: int, seed: int) -> list[Episode]:
     return [tuple(turn() for _ in range(rng.integers(2, 9))) for _ in range(count)]
 
 
-def random_model(max_batch: int, layers: int = 4, width: int = 128) -> TransformersModel:
+def recorded_episodes(run: Path, seed: int) -> list[Episode]:
+    """As many random words in prompts and replies as a run's model had tokens, turn by turn; turns without a call left out.
+
+    Raises:
+        SettingError: no model was called in that run.
+    """
+    rng = np.random.default_rng(seed)
+    episodes = []
+    for record in read_episodes(run / "episodes.jsonl"):
+        lengths = zip(record["by_step"]["prompt_tokens"], record["by_step"]["completion_tokens"], strict=True)
+        turns = [
+            Turn(" ".join(rng.choice(_WORDS, size=prompt)), reply, int(rng.integers(2**31)))
+            for prompt, reply in lengths
+            if prompt and reply
+        ]
+        if turns:
+            episodes.append(tuple(turns))
+    if not episodes:
+        raise SettingError(
+            f"--lengths takes the folder of a run of `atommem eval` in which a model was called, got {run}."
+        )
+    return episodes
+
+
+def random_model(max_batch: int, layers: int = 4, width: int = 128, window: int = 512) -> TransformersModel:
     """A Llama with random weights that reads words and never ends a reply by itself."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -91,7 +119,7 @@ def random_model(max_batch: int, layers: int = 4, width: int = 128) -> Transform
         intermediate_size=4 * width,
         num_hidden_layers=layers,
         num_attention_heads=4,
-        max_position_embeddings=512,
+        max_position_embeddings=window,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
@@ -162,18 +190,29 @@ def measure(model: TransformersModel, episodes: Sequence[Episode], in_flight: in
     )
 
 
-def main(*, out: Path | None = None, episodes: int = 64, in_flight: int = 16, repeats: int = 3, seed: int = 0) -> None:
+def main(
+    *,
+    out: Path | None = None,
+    lengths: Path | None = None,
+    episodes: int = 64,
+    in_flight: int = 16,
+    repeats: int = 3,
+    seed: int = 0,
+) -> None:
     """Compare episodes in flight with lock-step and print a table.
 
     Args:
         out: JSON file for the numbers.
-        episodes: Episodes to play.
+        lengths: Folder of a run whose lengths are taken.
+        episodes: Episodes to draw where no run is given.
         in_flight: Episodes under way at a time.
         repeats: Repetitions of each that are timed; medians are reported.
         seed: Draws the episodes.
     """
-    result = measure(random_model(in_flight), draw_episodes(episodes, seed), in_flight, repeats)
-    table = Table(title=f"{episodes} episodes, {result.turns} replies, {in_flight} episodes at a time")
+    played = recorded_episodes(lengths, seed) if lengths else draw_episodes(episodes, seed)
+    longest = max(turn.prompt.count(" ") + 1 + turn.reply_tokens for episode in played for turn in episode)
+    result = measure(random_model(in_flight, window=max(512, longest)), played, in_flight, repeats)
+    table = Table(title=f"{result.episodes} episodes, {result.turns} replies, {in_flight} episodes at a time")
     for column in ("", "seconds", "new tokens/s"):
         table.add_column(column, justify="left" if not column else "right")
     for name, seconds in (("lock-step", result.lock_step_s), ("in flight", result.in_flight_s)):

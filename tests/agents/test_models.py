@@ -21,7 +21,7 @@ from agents.models.decoding import fill_gaps  # noqa: E402
 from agents.models.download import find_model  # noqa: E402
 from agents.models.transformers_model import TransformersModel  # noqa: E402
 from atommem_env.errors import PromptTooLong, SettingError  # noqa: E402
-from atommem_env.types import Message, Reply  # noqa: E402
+from atommem_env.types import Message, Reply, Usage  # noqa: E402
 
 WORDS = [f"w{index}" for index in range(60)]
 CHATML = (
@@ -33,11 +33,17 @@ DROPS_SYSTEM = "{% for m in messages if m['role'] != 'system' %}<start> {{ m['co
 WINDOW = 64
 
 
-def save_tiny_model(folder: Path, template: str | None = CHATML, family: str = "Llama", **settings: object) -> Path:
+def save_tiny_model(
+    folder: Path,
+    template: str | None = CHATML,
+    family: str = "Llama",
+    more_words: Sequence[str] = (),
+    **settings: object,
+) -> Path:
     """A model of 2 layers with random weights and a vocabulary of words; `<end>` ends a reply."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    vocabulary = ["<unk>", "<pad>", "<start>", "<end>", "system", "user", "assistant", *WORDS]
+    vocabulary = ["<unk>", "<pad>", "<start>", "<end>", "system", "user", "assistant", *WORDS, *more_words]
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(
@@ -125,6 +131,46 @@ def test_a_prompt_is_the_sanitised_template_whatever_its_text_and_however_often(
     assert first == expected
     first.append(0)
     assert tokenizer.prompt_ids(messages) == expected
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory: pytest.TempPathFactory) -> TransformersModel:
+    """A model whose template opens the thought, or closes it at once where there is to be none."""
+    template = CHATML + "{{ '<think>' if enable_thinking else '<think> </think>' }}"
+    folder = save_tiny_model(tmp_path_factory.mktemp("thinker"), template, more_words=("<think>", "</think>"))
+    return TransformersModel(folder, dtype="float32", device="cpu")
+
+
+def test_a_template_is_told_whether_to_think_and_thoughts_are_no_reply(thinker: TransformersModel) -> None:
+    tokenizer = thinker.chat
+    loud, quiet = (tokenizer.prompt_ids(chat("w2"), thinking) for thinking in (True, False))
+    assert tokenizer.backend.decode(loud).endswith("<start> assistant <think>")
+    assert tokenizer.backend.decode(quiet).endswith("<start> assistant <think> </think>")
+    assert tokenizer.prompt_ids(chat("w2")) == quiet
+    for prompt, written, reply in (
+        (loud, "w5 w6 </think> w7", "w7"),
+        (loud, "w5 w6", ""),
+        (quiet, "w5 w6", "w5 w6"),
+        (quiet, "<think> w5 </think> w6", "w6"),
+        (quiet, "<think> w5", ""),
+        (quiet, "w5 <think> w6 </think> w7", "w5 <think> w6 </think> w7"),
+    ):
+        assert tokenizer.reply_text(prompt, tokenizer.completion_ids(written)) == reply
+
+
+def test_what_was_thought_is_kept_as_ids_alone(thinker: TransformersModel) -> None:
+    async def complete(thinking: bool) -> Reply:
+        return await thinker.complete(chat("w2"), max_new_tokens=4, temperature=0, thinking=thinking)
+
+    loud, quiet = (asyncio.run(complete(thinking)) for thinking in (True, False))
+    assert loud.prompt_ids != quiet.prompt_ids
+    assert loud.completion_ids
+    assert (loud.text, bool(quiet.text)) == ("", True)
+
+
+def test_a_reply_says_what_it_took(model: TransformersModel) -> None:
+    (reply,) = model.generate([prompts(model)[2]], max_new_tokens=8, temperature=0)
+    assert reply.usage == Usage(1, len(reply.prompt_ids), len(reply.completion_ids))
 
 
 @pytest.mark.parametrize("template", [NO_SYSTEM, DROPS_SYSTEM])
@@ -215,8 +261,11 @@ def test_an_end_of_sequence_token_is_kept_and_stops_the_reply(model: Transformer
 def test_a_prompt_beyond_the_window_is_an_error_with_both_numbers(model: TransformersModel) -> None:
     prompt = [5] * (WINDOW - 10)
     assert len(model.generate([prompt], max_new_tokens=10, temperature=0)[0].completion_ids) > 0
-    with pytest.raises(PromptTooLong, match=rf"{WINDOW - 10} tokens and up to 11 .* {WINDOW} tokens.*chunk_tokens"):
+    with pytest.raises(
+        PromptTooLong, match=rf"{WINDOW - 10} tokens and up to 11 .* {WINDOW} tokens.*chunk_tokens"
+    ) as caught:
         model.generate([[5], prompt], max_new_tokens=11, temperature=0)
+    assert (caught.value.tokens, caught.value.room) == (WINDOW - 10, WINDOW - 11)
 
 
 @pytest.mark.parametrize(("temperature", "seeds"), [(-1.0, [1]), (1.0, None), (1.0, [1, 2])])

@@ -1,6 +1,8 @@
 import asyncio
 import itertools
+import shutil
 import sys
+import textwrap
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +12,10 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from agents import as_policy, load_policy, play_episode
+from agents import as_policy, load_policy, play_episode, prompted
 from agents.baselines import oracle
-from agents.chat_policy import ChatPolicy
+from agents.chat_policy import ChatPolicy, Sampling
+from agents.models.download import find_model
 from agents.registry import POLICIES
 from agents.rollout import Driver, EpisodeSpec
 from atommem_env.embedders import get_embedder
@@ -21,11 +24,12 @@ from atommem_env.errors import (
     DataError,
     EmbeddingError,
     MissingDependency,
+    ModelNotFound,
     PolicyError,
     PromptTooLong,
     SettingError,
 )
-from atommem_env.types import Fault, Message, Observation, Reply, Rollout
+from atommem_env.types import EpisodeSettings, Fault, Message, Observation, Reply, Rollout
 
 SPECS = [EpisodeSpec(index, index + 100, index + 200) for index in range(24)]
 
@@ -163,6 +167,52 @@ def test_a_policy_of_ones_own_is_found_in_the_working_folder(tmp_path: Path, mon
         load_policy("my_own_policy:other", settings)
 
 
+def test_a_method_of_ones_own_has_any_model_behind_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    lines = prompted.__doc__.partition("    def notes")[2] if prompted.__doc__ else ""
+    imports = "from agents.prompted import written\nfrom atommem_env.types import Operation, OperationKind\n"
+    (tmp_path / "notes.py").write_text(imports + textwrap.dedent("    def notes" + lines))
+    (tmp_path / "no_method.py").write_text("notes = 3")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    drive = driver(num_docs=10, chunk_tokens=200)
+    policy = load_policy("notes:notes@tiny", drive.settings, Sampling(max_new_tokens=6))
+    assert policy.name == "notes:notes@tiny"
+    rollout = asyncio.run(drive.run(SPECS[:1], policy))[0]
+    assert all(turn.reply.usage and turn.reply.usage.calls == 1 for turn in rollout.turns)
+    assert any(turn.observation["scratchpad"] for turn in rollout.turns)
+    with pytest.raises(PolicyError, match="function \\(settings, ask\\)"):
+        load_policy("no_method:notes@tiny", drive.settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "told"),
+    [
+        ("rag", PolicyError, "rag needs a model: rag@smollm2"),
+        ("rag@", PolicyError, "rag needs a model"),
+        ("oracle@tiny", PolicyError, "oracle takes no model"),
+        ("raf@tiny", PolicyError, "No policy is called 'raf@tiny'.*memagent"),
+        ("rag@nothing-of-that-name", ModelNotFound, "nothing-of-that-name"),
+        ("folder/of/no-model", ModelNotFound, "folder/of/no-model"),
+    ],
+)
+def test_a_name_that_is_none_is_refused_with_what_there_is(name: str, error: type[Exception], told: str) -> None:
+    with pytest.raises(error, match=told):
+        load_policy(name, EpisodeSettings())
+
+
+def test_an_at_sign_parts_a_method_from_its_model_and_nothing_else(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    folder = tmp_path / "me@home"
+    shutil.copytree(find_model("tiny"), folder)
+    settings = EpisodeSettings()
+    assert load_policy(str(folder), settings).name == "me@home"
+    assert load_policy(f"rag@{folder}", settings).name == "rag@me@home"
+    assert load_policy("append-all", settings).privileged
+    assert not load_policy(f"append-all@{folder}", settings).privileged
+    assert load_policy("constant=a@b", settings).name == "constant=a@b"
+
+
 def test_an_infrastructure_failure_stops_the_run_and_is_never_a_reward_of_zero() -> None:
     class Broken:
         name, dimension = "broken", 8
@@ -243,7 +293,7 @@ def test_fault_8_a_model_is_shown_the_system_text_apart_from_the_observation_and
     class Model:
         name = "echo"
 
-        async def complete(self, messages: Any, *, max_new_tokens: int, temperature: float, seed: int) -> Reply:
+        async def complete(self, messages: Any, **sampling: Any) -> Reply:
             seen.append(messages)
             return Reply("<final_answer>unknown</final_answer>")
 

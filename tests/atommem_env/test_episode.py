@@ -264,6 +264,26 @@ def test_random_retrieval_depends_on_the_seed_alone(task: Task, say: Say) -> Non
     assert shown[0] == shown[1] != shown[2]
 
 
+def test_retrieval_by_words_finds_what_shares_one_and_follows_every_change(task: Task, say: Say) -> None:
+    episode = Episode(task, replace(SMALL, retrieval="bm25", top_k=2, read_latency=0), seed=0)
+    notes = "".join(
+        f"<create_memory>{text}</create_memory>" for text in ("red boat", "boats", "old red house", "a boat")
+    )
+    result = say(episode, notes + "<read_memory>Boat?</read_memory>")
+    assert result.observation["retrieved"] == "m1: red boat\nm4: a boat"
+    twins = [episode, episode.fork(), Episode.restore(task, episode.settings, episode.snapshot())]
+    changes = "<update_memory>m2: boat, boat</update_memory><delete_memory>m1</delete_memory>"
+    for twin in twins:
+        assert say(twin, changes).observation["retrieved"] == "m2: boat, boat\nm4: a boat"
+        assert say(twin, "<read_memory>nothing</read_memory>").observation["retrieved"] == ""
+
+
+def test_hybrid_retrieval_also_finds_what_shares_no_word(task: Task, say: Say) -> None:
+    episode = Episode(task, replace(SMALL, retrieval="hybrid", top_k=3), seed=0)
+    reply = "<create_memory>boats</create_memory><create_memory>red boat</create_memory><read_memory>boat</read_memory>"
+    assert say(episode, reply).observation["retrieved"] == "m2: red boat\nm1: boats"
+
+
 def test_illegal_characters_are_replaced_and_counted(task: Task, say: Say) -> None:
     episode = Episode(task, SMALL, seed=0)
     result = say(episode, "<create_memory>a\ud800b\x00c</create_memory>")

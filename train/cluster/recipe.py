@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import tyro
 from agents.rollout import EpisodeSpec
 from atommem_env.errors import SettingError
 from eval.run import EnvOptions, episode_specs, json_line, replace_file
-from train.presets import fields_of, read_table
+from eval.toml_tables import fields_of, read_table, read_toml
 from train.settings import GRPOSettings
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "cluster"
@@ -116,10 +115,7 @@ def read_recipe(name: str) -> ClusterRun:
     path = FOLDER / f"{name}.toml" if name in names else Path(name)
     if not path.is_file():
         raise SettingError(f"RECIPE is one of {', '.join(names)}, or the path of a TOML file; got {name!r}.")
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingError(f"{path} is not TOML: {error}.") from error
+    tables = read_toml(path)
     for table in tables:
         if table not in ("env", "cluster"):
             raise SettingError(f"{path}: there is no table [{table}]. There are: env, cluster.")

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from atommem_env.errors import SettingError
 from eval.benchmarks import rollouts
 
 
@@ -43,8 +44,21 @@ def test_both_ways_do_the_same_work_and_in_flight_in_fewer_steps() -> None:
 
 def test_the_figures_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = rollouts.random_model(2, layers=1, width=16)
-    monkeypatch.setattr(rollouts, "random_model", lambda max_batch: model)
+    monkeypatch.setattr(rollouts, "random_model", lambda max_batch, window: model)
     rollouts.main(out=tmp_path / "new" / "rollouts.json", episodes=4, in_flight=2, repeats=1)
     figures = json.loads((tmp_path / "new" / "rollouts.json").read_text())
     assert figures["ratio"] == pytest.approx(figures["lock_step_s"] / figures["in_flight_s"])
     assert figures["reply_tokens"] > 0
+
+
+def test_the_lengths_of_a_run_are_taken_turn_by_turn(tmp_path: Path) -> None:
+    steps = [([30, 0, 7], [4, 0, 2]), ([5], [9]), ([0], [0])]  # the second turn of the first episode called no model
+    records = [{"by_step": {"prompt_tokens": prompt, "completion_tokens": reply}} for prompt, reply in steps]
+    (tmp_path / "episodes.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    played = rollouts.recorded_episodes(tmp_path, 0)
+    assert [[(len(turn.prompt.split()), turn.reply_tokens) for turn in episode] for episode in played] == [
+        [(30, 4), (7, 2)],
+        [(5, 9)],
+    ]
+    with pytest.raises(SettingError, match="a model was called"):
+        rollouts.recorded_episodes(tmp_path / "nothing", 0)

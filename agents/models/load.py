@@ -1,0 +1,58 @@
+"""Model back ends by name."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from agents.chat_policy import ChatModel
+from agents.models.download import find_model
+from agents.models.openai_api import OpenAIModel
+from agents.models.transformers_model import TransformersModel
+from agents.models.vllm_model import VLLMModel
+from atommem_env.errors import ModelNotFound
+
+MODELS = {
+    "tiny": "a base model of the synthetic world that has yet to learn the game (0.9 million parameters; use --layout terse)",
+    "smollm2": "SmolLM2-135M-Instruct, a language model on this machine (first: atommem models get smollm2)",
+    "FOLDER": "a chat model in Hugging Face's form, on this machine; its name on the Hub where Hugging Face's cache has it",
+    "openai:NAME": "what a service that speaks the OpenAI API calls NAME; at OPENAI_BASE_URL, with the key in OPENAI_API_KEY",
+    "vllm:MODEL": "one of the first three by vLLM in this process",
+}
+
+
+def is_model(name: str) -> bool:
+    """Whether `load_model` is meant by a name; the model itself may yet be missing.
+
+    >>> is_model("tiny"), is_model("openai:Qwen/Qwen3-8B"), is_model("my_module:policy"), is_model("oracle")
+    (True, True, False, False)
+    """
+    return (
+        name in ("tiny", "smollm2") or name.startswith(("openai:", "vllm:")) or (Path(name) / "config.json").is_file()
+    )
+
+
+@cache
+def load_model(name: str) -> ChatModel:
+    """The model called `name`: one object in a process, whoever asks, so that all share its weights, batches and limits.
+
+    Args:
+        name: `tiny`, `smollm2`, or a folder: on this machine, by `transformers`; `openai:NAME`, a service that speaks the OpenAI
+            API; `vllm:` before one of the first three, vLLM in this process.
+
+    Raises:
+        ModelNotFound: there is none of that name, or it was not fetched yet.
+        MissingDependency: the back end's package is not installed.
+        SettingError: a service without an address; no chat model.
+    """
+    back_end, colon, rest = name.partition(":")
+    if colon and rest and back_end == "openai":
+        return OpenAIModel(rest)
+    if colon and rest and back_end == "vllm":
+        return VLLMModel(rest)
+    try:
+        model = TransformersModel(find_model(name))
+        model.name = Path(name).resolve().name  # a folder of the cache is called by a commit
+        return model
+    except ModelNotFound as error:
+        raise ModelNotFound(f"{error} There are {', '.join(MODELS)}.") from error

@@ -1,0 +1,318 @@
+"""A chat model behind a service that speaks the OpenAI API: `vllm serve` on a machine of one's own, for example."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from agents.models.background import in_background
+from agents.models.chat_tokenizer import fold_system
+from agents.models.thinking import without_thought
+from atommem_env.errors import MissingDependency, ModelError, PromptTooLong, SettingError
+from atommem_env.types import Message, Reply, Usage
+
+_log = logging.getLogger(__name__)
+_CONCURRENT = 64  # requests
+_TIMEOUT = 1800.0  # seconds for an answer: a service on a CPU works long through what waits there
+_CONNECT = 10.0  # seconds for a connection
+_PATIENCE = 300.0  # seconds of an outage in which requests are tried again; vLLM on a CPU takes 200 to start
+_UNTOLD = 1.0  # seconds of an outage that nobody is told of: a service that limits the rate has many
+_PAUSES = 0.25, 15.0  # seconds after the first failure, doubled with each further one, and the longest
+_GARBLED = 4  # times in all that a request is sent whose answers hold no reply
+_OVERLOADED = 408, 425, 429  # statuses below 500 that pass
+_TOO_LONG = "context_length_exceeded", "context length", "context size", "max_model_len"  # in what a service says then
+_NO_KEY = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What a caller of `complete` wants."""
+
+    messages: Sequence[Message]
+    max_new_tokens: int
+    temperature: float
+    thinking: bool
+    seed: int | None
+
+    @property
+    def has_system(self) -> bool:
+        return bool(self.messages) and self.messages[0]["role"] == "system"
+
+
+class _Garbled(Exception):
+    """An answer without a reply in it."""
+
+
+class _Refused(Exception):
+    """The service cannot do with a request as it is."""
+
+
+class OpenAIModel:
+    """The chat model that the service at OPENAI_BASE_URL calls `model`; OPENAI_API_KEY where it asks for a key.
+
+        vllm serve Qwen/Qwen3-8B
+        OPENAI_BASE_URL=http://localhost:8000/v1 atommem eval … --policy openai:Qwen/Qwen3-8B
+
+    An outage is waited for, five minutes long: a service that was killed and started again costs time, and no reply. It is told
+    in the log once when it begins and once when it ends. What is sent is the same at each try.
+
+    With vLLM a reply has its exact token ids, and log-probabilities where they are those sampled from: at temperature 0 or 1. Of
+    a service that does not tell them, or refuses to, they are empty. `Usage.cached_tokens` needs vLLM's
+    `--enable-prompt-tokens-details`. A service tokenizes by itself: unlike with a model on this machine a document that spells a
+    control token can end its message.
+
+    Where the service's chat template refuses a system message, that opens the first user message from then on. A template that
+    drops it without a word is not noticed.
+
+    Attributes:
+        name: What tables call it.
+
+    Raises:
+        MissingDependency: the extra `openai` is not installed.
+        SettingError: OPENAI_BASE_URL is not set.
+    """
+
+    def __init__(self, model: str) -> None:
+        try:
+            import openai
+        except ImportError as error:
+            raise MissingDependency(
+                f"The model 'openai:{model}' cannot be loaded ({error}): pip install 'atommem[openai]'."
+            ) from error
+        url = os.environ.get("OPENAI_BASE_URL")
+        if not url:
+            raise SettingError(
+                f"The model 'openai:{model}' needs the address of a service in OPENAI_BASE_URL, for example "
+                f"http://localhost:8000/v1 after `vllm serve {model}`; it is not set."
+            )
+        self.name = f"openai:{model}"
+        self._openai, self._model, self._address = openai, model, _without_secrets(url)
+        self._who = self.name, self._address  # in the log
+        self._client = openai.AsyncOpenAI(
+            base_url=url,
+            api_key=os.environ.get("OPENAI_API_KEY") or _NO_KEY,
+            max_retries=0,  # the package's own add chance to the pauses, and end early
+            http_client=openai.DefaultAsyncHttpxClient(),
+        )
+        self._gate = asyncio.Semaphore(_CONCURRENT)
+        self._finding_out = asyncio.Lock()
+        self._forms: Sequence[int] = range(4)  # of a request, see `_request`: those that may work
+        self._folds: Sequence[bool] = (False, True)  # whether a system message must open the user's: what may work
+        self._out_since: float | None = None  # when the outage began, if there is one
+        self._told = False  # of it, in the log
+
+    async def complete(
+        self,
+        messages: Sequence[Message],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        thinking: bool = False,
+        seed: int | None = None,
+    ) -> Reply:
+        """The reply to a chat, sampled with `seed` as far as the service heeds it.
+
+        Raises:
+            PromptTooLong: the service says that the prompt, or prompt and reply, exceed the model's window.
+            ModelError: it refused the request, was out of reach for five minutes, or sent no reply again and again.
+        """
+        call = _Call(messages, max_new_tokens, temperature, thinking, seed)
+        return await in_background(self._complete(call))
+
+    async def _complete(self, call: _Call) -> Reply:
+        async with self._gate:
+            async with self._finding_out:  # the first call finds out for those that wait here
+                if len(self._forms) > 1 or (call.has_system and len(self._folds) > 1):
+                    return await self._in_some_form(call)
+            return await self._in_some_form(call)
+
+    async def _in_some_form(self, call: _Call) -> Reply:
+        """The reply to the first form of the request that the service takes; that form is kept."""
+        said: list[str] = []
+        for form in self._forms:
+            for fold in self._folds if call.has_system else (False,):
+                try:
+                    answer = await self._answer(self._request(call, form, fold), call.max_new_tokens)
+                except _Refused as refusal:
+                    said.append(str(refusal))
+                    continue
+                self._forms = (form,)
+                if call.has_system:
+                    self._folds = (fold,)
+                return _reply(answer, call.temperature)
+        raise self._error(f"refused the request: {' | '.join(dict.fromkeys(said))}")
+
+    def _request(self, call: _Call, form: int, fold: bool) -> dict[str, Any]:
+        """What is sent; the lower the form, the more is asked for beyond the API.
+
+        0: vLLM's way to tell what was sampled; 1: its way to say whether to think, and that what the model's own
+        `generation_config.json` adds to the temperature is left out; 2: the API; 3: the API of OpenAI's later models.
+        """
+        body: dict[str, Any] = {
+            "model": self._model,
+            "messages": fold_system(call.messages) if fold else list(call.messages),
+            "temperature": call.temperature,
+            "top_p": 1.0,
+            "max_completion_tokens" if form == 3 else "max_tokens": call.max_new_tokens,
+        }
+        if call.seed is not None:
+            body["seed"] = call.seed
+        beyond: dict[str, Any] = {}
+        if form <= 1:
+            beyond = {"chat_template_kwargs": {"enable_thinking": call.thinking}}
+            beyond |= {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+        if form == 0:
+            beyond |= {"return_token_ids": True, "logprobs": True}
+        return {**body, "extra_body": beyond}
+
+    async def _answer(self, request: Mapping[str, Any], max_new_tokens: int) -> dict[str, Any]:
+        """The service's answer to one request, asked for again while it is out of reach, overloaded or garbles it.
+
+        Raises:
+            _Refused, PromptTooLong, ModelError
+        """
+        first: float | None = None  # when this request failed for the first time
+        garbled, (pause, longest) = 0, _PAUSES
+        while True:
+            try:
+                response = await self._client.chat.completions.with_raw_response.create(
+                    **request, timeout=self._openai.Timeout(_TIMEOUT, connect=_CONNECT)
+                )
+                answer = _checked(response.http_response)
+            except self._openai.APIStatusError as error:
+                status, said = error.status_code, self._said(error)
+                if status < 500 and status not in _OVERLOADED:
+                    self._back()  # a refusal is an answer
+                    if any(words in error.response.text.lower() for words in _TOO_LONG):
+                        raise self._too_long(said, max_new_tokens) from None
+                    if status in (400, 422):
+                        raise _Refused(said) from None
+                    raise self._error(f"refused the request with status {status}: {said}") from None
+                why = f"answered with status {status}: {said}"
+            except self._openai.APIConnectionError as error:  # time-outs as well
+                reason = error.__cause__ or error  # the package says no more than "Connection error."
+                why = self._safe(f"does not answer: {reason!r}")
+            except _Garbled as error:
+                garbled, why = garbled + 1, self._safe(f"sent no reply but {error}")
+                if garbled == _GARBLED:
+                    raise self._error(f"{why}, as the last of {_GARBLED} answers without one") from None
+            else:
+                self._back()
+                return answer
+            now = time.monotonic()
+            first = first or now
+            self._out_since = self._out_since or now
+            if not self._told and now >= self._out_since + _UNTOLD:
+                self._told = True
+                _log.warning("The service of %s at %s %s. It is asked again for %g s.", *self._who, why, _PATIENCE)
+            if now + pause > min(first, self._out_since) + _PATIENCE:
+                raise self._error(f"{why}. That has lasted for {now - self._out_since:.0f} s")
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, longest)
+
+    def _back(self) -> None:
+        if self._told and self._out_since:
+            lasted = time.monotonic() - self._out_since
+            _log.warning("The service of %s at %s answers again, after %.0f s.", *self._who, lasted)
+        self._out_since, self._told = None, False
+
+    def _said(self, error: Any) -> str:
+        """A refusal's own message."""
+        said = error.body.get("message") if isinstance(error.body, Mapping) else None
+        return self._safe(str(said or error.message))
+
+    def _safe(self, text: str) -> str:
+        """What a service says, without the key, which some repeat, and not more than can be read."""
+        key = self._client.api_key
+        return (text.replace(key, "…") if key != _NO_KEY else text)[:500]
+
+    def _too_long(self, said: str, max_new_tokens: int) -> PromptTooLong:
+        return PromptTooLong(
+            f"The service of {self.name} at {self._address} says: {said} Make chunk_tokens, memory_tokens or max_new_tokens "
+            "smaller, or serve the model with a larger window.",
+            *_lengths(said, max_new_tokens),
+        )
+
+    def _error(self, what: str) -> ModelError:
+        return ModelError(
+            f"The service of {self.name} at {self._address} (OPENAI_BASE_URL) {what}. Check that it runs and serves this model: "
+            f"vllm serve {self._model}"
+        )
+
+
+def _checked(response: Any) -> dict[str, Any]:
+    """The JSON of an answer with a reply in it.
+
+    Raises:
+        _Garbled: there is none.
+    """
+    try:
+        answer = response.json()
+        message = answer["choices"][0]["message"]
+        # A service that tells a thought apart has no content where the limit came before the reply.
+        if isinstance(message["content"], str) or message.get("reasoning") or message.get("reasoning_content"):
+            return dict(answer)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        pass
+    raise _Garbled(repr(response.text[:200]))
+
+
+def _reply(answer: Mapping[str, Any], temperature: float) -> Reply:
+    choice = answer["choices"][0]
+    completion_ids = tuple(choice.get("token_ids") or ())
+    logprobs = tuple(item["logprob"] for item in (choice.get("logprobs") or {}).get("content") or ())
+    # vLLM tells those at temperature 1, unless its service was told otherwise; at 0 they are what a reply's are to be.
+    told = temperature in (0, 1) and len(logprobs) == len(completion_ids)
+    usage = answer.get("usage") or {}
+    prompt_ids = tuple(answer.get("prompt_token_ids") or ())
+    return Reply(
+        text=without_thought(choice["message"]["content"] or "", opened=None),
+        prompt_ids=prompt_ids,
+        completion_ids=completion_ids,
+        logprobs=logprobs if told else (),
+        stop="length" if choice.get("finish_reason") == "length" else "stop",
+        usage=Usage(
+            calls=1,
+            prompt_tokens=usage.get("prompt_tokens") or len(prompt_ids),
+            completion_tokens=usage.get("completion_tokens") or len(completion_ids),
+            cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
+        ),
+    )
+
+
+def _lengths(said: str, max_new_tokens: int) -> tuple[int | None, int | None]:
+    """The prompt's tokens, and the most that it could have had, in a service's message, as far as it tells them.
+
+    vLLM stops counting one token behind what there is room for, and then says "at least".
+
+    >>> _lengths("maximum context length is 8192 tokens. However, your messages resulted in 9000 tokens.", 256)
+    (9000, 7936)
+    >>> _lengths("maximum context length is 2048 tokens. However, you requested 48 output tokens and your prompt contains at "
+    ...          "least 2001 input tokens, for a total of at least 2049 tokens.", 48)
+    (None, 2000)
+    """
+    tokens = re.search(
+        r"(?:contains|resulted in|\() ?(\d+) (?:input tokens|tokens|in the messages)|Input length \((\d+)\)", said
+    )
+    window = re.search(r"context length (?:is |of |\()(\d+)|max_total_tokens=(\d+)", said)
+    return (
+        int(tokens[1] or tokens[2]) if tokens else None,
+        max(int(window[1] or window[2]) - max_new_tokens, 0) if window else None,
+    )
+
+
+def _without_secrets(url: str) -> str:
+    """An address without the password, or the key, that it may hold.
+
+    >>> _without_secrets("https://me:secret@host:8000/v1?key=secret")
+    'https://host:8000/v1'
+    """
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

@@ -1,0 +1,279 @@
+"""`atommem compare`: two runs on the same episodes, question by question.
+
+    atommem compare runs/rag runs/mine
+
+The runs need only have asked the same questions of the same tasks: they may differ in policy, model, settings and documents, and
+what they differ in is said. Questions of a task hang together, so that tasks, not questions, are what the interval resamples and
+what the test of significance flips: McNemar's test on questions would call differences significant that are not.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from atommem_env.env import AtomMemEnv
+from atommem_env.errors import SettingError
+from eval.metrics import SCHEMA_VERSION, bootstrap_ci95
+from eval.run import read_episodes, replace_file
+
+_FLIPS = 10_000
+_SAME_ANYWAY = ("durability",)  # options that change nothing of what is played
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompareConfig:
+    """What is to be compared."""
+
+    a: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN_A")]
+    """Folder that `atommem eval` wrote: what is compared with."""
+    b: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN_B")]
+    """Folder of the run that is compared; a positive difference is for it."""
+    out: Path | None = None
+    """File for the numbers, as JSON."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run's folder as it was read."""
+
+    folder: Path
+    config: dict[str, Any]  # config.json
+    records: tuple[dict[str, Any], ...]  # the finished episodes, by number
+    summary: dict[str, Any] | None  # summary.json; None: the run is not finished
+
+    @property
+    def label(self) -> str:
+        """What tables call it; of a run that is not finished, the policy's name."""
+        return str(self.summary["label"] if self.summary else self.config["policy"])
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that was set but policy, label, seed and number of episodes, by name."""
+        given = {name: self.config[name] for name in ("env_id", "layout")}
+        given["embedder"] = inspect.signature(AtomMemEnv).parameters["embedder"].default
+        for name in ("sampling", "options", "settings"):
+            given |= self.config[name]
+        return {name: value for name, value in given.items() if name not in _SAME_ANYWAY}
+
+
+def read_run(folder: Path) -> Run:
+    """The run in `folder`, finished or not.
+
+    Raises:
+        SettingError: there is none, none of its episodes is finished, or another version wrote it.
+    """
+    config_path, lines_path = folder / "config.json", folder / "episodes.jsonl"
+    if not (config_path.is_file() and lines_path.is_file()):
+        raise SettingError(
+            f"{folder} is no run: expected config.json and episodes.jsonl in it. Name a folder that `atommem eval --out` wrote."
+        )
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    if config.get("schema_version") != SCHEMA_VERSION:
+        raise SettingError(
+            f"{folder} was written in schema {config.get('schema_version')}, and this version reads {SCHEMA_VERSION}. "
+            "Run `atommem eval` again, into another folder."
+        )
+    records = sorted(read_episodes(lines_path), key=lambda record: record["episode"])
+    if not records:
+        raise SettingError(
+            f"No episode in {folder} is finished yet; wait, or go on with it by `atommem eval --resume`."
+        )
+    summary_path = folder / "summary.json"
+    summary = json.loads(summary_path.read_text(encoding="utf-8")) if summary_path.is_file() else None
+    return Run(folder, config, tuple(records), summary)
+
+
+def differences(first: dict[str, Any], second: dict[str, Any]) -> dict[str, list[Any]]:
+    """What two dictionaries have otherwise, by name; "not given" where one has no such name.
+
+    >>> differences({"top_k": 6, "layout": "terse"}, {"top_k": 12, "layout": "terse"})
+    {'top_k': [6, 12]}
+    """
+    names = dict.fromkeys((*first, *second))
+    values = {name: [side.get(name, "not given") for side in (first, second)] for name in names}
+    return {name: pair for name, pair in values.items() if pair[0] != pair[1]}
+
+
+def sign_flip_p(values: Sequence[float]) -> float:
+    """Two-sided p-value of a paired permutation test: how often a sum as far from 0 appears when each sign is drawn anew.
+
+    If the runs were alike, each task's difference could as well have had the other sign. 10,000 draws with a fixed seed; the
+    outcome itself counts as one, so that p is never 0 (Phipson and Smyth, 2010).
+
+    Args:
+        values: [C] of each task, by how much one run got more questions right than the other.
+
+    Three tasks that all favour one run are no evidence: two of the eight choices of signs are as extreme.
+
+    >>> abs(sign_flip_p([1.0, 2.0, 1.0]) - 2 / 8) < 0.01, sign_flip_p([0.0, 0.0])
+    (True, 1.0)
+    """
+    size, count = np.unique(np.abs(np.asarray(values, dtype=float)), return_counts=True)
+    # Of n tasks with the same size of difference only the number of positive signs matters: a binomial number.
+    positive = np.random.default_rng(0).binomial(count, 0.5, size=(_FLIPS, len(count)))
+    sums = np.abs((2 * positive - count) @ size)
+    return float((1 + (sums >= abs(sum(values)) - 1e-9).sum()) / (1 + _FLIPS))
+
+
+def compare(first: Run, second: Run) -> dict[str, Any]:
+    """The numbers of run B (`second`) beside those of run A (`first`), over the episodes that both have finished.
+
+    Returns:
+        `runs` (A's and B's label and folder), `settings_that_differ`, `episodes`, `tasks`, `left_out` (finished episodes that
+        the other run lacks, of A and of B), `all`, `by_kind` and `by_hops`. Of each group of questions: `questions`, `em` (of A
+        and of B), `difference` (B − A) with `ci95` (None: of one task), `won` (B alone is right), `lost` (A alone), `both` and
+        `neither`; `all` also has `p_value`, see `sign_flip_p`.
+
+    Raises:
+        SettingError: an episode is not of the same task, seed and questions in both.
+    """
+    mine, theirs = ({record["episode"]: record for record in run.records} for run in (first, second))
+    pairs = [(mine[number], theirs[number]) for number in mine if number in theirs]
+    if not pairs:
+        raise SettingError(f"{first.folder} and {second.folder} have no finished episode in common.")
+    for one, other in pairs:
+        named = [
+            (line["task_id"], line["seed"], [question["id"] for question in line["questions"]]) for line in (one, other)
+        ]
+        if named[0] != named[1]:
+            differ = [
+                f"{name} {a!r} and {b!r}" for name, (a, b) in differences(first.settings, second.settings).items()
+            ]
+            raise SettingError(
+                f"Expected the same episodes in {first.folder} and {second.folder}; number {one['episode']} is (task, seed, "
+                f"questions) {_shown(named[0])} in one, {_shown(named[1])} in the other. Use the same environment, "
+                f"--seed and --questions for both. What they differ in: {', '.join(differ) or 'nothing but the seed'}."
+            )
+    kinds = sorted({question["kind"] for one, _ in pairs for question in one["questions"]})
+    hops = sorted({question["hops"] for one, _ in pairs for question in one["questions"]})
+    totals: dict[str, float] = {}
+    for one, other in pairs:
+        gained = sum(question["em"] for question in other["questions"]) - sum(
+            question["em"] for question in one["questions"]
+        )
+        totals[one["task_id"]] = totals.get(one["task_id"], 0.0) + gained
+    return {
+        "runs": [{"label": run.label, "folder": str(run.folder)} for run in (first, second)],
+        "settings_that_differ": differences(first.settings, second.settings),
+        "episodes": len(pairs),
+        "tasks": len(totals),
+        "left_out": [len(mine) - len(pairs), len(theirs) - len(pairs)],
+        "all": {**_group(pairs), "p_value": round(sign_flip_p(list(totals.values())), 4)},
+        "by_kind": {kind: _group(pairs, "kind", kind) for kind in kinds},
+        "by_hops": {str(number): _group(pairs, "hops", number) for number in hops},
+    }
+
+
+def _group(
+    pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]], name: str = "", value: object = None
+) -> dict[str, Any]:
+    """Numbers over the questions whose field `name` is `value`; over all where no field is named."""
+    gains, weights, clusters = [], [], []
+    counts = dict.fromkeys(((1, 0), (0, 1), (1, 1), (0, 0)), 0)  # whether A and whether B is right → questions
+    for one, other in pairs:
+        both = [
+            (mine["em"], theirs["em"])
+            for mine, theirs in zip(one["questions"], other["questions"], strict=True)
+            if not name or mine[name] == value
+        ]
+        if both:
+            gains.append(sum(theirs - mine for mine, theirs in both) / len(both))
+            weights.append(len(both))
+            clusters.append(one["task_id"])
+        for right in both:
+            counts[right] += 1
+    questions = sum(weights)
+    return {
+        "questions": questions,
+        "em": [
+            round((counts[1, 0] + counts[1, 1]) / questions, 4),
+            round((counts[0, 1] + counts[1, 1]) / questions, 4),
+        ],
+        "difference": round((counts[0, 1] - counts[1, 0]) / questions, 4),
+        "ci95": _interval(gains, weights, clusters),
+        "won": counts[0, 1],
+        "lost": counts[1, 0],
+        "both": counts[1, 1],
+        "neither": counts[0, 0],
+    }
+
+
+def _interval(values: Sequence[float], weights: Sequence[float], clusters: Sequence[str]) -> list[float] | None:
+    """None of one task: resampled, it is always the same."""
+    if len(set(clusters)) == 1:
+        return None
+    return [round(end, 4) for end in bootstrap_ci95(values, weights, clusters)]
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:119] + "…"
+
+
+def comparison_table(result: dict[str, Any]) -> Table:
+    """The comparison for people; fits into 80 columns."""
+    first, second = (escape(run["label"]) for run in result["runs"])
+    table = Table(
+        title=f"A: {first}   B: {second}",
+        caption="EM in %. B − A with its interval, tasks resampled. won: B alone is right;\n"
+        f"lost: A alone; tied: both or neither. p = {result['all']['p_value']:.4f}: paired permutation\n"
+        f"test, two-sided, signs of {result['tasks']:,} tasks' differences drawn {_FLIPS:,} times.",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column("questions", no_wrap=True)
+    for heading in ("n", "EM of A", "of B", "B − A", "95 % CI", "won", "lost", "tied"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    groups = [("all", result["all"])]
+    for title, by in (("", result["by_kind"]), ("hops: ", result["by_hops"])):
+        groups += [(title + name, group) for name, group in by.items()] if len(by) > 1 else []
+    for name, group in groups:
+        table.add_row(
+            escape(name),
+            f"{group['questions']:,}",
+            *(f"{100 * em:.1f}" for em in group["em"]),
+            _signed(group["difference"]),
+            ", ".join(map(_signed, group["ci95"])) if group["ci95"] else "–",
+            *(f"{count:,}" for count in (group["won"], group["lost"], group["both"] + group["neither"])),
+            end_section=name == "all",
+        )
+    return table
+
+
+def _signed(share: float) -> str:
+    """A difference in percentage points.
+
+    >>> _signed(0.125), _signed(-0.02), _signed(0.0)
+    ('+12.5', '−2.0', '0.0')
+    """
+    return f"{100 * share:+.1f}".replace("-", "−") if round(share, 3) else "0.0"
+
+
+def main(config: CompareConfig) -> None:
+    """Compare two runs on the same episodes: who won which questions, and whether that could be chance."""
+    result = compare(read_run(config.a), read_run(config.b))
+    console = Console()
+    console.print(comparison_table(result))
+    console.print(f"{result['episodes']:,} episodes of {result['tasks']:,} tasks, paired.", highlight=False)
+    for name, (a, b) in result["settings_that_differ"].items():
+        console.print(f"They also differ in [bold]{name}[/]: {escape(repr(a))} and {escape(repr(b))}.", highlight=False)
+    for run, count in zip("AB", result["left_out"], strict=True):
+        if count:
+            console.print(f"Left out: {count:,} episodes that only {run} has finished.", highlight=False)
+    if config.out is not None:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(config.out, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        console.print(f"Written to [bold]{escape(str(config.out))}[/].")

@@ -1,0 +1,321 @@
+"""`atommem judge`: a language model passes or fails the answers of a run, beside exact match.
+
+    atommem judge runs/rag --model openai:Qwen/Qwen3-8B
+
+Writes `judge.json` (the numbers, and every answer on which judge and exact match disagree) and `judgements.jsonl` (each judgement
+and the replies it was read from) into the run's folder. The same command asks nothing twice, and after an interruption only what
+is missing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import gymnasium as gym
+import tyro
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import atommem_env  # noqa: F401  (registers the environments)
+from agents.chat_policy import ChatModel
+from agents.models.load import load_model
+from agents.rollout import run_blocking
+from atommem_env.env import AtomMemEnv
+from atommem_env.errors import SettingError
+from atommem_env.types import Message, Question
+from eval.compare import Run, read_run
+from eval.metrics import bootstrap_ci95
+from eval.run import episode_specs, json_line, read_episodes, replace_file, step_progress
+
+PROMPT_VERSION = 1  # goes up with any change of _PROMPT: judgements of another prompt are not those of this one
+_PROMPT = """\
+You grade an answer to a question. The correct answers are given; any one of them is enough.
+
+PASS: the given answer says the same as a correct answer. Other wording, spelling, units, or further true detail do not matter.
+FAIL: it says something else, leaves the question open, contradicts itself, or lists several things of which only one is correct.
+
+Question: {question}
+Correct answers: {golds}
+Given answer: {prediction}
+
+Reply with one word: PASS or FAIL."""
+_SEEDS = (0, 1)  # a reply that is neither is asked for once more
+_MAX_NEW_TOKENS = 256  # one word is asked for, but some models explain first
+_VERDICT = re.compile(
+    r"\W*(?:(?:verdict|grade|answer)\W+)?(pass|fail)(?:\W*|\W*[:.,;–—-]\s(?:(?!\b(?:pass|fail)\b).)*)", re.IGNORECASE
+)
+
+Verdict = Literal["pass", "fail", "unclear"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgeConfig:
+    """What is judged, and by whom."""
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN_FOLDER")]
+    """Folder that `atommem eval` wrote."""
+    model: str
+    """Judge: a model from `atommem policies`, for example openai:NAME."""
+    in_flight: int = 16
+    """Answers judged at the same time; changes the speed only."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """An answer to be judged."""
+
+    episode: int
+    task_id: str
+    question: Question
+    record: dict[str, Any]  # the question's part of the episode's record
+    key: str  # names the judgement: the same for the same question, answer, judge and prompt
+
+
+def verdict_of(reply: str) -> Verdict:
+    """What a judge's reply says: its first or its last line must be the word, or begin with it and go on with a reason.
+
+    >>> verdict_of("PASS"), verdict_of("They differ.\\n\\n**Verdict: fail**"), verdict_of("It may pass.")
+    ('pass', 'fail', 'unclear')
+    """
+    lines = reply.strip().splitlines()
+    found = {match[1].lower() for line in lines[:1] + lines[-1:] if (match := _VERDICT.fullmatch(line))}
+    if found == {"pass"}:
+        return "pass"
+    return "fail" if found == {"fail"} else "unclear"
+
+
+def judge(config: JudgeConfig, console: Console | None = None) -> dict[str, Any]:
+    """Judges a run and returns what `judge.json` holds; the judge is loaded only if there is something to ask.
+
+    An unanswered question fails unasked. Where the judge says neither pass nor fail, twice, the question is unclear: it is
+    counted, and neither in the pass rate nor in the agreement. Agreement is over the answers that were judged.
+
+    Returns:
+        `model`, `prompt_version`, `questions`, `pass`, `fail`, `unclear`, `unanswered` (part of `fail`), `pass_rate` with
+        `pass_rate_ci95` (tasks resampled) and, over the same questions, `em`; `agreement` {`judged`, `share`, `kappa` (None: both
+        say the same of all), `table` {"pass" | "fail": {"right" | "wrong": answers}}}; `disagreements`.
+
+    Raises:
+        SettingError: the folder is no run, its questions have no golds, or its data are no longer those it was played on.
+        DatasetNotFound: the run's dataset is no longer there.
+        AtomMemError: the judge cannot be had, or failed. What it said before is kept.
+    """
+    run = read_run(config.run)
+    answers = _answers(run, config.model)
+    verdicts = _ask_missing(config, answers, console or Console(stderr=True))
+    result = _result(config.model, answers, verdicts)
+    replace_file(config.run / "judge.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    return result
+
+
+def _answers(run: Run, model: str) -> list[_Answer]:
+    """All questions of the finished episodes, with their text and golds: the tasks are drawn again as `config.json` says."""
+    options = {**run.config["options"], "durability": "off", "embedder": "hashing"}  # nothing is played
+    env = gym.make(run.config["env_id"], **options).unwrapped
+    assert isinstance(env, AtomMemEnv)
+    specs = episode_specs(len(env.source), run.config["episodes"], run.config["seed"])
+    answers = []
+    for record in run.records:
+        spec = specs[record["episode"]]
+        task = env.source.task(spec.index, spec.task_seed)
+        told, drawn = ([line["id"] for line in record["questions"]], [question.id for question in task.questions])
+        if (task.id, drawn) != (record["task_id"], told):
+            raise SettingError(
+                f"Episode {record['episode']} of {run.folder} is of task {record['task_id']}, questions {told}; drawn again it "
+                f"is {task.id}, {drawn}: data or version of atommem are not those of the run. Use those, or run it again."
+            )
+        for question, line in zip(task.questions, record["questions"], strict=True):
+            if not question.answers:
+                raise SettingError(
+                    f"Question {question.id} of {run.folder} has no gold that an answer could be judged by."
+                )
+            asked = [PROMPT_VERSION, model, question.text, question.answers, line["prediction"]]
+            key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+            answers.append(_Answer(record["episode"], task.id, question, line, key))
+    env.close()
+    return answers
+
+
+def _ask_missing(config: JudgeConfig, answers: Sequence[_Answer], console: Console) -> dict[str, Verdict]:
+    """Key → verdict of every answer that was given; new ones are kept in `judgements.jsonl` as they come."""
+    path = config.run / "judgements.jsonl"
+    kept = read_episodes(path)
+    verdicts: dict[str, Verdict] = {line["key"]: verdict_of(line["replies"][-1]) for line in kept}
+    given = {answer.key: answer for answer in answers if answer.record["prediction"] is not None}
+    missing = [answer for key, answer in given.items() if key not in verdicts]
+    if not missing:
+        return verdicts
+    model = load_model(config.model)
+    replace_file(path, "".join(map(json_line, kept)))  # without the half line that a killed judge leaves
+    with path.open("a", encoding="utf-8", newline="\n") as file, step_progress(console) as progress:
+        bar = progress.add_task(
+            f"{config.model} judges", total=len(given), completed=len(given) - len(missing), told=""
+        )
+
+        async def one(answer: _Answer, gate: asyncio.Semaphore) -> None:
+            async with gate:
+                replies = await _judge(model, answer)
+            verdicts[answer.key] = verdict = verdict_of(replies[-1])
+            line = {"key": answer.key, "question": answer.question.id, "prediction": answer.record["prediction"]}
+            file.write(json_line({**line, "verdict": verdict, "replies": replies}))
+            file.flush()
+            progress.advance(bar)
+
+        async def each() -> None:
+            gate = asyncio.Semaphore(config.in_flight)
+            async with asyncio.TaskGroup() as group:
+                for answer in missing:
+                    group.create_task(one(answer, gate))
+
+        try:
+            run_blocking(each())
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None  # the others failed as it did, or were stopped for it
+    return verdicts
+
+
+async def _judge(model: ChatModel, answer: _Answer) -> list[str]:
+    """The judge's replies, the last of which counts."""
+    text = _PROMPT.format(
+        question=answer.question.text,
+        golds=" | ".join(answer.question.answers),
+        prediction=answer.record["prediction"],
+    )
+    replies: list[str] = []
+    for seed in _SEEDS:
+        reply = await model.complete(
+            [Message(role="user", content=text)],
+            max_new_tokens=_MAX_NEW_TOKENS,
+            temperature=0.0,
+            thinking=False,
+            seed=seed,
+        )
+        replies.append(reply.text)
+        if verdict_of(reply.text) != "unclear":
+            break
+    return replies
+
+
+def _result(model: str, answers: Sequence[_Answer], verdicts: dict[str, Verdict]) -> dict[str, Any]:
+    said: list[tuple[_Answer, Verdict]] = [
+        (answer, "fail" if answer.record["prediction"] is None else verdicts[answer.key]) for answer in answers
+    ]
+    counts = Counter(verdict for _, verdict in said)
+    clear = [(answer, verdict) for answer, verdict in said if verdict != "unclear"]
+    passed = [float(verdict == "pass") for _, verdict in clear]
+    rate, interval = None, None
+    if clear:
+        rate = round(sum(passed) / len(clear), 4)
+        ends = bootstrap_ci95(passed, [1] * len(clear), [answer.task_id for answer, _ in clear])
+        interval = [round(end, 4) for end in ends]
+    judged = [(answer, verdict) for answer, verdict in clear if answer.record["prediction"] is not None]
+    table = {verdict: {"right": 0, "wrong": 0} for verdict in ("pass", "fail")}
+    disagreements = []
+    for answer, verdict in judged:
+        right = answer.record["em"] == 1
+        table[verdict]["right" if right else "wrong"] += 1
+        if right != (verdict == "pass"):
+            disagreements.append(
+                {
+                    "episode": answer.episode,
+                    "question_id": answer.question.id,
+                    "question": answer.question.text,
+                    "golds": list(answer.question.answers),
+                    **{name: answer.record[name] for name in ("prediction", "em", "f1")},
+                    "verdict": verdict,
+                }
+            )
+    share, kappa = cohens_kappa(
+        table["pass"]["right"], table["pass"]["wrong"], table["fail"]["right"], table["fail"]["wrong"]
+    )
+    return {
+        "model": model,
+        "prompt_version": PROMPT_VERSION,
+        "questions": len(answers),
+        **{verdict: counts[verdict] for verdict in ("pass", "fail", "unclear")},
+        "unanswered": sum(answer.record["prediction"] is None for answer in answers),
+        "pass_rate": rate,
+        "pass_rate_ci95": interval,
+        "em": round(sum(answer.record["em"] for answer, _ in clear) / len(clear), 4) if clear else None,
+        "agreement": {"judged": len(judged), "share": share, "kappa": kappa, "table": table},
+        "disagreements": disagreements,
+    }
+
+
+def cohens_kappa(both: int, first: int, second: int, neither: int) -> tuple[float | None, float | None]:
+    """The share on which two raters agree, and Cohen's kappa: how much of the agreement beyond chance (Cohen, 1960).
+
+    Args:
+        both: how often both say yes; `first`, `second`: one of them alone; `neither`: both say no.
+
+    Returns:
+        (share, kappa); None of nothing, and kappa None where chance alone makes them agree on all.
+
+    They agree on 35 of 50, and by chance alone on half:
+
+    >>> cohens_kappa(20, 5, 10, 15)
+    (0.7, 0.4)
+    """
+    total = both + first + second + neither
+    if not total:
+        return None, None
+    share = (both + neither) / total
+    yes, also_yes = (both + first) / total, (both + second) / total
+    chance = yes * also_yes + (1 - yes) * (1 - also_yes)
+    return round(share, 4), None if chance == 1 else round((share - chance) / (1 - chance), 4)
+
+
+def judge_table(result: dict[str, Any]) -> Table:
+    """How judge and exact match agree, for people; fits into 80 columns."""
+    table = Table(
+        title=f"{escape(result['model'])}, prompt {result['prompt_version']}", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    for heading in ("", "EM right", "EM wrong"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for verdict, row in result["agreement"]["table"].items():
+        table.add_row(f"judge: {verdict}", f"{row['right']:,}", f"{row['wrong']:,}")
+    return table
+
+
+def main(config: JudgeConfig) -> None:
+    """Let a language model pass or fail a run's answers, beside exact match: how many pass, and where the two disagree."""
+    result = judge(config)
+    console = Console()
+    console.print(judge_table(result))
+    if result["pass_rate"] is not None:
+        low, high = result["pass_rate_ci95"]
+        told = (
+            f"Pass rate {100 * result['pass_rate']:.1f} % (95 % CI {100 * low:.1f}–{100 * high:.1f}, tasks resampled)"
+        )
+        console.print(f"{told}; exact match of the same questions {100 * result['em']:.1f} %.", highlight=False)
+    agreement = result["agreement"]
+    if agreement["share"] is not None:
+        kappa = "undefined" if agreement["kappa"] is None else f"{agreement['kappa']:.2f}"
+        told = (
+            f"They agree on {100 * agreement['share']:.1f} % of {agreement['judged']:,} answers, Cohen's kappa {kappa}"
+        )
+        console.print(f"{told}. Unanswered, failed unasked: {result['unanswered']:,}.", highlight=False)
+    if result["unclear"]:
+        much = ": too many to trust the rate" if result["unclear"] > 0.1 * result["questions"] else ""
+        told = f"Unclear, left out: {result['unclear']:,} of {result['questions']:,} (see judgements.jsonl)"
+        console.print(told + much + ".", highlight=False)
+    for item in result["disagreements"][:5]:
+        console.print(
+            f"  judge: {item['verdict']}, EM {item['em']:.0f}: {item['prediction']!r} to {item['question']!r}, "
+            f"gold {' | '.join(item['golds'])!r}",
+            highlight=False,
+            markup=False,
+        )
+    if len(result["disagreements"]) > 5:
+        console.print(f"  … {len(result['disagreements']) - 5:,} more", highlight=False)
+    console.print(f"Written to [bold]{escape(str(config.run))}[/]: judge.json, judgements.jsonl.")

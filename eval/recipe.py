@@ -1,0 +1,360 @@
+"""`atommem eval RECIPE.toml`: many policies on many environments, each an ordinary run of `eval.run`.
+
+    atommem eval quick.toml --out runs/quick
+    atommem eval my_recipe.toml --out runs/mine --dry-run
+
+A recipe is a TOML file:
+
+    episodes = 10                     # of each run
+    seeds = [0, 1, 2]                 # a run each; [0] unless told
+
+    [env]                             # of all runs: options of `atommem eval`
+    embedder = "minilm"
+
+    [[environments]]
+    env_id = "AtomMem-HotpotQA"
+    num_docs = [200, 400]             # of a list each number is an environment
+    questions = 10
+
+    [[policies]]
+    policy = "rag@smollm2"
+
+    [[policies]]
+    label = "RAG (BM25)"              # what tables call it; else the policy's name and what was set
+    policy = "rag@smollm2"
+    set = ["retrieval=bm25"]          # for this row alone
+
+An option of an environment comes before that of [env], and one of a policy before both; their `set` are joined, and of two
+values the last counts. What decides the tasks (`num_docs`, `split`, …) belongs to [env] and the environments, so that all
+policies play the same episodes. A run lies in FOLDER/ENVIRONMENT/POLICY/seed-N. The same command again plays what is missing
+or failed; what the recipe says otherwise than before is refused for the runs that it changes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import traceback
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from atommem_env.errors import AtomMemError, EmbeddingError, EngineDied, ModelError, SettingError
+from eval.metrics import summarise
+from eval.run import (
+    EnvConfig,
+    EvalConfig,
+    check_unchanged,
+    episode_specs,
+    evaluate,
+    prepare_evaluation,
+    read_episodes,
+    results_table,
+    step_progress,
+)
+from eval.toml_tables import fields_of, read_table, read_toml
+
+FOLDER = Path(__file__).resolve().parents[1] / "configs" / "eval"
+_OPTIONS = {
+    name: kind
+    for name, kind in fields_of(EnvConfig).items()
+    if name not in ("env_id", "policy", "out", "episodes", "seed")
+}
+_OF_TASKS = ("split", "data", "corpus", "num_docs", "questions", "files")
+_TABLES: dict[str, dict[str, Any]] = {
+    "env": _OPTIONS,
+    "environments": {"label": str, "env_id": str, **_OPTIONS, "num_docs": int | tuple[int, ...]},
+    "policies": {"label": str, "policy": str} | {name: _OPTIONS[name] for name in _OPTIONS if name not in _OF_TASKS},
+}
+_OUTAGES = (EmbeddingError, ModelError, EngineDied)  # an hour later the same run may do
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecipeConfig:
+    """Which runs."""
+
+    recipe: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RECIPE.toml")]
+    """A TOML file of yours, or one that comes with this package: quick.toml, baselines.toml, paper.toml."""
+    out: Path
+    """Folder of all runs."""
+    dry_run: bool = False
+    """List the runs and what is done already; play nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run of a recipe; the labels are those of its row and column in a table."""
+
+    environment: str
+    policy: str
+    config: EvalConfig
+
+    @property
+    def name(self) -> str:
+        return f"{self.policy} on {self.environment}, seed {self.config.seed}"
+
+    @property
+    def finished(self) -> int:
+        """Episodes that its folder holds."""
+        return len(read_episodes(self.config.out / "episodes.jsonl"))
+
+    @property
+    def done(self) -> bool:
+        return (self.config.out / "summary.json").is_file()
+
+
+# ------------------------------------------------------------------------------------------------------------ the recipe
+
+
+def read_recipe(path: Path, out: Path) -> list[Run]:
+    """The runs of a recipe: by environment, then by policy, then by seed.
+
+    Args:
+        path: the file, or the name of one in `configs/eval/`.
+        out: folder of all runs.
+
+    Raises:
+        SettingError: there is no such file, or something in it is not as it must be.
+    """
+    path = path if path.is_file() else FOLDER / path
+    if not path.is_file():
+        shipped = ", ".join(sorted(file.name for file in FOLDER.glob("*.toml")))
+        raise SettingError(f"RECIPE.toml must be the path of a TOML file, or one of {shipped}; got {path.name!r}.")
+    tables = read_toml(path)
+    top = {name: value for name, value in tables.items() if name not in _TABLES}
+    given = read_table(path, "the recipe", top, {"episodes": int, "seeds": tuple[int, ...], **_TABLES})
+    (shared,) = _rows(path, tables, "env")
+    environments = [one for row in _rows(path, tables, "environments", "env_id") for one in _environments(row)]
+    policies = [{"label": _default_label(row), **row} for row in _rows(path, tables, "policies", "policy")]
+    seeds = given.pop("seeds", (0,))
+    if not (environments and policies and seeds):
+        raise SettingError(f"{path} has no run: it needs [[environments]], [[policies]] and, where given, seeds.")
+    runs = []
+    for environment in environments:
+        for policy in policies:
+            options = shared | environment | policy
+            options["set"] = tuple(pair for table in (shared, environment, policy) for pair in table.get("set", ()))
+            labels = environment["label"], policy["label"]
+            for seed in seeds:
+                folder = out.joinpath(*map(_folder_name, labels), f"seed-{seed}")
+                runs.append(Run(*labels, EvalConfig(**options | given | {"seed": seed, "out": folder})))
+    folders = Counter(str(run.config.out).casefold() for run in runs)  # some file systems take A and a for the same
+    same = [run for run in runs if folders[str(run.config.out).casefold()] > 1]
+    if same:
+        raise SettingError(
+            f"{path}: {same[0].name} and {same[1].name} would share the folder {same[0].config.out}. "
+            "Give one of them another label."
+        )
+    return runs
+
+
+def _rows(path: Path, tables: dict[str, Any], name: str, required: str | None = None) -> list[dict[str, Any]]:
+    """The tables of that name, [name] or [[name]]; a field that is `required` is in each of them."""
+    brackets = f"[[{name}]]" if required else f"[{name}]"
+    rows = tables.get(name, [] if required else {})
+    if required is None:
+        rows = [rows]
+    if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
+        raise SettingError(f"{path}: {name} must be written as {brackets}, got {rows!r}.")
+    read = [read_table(path, brackets[1:-1], row, _TABLES[name]) for row in rows]
+    for row in read:
+        if required and required not in row:
+            raise SettingError(f"{path}: every {brackets} must have {required}; one has {row}.")
+    return read
+
+
+def _environments(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """An environment for each number of documents.
+
+    >>> [one["label"] for one in _environments({"env_id": "AtomMem-HotpotQA", "num_docs": (200, 400)})]
+    ['HotpotQA 200', 'HotpotQA 400']
+    """
+    label, counts = row.get("label", row["env_id"].removeprefix("AtomMem-")), row.get("num_docs")
+    if not isinstance(counts, tuple):
+        yield row | {"label": label}
+    else:
+        for count in counts:
+            yield row | {"label": f"{label} {count}", "num_docs": count}
+
+
+def _default_label(row: dict[str, Any]) -> str:
+    """The policy's name, and what was set for it.
+
+    >>> _default_label({"policy": "smollm2", "set": ("ablation=no_update",)})
+    'smollm2 ablation=no_update'
+    """
+    return " ".join([row["policy"], *row.get("set", ())])
+
+
+def _folder_name(label: str) -> str:
+    """A label as the name of a folder.
+
+    >>> _folder_name("RAG (BM25)"), _folder_name("rag@openai:Qwen/Qwen3-8B")
+    ('RAG-BM25', 'rag@openai-Qwen-Qwen3-8B')
+    """
+    return re.sub(r"[^\w.=+@-]+", "-", label).strip("-.") or "unnamed"
+
+
+# -------------------------------------------------------------------------------------------------------------- playing
+
+
+def check(runs: Sequence[Run]) -> dict[Run, str]:
+    """Why some runs cannot be played now, after everything was tried that can be without playing; nothing is written.
+
+    Returns:
+        The cause by run: a service that is out of reach, or a folder that holds a run of another configuration.
+
+    Raises:
+        SettingError: the recipe cannot be played as it is: an unknown policy, missing data, a wrong setting. All are named.
+    """
+    troubles: dict[Run, str] = {}
+    wrong: defaultdict[str, list[Run]] = defaultdict(list)
+    tried: set[str] = set()  # environments of which a task was made
+    outages: dict[str | None, EmbeddingError] = {}  # by embedder: each was waited for long enough
+    for run in runs:
+        config = run.config
+        try:
+            if config.embedder in outages:
+                raise outages[config.embedder]
+            env, _, identity = prepare_evaluation(config)
+            with closing(env):
+                if run.environment not in tried:
+                    tried.add(run.environment)
+                    (spec,) = episode_specs(len(env.source), 1, config.seed)
+                    env.source.task(spec.index, spec.task_seed)
+        except _OUTAGES as error:
+            troubles[run] = _told(error)
+            if isinstance(error, EmbeddingError):
+                outages[config.embedder] = error
+        except AtomMemError as error:
+            wrong[_told(error)].append(run)
+        else:
+            try:
+                if run.finished:
+                    check_unchanged(config.out / "config.json", identity)
+            except SettingError as error:
+                troubles[run] = f"{_told(error)} Move that folder away, or choose another --out."
+    if wrong:
+        lines = (
+            f"\n  {told} ({refused[0].name}{f', and {len(refused) - 1} more' if len(refused) > 1 else ''})"
+            for told, refused in wrong.items()
+        )
+        raise SettingError(f"This recipe cannot be played as it is:{''.join(lines)}")
+    return troubles
+
+
+def play_recipe(runs: Sequence[Run], console: Console | None = None) -> dict[Run, str]:
+    """Plays the runs that are not done yet, one after another, with the models loaded once.
+
+    Args:
+        console: where progress is drawn; stderr unless told.
+
+    Returns:
+        The cause of each run that failed; what it had finished is kept, and the others were played.
+
+    Raises:
+        SettingError: as in `check`, before anything is played.
+    """
+    failures = check(runs)
+    with step_progress(console or Console(stderr=True)) as progress:
+        done = sum(run.done for run in runs)
+        bar = progress.add_task("all runs", total=len(runs), completed=done, told="")
+        for run in runs:
+            if run.done or run in failures:
+                continue
+            try:
+                evaluate(dataclasses.replace(run.config, resume=run.finished > 0), progress=progress)
+            except Exception as error:  # of any kind: a policy may be anybody's
+                failures[run] = _told(error)
+                trace = "" if isinstance(error, AtomMemError) else traceback.format_exc()
+                progress.console.print(escape(f"{run.name} failed. {failures[run]}\n{trace}"))
+            else:
+                done += 1
+            progress.update(bar, completed=done, told=f"{len(failures)} failed" if failures else "")
+    return failures
+
+
+def _told(error: Exception) -> str:
+    """An error in words, with its notes."""
+    head = str(error) if isinstance(error, AtomMemError) else f"{type(error).__name__}: {error}"
+    return " ".join([head, *(f"({note})" for note in getattr(error, "__notes__", ()))])
+
+
+# --------------------------------------------------------------------------------------------------------------- telling
+
+
+def tables(runs: Sequence[Run], failures: dict[Run, str]) -> list[Table]:
+    """The results, a table an environment; a policy's seeds are pooled, and the failed ones are named as such."""
+    made = []
+    for environment in dict.fromkeys(run.environment for run in runs):
+        ours = [run for run in runs if run.environment == environment]
+        rows, failed = [], []
+        for policy in dict.fromkeys(run.policy for run in ours):
+            seeds = [run for run in ours if run.policy == policy]
+            there = [run for run in seeds if run not in failures]
+            if there:
+                records = [record for run in there for record in read_episodes(run.config.out / "episodes.jsonl")]
+                privileged = json.loads((there[0].config.out / "summary.json").read_text(encoding="utf-8"))[
+                    "privileged"
+                ]
+                missing = "" if there == seeds else f" ({len(there)} of {len(seeds)} seeds)"
+                rows.append({"label": policy + missing, "privileged": privileged, **summarise(records)})
+            else:
+                failed.append(policy)
+        counts = sorted({row["episodes"] for row in rows})
+        title = f"{environment}, {' or '.join(map(str, counts))} episodes" if counts else environment
+        table = results_table(rows, title)
+        for policy in failed:
+            table.add_row(policy, "failed")
+        made.append(table)
+    return made
+
+
+def plan(runs: Sequence[Run], troubles: dict[Run, str]) -> Table:
+    """The runs, and how far each is."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for heading in ("environment", "policy", "seed", "episodes done"):
+        table.add_column(heading, justify="right" if heading in ("seed", "episodes done") else "left", overflow="fold")
+    for run in runs:
+        state = "cannot be played" if run in troubles else f"{run.finished} of {run.config.episodes}"
+        table.add_row(escape(run.environment), escape(run.policy), str(run.config.seed), state)
+    return table
+
+
+def main(config: RecipeConfig) -> None:
+    """Evaluate many policies on many environments, as a recipe says: a table an environment, and a folder a run.
+
+    The same command again plays only what is missing or failed.
+    """
+    console = Console()
+    runs = read_recipe(config.recipe, config.out)
+    if config.dry_run:
+        failures = check(runs)
+        console.print(plan(runs, failures))
+    else:
+        failures = play_recipe(runs)
+        for table in tables(runs, failures):
+            console.print(table)
+    for run, told in failures.items():
+        console.print(f"[bold]{escape(run.name)}[/]: {escape(told)}", highlight=False)
+    if failures:
+        console.print(f"{len(failures)} of {len(runs)} runs failed. The same command again plays only these.")
+        raise SystemExit(1)
+    if not config.dry_run:
+        console.print(f"Written to [bold]{escape(str(config.out))}[/]. Tables and plots: atommem report {config.out}")
+
+
+def call(command: str, function: Callable[[Any], None], words: Sequence[str]) -> None:
+    """`atommem eval` with its arguments: of a recipe where one of them is a TOML file, else of a single run."""
+    recipe = any(word.endswith(".toml") and not word.startswith("-") for word in words)
+    tyro.cli(main if recipe else function, prog=f"atommem {command}", args=words, config=(tyro.conf.OmitArgPrefixes,))

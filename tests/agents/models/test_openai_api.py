@@ -1,0 +1,571 @@
+"""A chat model behind a service, spoken to over HTTP: one that fails, lies, hangs, dies and comes back as it is told."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import pytest
+
+import atommem_env  # noqa: F401  registers the environments
+from agents.chat_policy import ChatPolicy, Sampling
+from agents.models import openai_api
+from agents.models.openai_api import OpenAIModel
+from agents.rollout import Driver, EpisodeSpec
+from atommem_env.errors import MissingDependency, ModelError, PromptTooLong, SettingError
+from atommem_env.types import Message, Reply, Rollout, Usage
+
+CHAT: list[Message] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who lives in Rome?"}]
+KEY = "sk-nobody-may-see-this"
+DEAD, SILENT, HALF, HALF_JSON, EMPTY = "closed", "silent", "half a body", "half of the JSON", "an empty body"
+Distortion = Callable[[dict[str, Any]], Any]
+
+
+class Service(ThreadingHTTPServer):
+    """Replies with what it was asked, a letter a token; counts as tokens of a prompt its words."""
+
+    def __init__(self, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
+        self.port = self.server_address[1]
+        self.asked: list[dict[str, Any]] = []
+        self.keys: set[str | None] = set()
+        self.failures: list[int | str] = []  # of the next answers: a status, or one of the above
+        self.distort: Distortion = lambda answer: answer
+        self.refuses: Callable[[dict[str, Any]], str] = lambda body: ""
+        self.knows_ids = True
+        self.window = 10**9
+        self.busy = self.busiest = 0
+        self.pause = 0.0
+        self.over = threading.Event()
+        self.lock = threading.Lock()
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Service
+
+    def do_POST(self) -> None:
+        assert self.path == "/v1/chat/completions"
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.asked.append(body)
+            self.server.keys.add(self.headers["Authorization"])
+            failure = self.server.failures.pop(0) if self.server.failures else 200
+            self.server.busy += 1
+            self.server.busiest = max(self.server.busiest, self.server.busy)
+        time.sleep(self.server.pause)
+        with self.server.lock:
+            self.server.busy -= 1
+        if failure == SILENT:
+            self.server.over.wait(30)
+        if failure in (DEAD, SILENT):
+            return
+        if isinstance(failure, int) and failure != 200:
+            self._send(failure, {"error": {"message": f"no, because; {KEY}"}})
+            return
+        tokens = sum(len(message["content"].split()) for message in body["messages"])
+        limit = body.get("max_tokens") or body["max_completion_tokens"]
+        if refusal := self.server.refuses(body):
+            self._send(400, {"error": {"message": refusal, "code": 400}})
+        elif tokens + limit > self.server.window:
+            said = (
+                f"This model's maximum context length is {self.server.window} tokens. However, you requested {limit} output "
+                f"tokens and your prompt contains {tokens} input tokens, for a total of {tokens + limit} tokens."
+            )
+            self._send(400, {"error": {"message": said, "type": "BadRequestError", "code": 400}})
+        else:
+            self._send(200, self.server.distort(self._answer(body, tokens, limit)), failure)
+
+    def _answer(self, body: dict[str, Any], tokens: int, limit: int) -> dict[str, Any]:
+        said = body["messages"][-1]["content"]
+        text = f"<read_memory>{hash_of(said)} {body.get('seed')}</read_memory>"
+        ids, cut = [ord(letter) for letter in text][:limit], len(text) > limit
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": "".join(map(chr, ids)), "reasoning": None},
+            "finish_reason": "length" if cut else "stop",
+            "logprobs": None,
+        }
+        usage = {"prompt_tokens": tokens, "completion_tokens": len(ids), "prompt_tokens_details": {"cached_tokens": 2}}
+        answer = {"id": "1", "object": "chat.completion", "choices": [choice], "usage": usage}
+        if self.server.knows_ids:
+            choice["token_ids"] = ids if body.get("return_token_ids") else None
+            answer["prompt_token_ids"] = list(range(tokens)) if body.get("return_token_ids") else None
+            if body.get("logprobs"):
+                choice["logprobs"] = {"content": [{"token": chr(one), "logprob": -one / 100} for one in ids]}
+        return answer
+
+    def _send(self, status: int, answer: Any, how: int | str = 200) -> None:
+        content = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        if how == HALF_JSON:
+            content = content[: len(content) // 2]
+        elif how == EMPTY:
+            content = b""
+        else:
+            self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[: len(content) // 2] if how == HALF else content)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def hash_of(text: str) -> int:
+    return sum(map(ord, text)) % 9973
+
+
+@contextmanager
+def serving(port: int = 0) -> Iterator[Service]:
+    with Service(port) as service:
+        thread = threading.Thread(target=service.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield service
+        finally:
+            service.over.set()
+            service.shutdown()
+            thread.join()
+
+
+@pytest.fixture(autouse=True)
+def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openai", reason="needs the extra 'openai'")
+    monkeypatch.setattr(openai_api, "_PATIENCE", 0.8)
+    monkeypatch.setattr(openai_api, "_PAUSES", (0.02, 0.1))
+    monkeypatch.setattr(openai_api, "_UNTOLD", 0.0)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
+    with serving() as service:
+        monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{service.port}/v1")
+        yield service
+
+
+def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(coroutine)
+
+
+def ask(model: OpenAIModel, chat: list[Message] = CHAT, **settings: Any) -> Reply:
+    wanted = {"max_new_tokens": 200, "temperature": 0.0, "thinking": False, "seed": 7, **settings}
+    reply: Reply = asyncio.run(model.complete(chat, **wanted))
+    return reply
+
+
+EXPECTED = f"<read_memory>{hash_of('Who lives in Rome?')} 7</read_memory>"
+
+
+# --------------------------------------------------------------------------------------------------- what is sent, and told
+
+
+def test_a_reply_is_kept_as_it_was_sampled(service: Service) -> None:
+    reply = ask(OpenAIModel("org/m"))
+    ids = tuple(map(ord, EXPECTED))
+    assert reply == Reply(
+        EXPECTED, tuple(range(6)), ids, tuple(-one / 100 for one in ids), "stop", Usage(1, 6, len(ids), 2)
+    )
+    (asked,) = service.asked
+    assert asked == {
+        "model": "org/m",
+        "messages": CHAT,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "top_k": -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "max_tokens": 200,
+        "seed": 7,
+        "logprobs": True,
+        "return_token_ids": True,
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    assert service.keys == {f"Bearer {KEY}"}
+
+
+def test_a_reply_that_was_cut_says_so(service: Service) -> None:
+    reply = ask(OpenAIModel("m"), max_new_tokens=5)
+    assert (reply.text, reply.stop, len(reply.completion_ids)) == (EXPECTED[:5], "length", 5)
+
+
+def test_logprobs_that_are_not_those_sampled_from_are_left_out(service: Service) -> None:
+    model = OpenAIModel("m")
+    assert [len(ask(model, temperature=value).logprobs) > 0 for value in (0.0, 0.7, 1.0)] == [True, False, True]
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("<think>Is it Ada? Yes.</think>\n\nAda", "Ada"),
+        ("Is it Ada? Yes.\n</think>\n\nAda", "Ada"),  # the template had opened it
+        ("<think>Is it Ada? Or", ""),
+        ("What <think> and </think> mean", "What <think> and </think> mean"),
+    ],
+)
+def test_what_was_thought_is_no_reply(content: str, text: str, thinking: bool, service: Service) -> None:
+    def distort(answer: dict[str, Any]) -> dict[str, Any]:
+        answer["choices"][0]["message"]["content"] = content
+        return answer
+
+    service.distort = distort
+    reply = ask(OpenAIModel("m"), thinking=thinking)
+    assert reply.text == text
+    assert len(reply.completion_ids) == len(EXPECTED)
+    assert service.asked[-1]["chat_template_kwargs"] == {"enable_thinking": thinking}
+
+
+@pytest.mark.parametrize(("content", "text"), [("Ada", "Ada"), ("", ""), (None, "")])
+@pytest.mark.parametrize("field", ["reasoning", "reasoning_content"])
+def test_a_service_may_tell_thoughts_apart(field: str, content: str | None, text: str, service: Service) -> None:
+    def distort(answer: dict[str, Any]) -> dict[str, Any]:
+        answer["choices"][0]["message"] = {"role": "assistant", "content": content, field: "Is it Ada?"}
+        return answer
+
+    service.distort = distort
+    assert ask(OpenAIModel("m")).text == text
+    assert len(service.asked) == 1
+
+
+def test_a_service_that_ignores_what_it_does_not_know_will_do(service: Service) -> None:
+    service.knows_ids = False
+    service.distort = lambda answer: {**answer, "usage": None}
+    assert ask(OpenAIModel("m")) == Reply(EXPECTED, usage=Usage(calls=1))
+
+
+@pytest.mark.parametrize(
+    ("fields", "still"),
+    [
+        (("return_token_ids", "logprobs"), {"top_k", "chat_template_kwargs", "max_tokens"}),
+        (("return_token_ids", "chat_template_kwargs", "top_k"), {"max_tokens"}),
+        (("return_token_ids", "chat_template_kwargs", "max_tokens"), {"max_completion_tokens"}),
+    ],
+)
+@pytest.mark.parametrize("no_system", [False, True])
+def test_what_a_service_refuses_is_found_out_once_and_left_out(
+    no_system: bool, fields: tuple[str, ...], still: set[str], service: Service
+) -> None:
+    def refuses(body: dict[str, Any]) -> str:
+        if no_system and body["messages"][0]["role"] == "system":
+            return "Only user and assistant roles are supported!"
+        return f"Extra inputs are not permitted: {fields}" if set(fields) & set(body) else ""
+
+    service.refuses = refuses
+    model = OpenAIModel("m")
+
+    async def several() -> list[Reply]:
+        wanted = {"max_new_tokens": 200, "temperature": 0.0, "thinking": False, "seed": 7}
+        return await asyncio.gather(*(model.complete(CHAT, **wanted) for _ in range(5)))
+
+    replies = run(several())
+    said = "Be brief.\n\nWho lives in Rome?" if no_system else "Who lives in Rome?"
+    assert {reply.text for reply in replies} == {f"<read_memory>{hash_of(said)} 7</read_memory>"}
+    assert {reply.completion_ids for reply in replies} == {()}
+    refused = [body for body in service.asked if refuses(body)]
+    assert len(service.asked) == len(refused) + 5
+    assert len(refused) < 8
+    assert still <= set(service.asked[-1])
+    assert not set(fields) & set(service.asked[-1])
+
+
+def test_a_template_without_a_system_role_is_found_out_also_after_chats_that_have_none(service: Service) -> None:
+    service.refuses = lambda body: "System role not supported" if body["messages"][0]["role"] == "system" else ""
+    model = OpenAIModel("m")
+    ask(model, CHAT[1:])
+    for _ in range(2):
+        assert ask(model).completion_ids
+    assert [len(body["messages"]) for body in service.asked] == [1, 2, 1, 1]
+    assert service.asked[-1]["messages"] == [{"role": "user", "content": "Be brief.\n\nWho lives in Rome?"}]
+
+
+# -------------------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 413])
+def test_a_refusal_is_told_at_once_and_without_the_key(status: int, service: Service) -> None:
+    service.failures = [status]
+    with pytest.raises(ModelError, match=rf"status {status}: no, because; ….*vllm serve org/m") as caught:
+        ask(OpenAIModel("org/m"))
+    assert len(service.asked) == 1
+    assert KEY not in f"{caught.value!r}{caught.value.__cause__}"
+
+
+def test_a_request_that_is_wrong_in_every_form_is_refused_with_the_services_words(service: Service) -> None:
+    service.refuses = lambda body: "temperature must be non-negative"
+    model = OpenAIModel("m")
+    with pytest.raises(ModelError, match=r"refused the request: temperature must be non-negative\."):
+        ask(model)
+    service.refuses = lambda body: ""
+    ask(model)
+    service.refuses, before = lambda body: "temperature must be non-negative", len(service.asked)
+    with pytest.raises(ModelError, match="non-negative"):
+        ask(model)
+    assert len(service.asked) == before + 1
+
+
+def test_a_prompt_beyond_the_window_is_told_with_both_numbers(service: Service) -> None:
+    service.window = 100
+    long: list[Message] = [{"role": "user", "content": "boat " * 51}]
+    model = OpenAIModel("m")
+    assert ask(model, long, max_new_tokens=49).text
+    with pytest.raises(PromptTooLong, match="maximum context length is 100 tokens") as caught:
+        ask(model, long, max_new_tokens=50)
+    assert (caught.value.tokens, caught.value.room) == (51, 50)
+    assert len(service.asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("said", "tokens", "room"),
+    [
+        (  # vLLM 0.29
+            (
+                "This model's maximum context length is 2048 tokens. However, you requested 64 output tokens and your prompt "
+                "contains at least 1985 input tokens, for a total of at least 2049 tokens. Please reduce the length …"
+            ),
+            None,
+            1984,
+        ),
+        (
+            (
+                "This model's maximum context length is 2048 tokens. However, you requested 64 output tokens and your prompt "
+                "contains 90000 characters (more than 19840 characters, which is the upper bound for 1984 input tokens)."
+            ),
+            None,
+            1984,
+        ),
+        ("max_tokens=64 cannot be greater than max_model_len=max_total_tokens=48. Please request fewer", None, 0),
+        ("Input length (5000) exceeds model's maximum context length (4096).", 5000, 4032),
+        (  # OpenAI
+            (
+                "This model's maximum context length is 4097 tokens. However, you requested 4200 tokens (4136 in the messages, "
+                "64 in the completion). Please reduce the length of the messages or completion."
+            ),
+            4136,
+            4033,
+        ),
+        (
+            "This model's maximum context length is 8192 tokens. However, your messages resulted in 9000 tokens.",
+            9000,
+            8128,
+        ),
+    ],
+)
+def test_services_say_in_many_words_that_a_prompt_is_too_long(
+    said: str, tokens: int | None, room: int, service: Service
+) -> None:
+    service.refuses = lambda body: said
+    with pytest.raises(PromptTooLong) as caught:
+        ask(OpenAIModel("m"), max_new_tokens=64)
+    assert (caught.value.tokens, caught.value.room) == (tokens, room)
+    assert len(service.asked) == 1
+
+
+# -------------------------------------------------------------------------------------------------------------- what goes wrong
+
+
+@pytest.mark.parametrize(
+    "failures", [[500], [503, 429], [DEAD, 502], [HALF], [HALF_JSON, EMPTY], [408, DEAD, HALF, 500, DEAD]]
+)
+def test_a_passing_failure_costs_no_reply_and_changes_nothing_of_what_is_sent(
+    failures: list[int | str], service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    service.failures = list(failures)
+    assert ask(OpenAIModel("m")).text == EXPECTED
+    assert len(service.asked) == len(failures) + 1
+    assert all(body == service.asked[0] for body in service.asked)
+    started, ended = (record.getMessage() for record in caplog.records if record.name == openai_api.__name__)
+    assert "openai:m" in started
+    assert "answers again" in ended
+
+
+def test_an_outage_of_a_moment_is_not_told(
+    service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(openai_api, "_UNTOLD", 60.0)
+    service.failures = [429, DEAD]
+    assert ask(OpenAIModel("m")).text == EXPECTED
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("failure", [500, 429, DEAD])
+def test_an_outage_longer_than_the_patience_is_an_error(
+    failure: int | str, service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    service.failures = [failure] * 1000
+    model = OpenAIModel("org/m")
+    with pytest.raises(ModelError, match=rf"127\.0\.0\.1:{service.port}/v1 .*lasted for .*vllm serve org/m") as caught:
+        ask(model)
+    assert len(service.asked) > 2
+    assert KEY not in str(caught.value) + caplog.text
+    assert len(caplog.records) == 1
+    before = len(service.asked)
+    with pytest.raises(ModelError):  # once more is tried, without patience, until an answer comes
+        ask(model)
+    assert len(service.asked) == before + 1
+    service.failures = []
+    assert ask(model).text == EXPECTED
+
+
+def test_silence_is_an_outage(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai_api, "_TIMEOUT", 0.2)
+    service.failures = [SILENT]
+    assert ask(OpenAIModel("m")).text == EXPECTED
+    assert len(service.asked) == 2
+
+
+def test_a_service_that_is_not_there_is_told_with_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://user:{KEY}@127.0.0.1:{port}/v1")
+    with pytest.raises(ModelError, match=rf"at http://127\.0\.0\.1:{port}/v1 .*does not answer") as caught:
+        ask(OpenAIModel("m"))
+    assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "distort",
+    [
+        lambda answer: {**answer, "choices": []},
+        lambda answer: {**answer, "choices": None},
+        lambda answer: {"object": "chat.completion"},
+        lambda answer: {**answer, "choices": [{"message": {"role": "assistant", "content": None}}]},
+        lambda answer: {**answer, "choices": [{"message": {"role": "assistant", "content": ["Ada"]}}]},
+        lambda answer: "<html>welcome</html>",
+        lambda answer: "",
+        lambda answer: "[]",
+        lambda answer: "null",
+    ],
+)
+def test_an_answer_without_a_reply_is_asked_for_again_and_then_an_error(distort: Distortion, service: Service) -> None:
+    service.distort = distort
+    with pytest.raises(ModelError, match="sent no reply but .* the last of 4 answers"):
+        ask(OpenAIModel("m"))
+    assert len(service.asked) == 4
+
+
+def test_no_more_requests_at_a_time_than_it_says(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai_api, "_CONCURRENT", 3)
+    service.pause = 0.02
+    model = OpenAIModel("m")
+
+    async def many() -> list[Reply]:
+        wanted = {"max_new_tokens": 9, "temperature": 0.0, "thinking": False, "seed": 7}
+        return await asyncio.gather(*(model.complete(CHAT, **wanted) for _ in range(12)))
+
+    assert len(run(many())) == 12
+    assert service.busiest == 3
+
+
+def test_a_call_that_is_cancelled_leaves_the_others_alone(service: Service) -> None:
+    model = OpenAIModel("m")
+    ask(model)
+    service.failures = [SILENT]
+
+    async def main() -> str:
+        wanted = {"max_new_tokens": 200, "temperature": 0.0, "thinking": False, "seed": 7}
+        silent = asyncio.create_task(model.complete(CHAT, **wanted))
+        while service.failures:
+            await asyncio.sleep(0.01)
+        other = asyncio.create_task(model.complete(CHAT, **wanted))
+        silent.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await silent
+        return (await other).text
+
+    assert run(main()) == EXPECTED
+
+
+# -------------------------------------------------------------------------------------------------------------- in a whole run
+
+
+def play(replied: Callable[[], None] = lambda: None) -> list[Rollout]:
+    driver = Driver.of(gym.make("AtomMem-Synthetic", num_docs=6, chunk_tokens=64, durability="off"))
+    policy = ChatPolicy(OpenAIModel("m"), driver.settings, Sampling(temperature=0.7))
+    specs = [EpisodeSpec(index, index, index) for index in range(6)]
+    rollouts: list[Rollout] = run(driver.run(specs, policy, in_flight=4, replied=replied))
+    return rollouts
+
+
+def test_no_failure_becomes_a_reply(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai_api, "_PATIENCE", 30.0)
+    monkeypatch.setattr(openai_api, "_GARBLED", 10)
+    expected = play()
+    replies = len(service.asked)
+    assert replies > 20
+    kinds = [500, DEAD, 200, HALF, 200, 503, EMPTY, 200, HALF_JSON, 200, 200, 429]
+    service.failures, service.asked = kinds * (replies // 6), []
+    assert play() == expected
+    assert len(service.asked) > 1.3 * replies
+
+
+def test_a_service_killed_and_started_again_costs_time_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai_api, "_PATIENCE", 30.0)
+    with serving() as first:
+        monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{first.port}/v1")
+        expected = play()
+
+    def restart() -> None:
+        with serving(first.port):
+            half.wait()
+        time.sleep(0.3)
+        with serving(first.port):
+            over.wait()
+
+    half, over, count = threading.Event(), threading.Event(), iter(range(10**6))
+    thread = threading.Thread(target=restart)
+    thread.start()
+    try:
+        found = play(lambda: half.set() if next(count) == 12 else None)
+    finally:
+        half.set()
+        over.set()
+        thread.join()
+    assert found == expected
+
+
+def test_a_key_reaches_no_folder_no_log_and_no_repr(
+    service: Service, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from agents.models.load import load_model
+    from eval.run import EvalConfig, evaluate
+
+    for logger in ("agents", "openai"):
+        caplog.set_level(logging.DEBUG, logger)
+    load_model.cache_clear()
+    service.failures = [500]
+    words = {"env_id": "AtomMem-Synthetic", "policy": "openai:m", "episodes": 2, "num_docs": 6, "out": tmp_path / "run"}
+    evaluate(EvalConfig(**words))
+    model = load_model("openai:m")
+    load_model.cache_clear()
+    assert KEY not in f"{model!r} {vars(model)} {caplog.text}"
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(files) > 2
+    assert not [path for path in files if KEY.encode() in path.read_bytes()]
+    assert f"Bearer {KEY}" in service.keys
+
+
+# ------------------------------------------------------------------------------------------------------------------ without it
+
+
+def test_without_an_address_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    with pytest.raises(SettingError, match=r"OPENAI_BASE_URL.*vllm serve org/m"):
+        OpenAIModel("org/m")
+
+
+def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(MissingDependency, match=r"'openai:m'.*pip install 'atommem\[openai\]'"):
+        OpenAIModel("m")

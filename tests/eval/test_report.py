@@ -1,0 +1,278 @@
+import csv
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from agents.registry import METHODS
+from atommem_env.cli import main as atommem
+from atommem_env.errors import MissingDependency, SettingError
+from eval.metrics import summarise
+from eval.report import ReportConfig, csv_text, draw, find_runs, group, latex, main, markdown, read_published, report
+from eval.run import EvalConfig, evaluate, read_episodes
+
+
+def run(folder: Path, policy: str, **changes: Any) -> Path:
+    options = {
+        "env_id": "AtomMem-Synthetic",
+        "episodes": 3,
+        "questions": 1,
+        "num_docs": 10,
+        "durability": "off",
+        **changes,
+    }
+    evaluate(EvalConfig(out=folder, policy=policy, **options))
+    return folder
+
+
+def table(text: str, heading: str) -> list[dict[str, str]]:
+    """The first table after a heading of report.md."""
+    lines = text[text.index(heading) :].splitlines()
+    start = next(place for place, line in enumerate(lines) if line.startswith("|"))
+    rows = []
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
+    return [dict(zip(rows[0], cells, strict=True)) for cells in rows[2:]]
+
+
+def lines(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As a recipe leaves it: two environments, three policies and an ablation, one of them with two seeds."""
+    root = tmp_path_factory.mktemp("tree")
+    for documents in (10, 20):
+        for seed in (0, 1):
+            run(root / str(documents) / "append-all" / f"seed-{seed}", "append-all", num_docs=documents, seed=seed)
+        run(root / str(documents) / "yes" / "seed-0", "constant=yes", num_docs=documents, label="100 % y_e$ {&}|\\")
+        run(root / str(documents) / "spam" / "seed-0", "spam", num_docs=documents)
+        run(root / str(documents) / "no-update" / "seed-0", "spam", num_docs=documents, set=("ablation=no_update",))
+    return root
+
+
+@pytest.fixture(scope="module")
+def written(tree: Path) -> Path:
+    report([tree], tree.parent / "report")
+    return tree.parent / "report"
+
+
+def test_seeds_are_pooled_and_everything_else_has_a_row_of_its_own(tree: Path, written: Path) -> None:
+    text = (written / "report.md").read_text(encoding="utf-8")
+    for documents in (10, 20):
+        rows = table(text, f"## AtomMem-Synthetic, {documents} documents")
+        names = [row["policy"] for row in rows]
+        assert len(rows) == 4
+        assert names[-1] == r"append-all\*", "who knows the golds comes last"
+        assert [name for name in names if name.startswith("spam")] == ["spam", "spam (ablation=no\\_update)"]
+        folders = [tree / str(documents) / "append-all" / f"seed-{seed}" for seed in (0, 1)]
+        pooled = summarise([record for folder in folders for record in read_episodes(folder / "episodes.jsonl")])
+        assert rows[-1]["n"] == "6"
+        assert rows[-1]["EM"] == f"{100 * pooled['em']:.1f}"
+        assert rows[-1]["95 % CI"] == "–".join(f"{100 * end:.1f}" for end in pooled["em_ci95"])
+        assert rows[-1]["in view"] == f"{100 * pooled['evidence_recall']['retrieved']:.1f}"
+        assert rows[-1]["tokens in"] == f"{pooled['tokens']['prompt']:,.0f}"
+
+
+def test_what_was_run_is_said_in_full(tree: Path, written: Path) -> None:
+    text = (written / "report.md").read_text(encoding="utf-8")
+    section = text[text.index("## What was run") :]
+    shared = {row["setting"]: row["value"] for row in table(section, "Settings of all runs")}
+    rows = table(section, "AtomMem-Synthetic, 20 documents: num\\_docs = 20")
+    assert [row["seeds"] for row in rows if row["policy"] == "append-all"] == ["0, 1"]
+    assert {row["settings of its own"] for row in rows} >= {"ablation = no\\_update, operations = create, read, delete"}
+    # Every setting of every run is found in one of the three places.
+    for path in tree.rglob("config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        for name in {**config["options"], **config["settings"], **config["sampling"]}:
+            assert name in shared or name in ("num_docs", "operations", "ablation", "durability")
+
+
+def test_the_csv_has_every_number_of_every_run(tree: Path, written: Path) -> None:
+    rows = lines(written / "results.csv")
+    assert len(rows) == 10
+    for row in rows:
+        summary = json.loads((tree.parent / row["folder"] / "summary.json").read_text(encoding="utf-8"))
+        assert row["label"] == summary["label"]
+        assert float(row["f1"]) == summary["f1"]
+        assert json.loads(row["em_ci95"]) == summary["em_ci95"]
+        assert float(row["tokens.prompt"]) == summary["tokens"]["prompt"]
+        assert row["settings.top_k"] == "6"
+
+
+def test_the_latex_has_whole_rows_and_no_character_that_latex_reads(written: Path) -> None:
+    text = (written / "results.tex").read_text(encoding="utf-8")
+    assert text.count(r"\begin{table*}") == text.count(r"\end{table*}") == 2
+    assert r"100 \% y\_e\$ \{\&\}\textbar{}\textbackslash{}" in text
+    for body in re.findall(r"\\begin\{tabular\}\{(l+r+)\}\n\\toprule\n(.*?)\\bottomrule", text, re.DOTALL):
+        rows = [line for line in body[1].splitlines() if line != r"\midrule"]
+        assert len(rows) == 5
+        for row in rows:
+            assert row.endswith(r" \\")
+            assert len(re.findall(r"(?<!\\)&", row)) == len(body[0]) - 1
+            bare = re.sub(r"\\([&%$#_{}]|textbar\{\}|textbackslash\{\})", "", row.removesuffix(r" \\"))
+            assert not re.search(r"[%$#_{}~^\\]", bare)
+
+
+def test_pictures_come_with_the_numbers_that_they_show(written: Path) -> None:
+    text = (written / "report.md").read_text(encoding="utf-8")
+    pictures = re.findall(r"!\[[^]]*\]\(plots/([a-z0-9-]+)\.png\)", text)
+    assert len(pictures) == len(set(pictures)) == 1 + 2 * 5
+    assert {path.stem for path in (written / "plots").iterdir()} == set(pictures)
+    for name in pictures:
+        assert (written / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    by_documents = lines(written / "plots" / "em-by-documents-atommem-synthetic.csv")
+    assert {line["documents"] for line in by_documents} == {"10", "20"}
+    assert len({line["line"] for line in by_documents}) == 4
+    memory = lines(written / "plots" / "memory-atommem-synthetic-10-documents.csv")
+    kept = [float(line["entries"]) for line in memory if line["row"] == "append-all*"]
+    assert kept == sorted(kept)
+    assert kept[-1] == 10, "one entry a document"
+
+
+def test_operations_over_steps_add_up_to_those_of_an_episode(tree: Path, written: Path) -> None:
+    drawn = lines(written / "plots" / "operations-atommem-synthetic-10-documents.csv")
+    records = [
+        record for seed in (0, 1) for record in read_episodes(tree / f"10/append-all/seed-{seed}/episodes.jsonl")
+    ]
+    for kind, mean in summarise(records)["operations"].items():
+        of_kind = [float(line["mean"]) for line in drawn if line["row"] == "append-all*" and line["kind"] == kind]
+        assert sum(of_kind) == pytest.approx(mean, abs=1e-2)
+
+
+def test_the_same_runs_give_the_same_bytes(tree: Path, written: Path) -> None:
+    again = group(find_runs([tree / "20", tree, tree / "10" / "spam"])[0])  # in another order, and some of them twice
+    plots = draw(again)
+    assert markdown(again, [], plots) == (written / "report.md").read_text(encoding="utf-8")
+    assert latex(again) == (written / "results.tex").read_text(encoding="utf-8")
+    for plot in plots:
+        assert csv_text(plot.drawn) == (written / "plots" / f"{plot.name}.csv").read_text(encoding="utf-8")
+
+
+def test_runs_that_cannot_be_pooled_are_refused(tree: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(tree / "10" / "spam" / "seed-0", tmp_path / name)
+    (environment,) = group(find_runs([tmp_path])[0])
+    assert len(environment.rows[0].runs) == 1, "the same episodes twice are no more evidence than once"
+    path = tmp_path / "b" / "episodes.jsonl"
+    path.write_text(path.read_text(encoding="utf-8").replace('"reward": 0.0', '"reward": 1.0'), encoding="utf-8")
+    with pytest.raises(SettingError, match="cannot be pooled"):
+        group(find_runs([tmp_path])[0])
+
+
+def test_unfinished_runs_are_named_and_left_out(tree: Path, tmp_path: Path) -> None:
+    shutil.copytree(tree / "10" / "spam" / "seed-0", tmp_path / "runs" / "whole")
+    shutil.copytree(tree / "20" / "spam" / "seed-0", tmp_path / "runs" / "half")
+    (tmp_path / "runs" / "half" / "summary.json").unlink()
+    main(ReportConfig(runs=(tmp_path / "runs",)))
+    text = (tmp_path / "runs" / "report" / "report.md").read_text(encoding="utf-8")
+    assert "not finished: `runs/half`" in text
+    assert "20 documents" not in text
+    for folders in ((tmp_path / "runs" / "half",), (tmp_path / "nowhere",), ()):
+        with pytest.raises(SettingError, match=r"No finished run|no folder|got none"):
+            main(ReportConfig(runs=folders, out=tmp_path / "other"))
+
+
+def test_a_judges_pass_rate_stands_beside_exact_match(tree: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tree / "10" / "spam" / "seed-0", tmp_path / "run")
+    result = {"model": "openai:j", "prompt_version": 1, "pass": 1, "fail": 3, "unclear": 2, "pass_rate": 0.25}
+    (folder / "judge.json").write_text(json.dumps({**result, "pass_rate_ci95": [0, 1]}), encoding="utf-8")
+    text = markdown(group(find_runs([folder])[0]), [], [])
+    assert table(text, "## AtomMem")[0]["judge"] == "25.0"
+    assert "openai:j, prompt 1" in text
+
+
+POLICIES = """
+class Mine:
+    privileged = False
+
+    def __init__(self, name):
+        self.name = name
+
+    def begin(self, seed, task):
+        return lambda observation: "<final_answer>Town 1</final_answer>"
+
+
+dense, lexical = Mine("rag@mine"), Mine("rag@mine")
+"""
+
+
+def test_published_figures_stand_beside_the_same_method_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On 200 documents of a HotpotQA file."""
+    (tmp_path / "reported_policies.py").write_text(POLICIES)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    documents = [(f"Person {number}", f"Person {number} was born in Town {number}.") for number in range(250)]
+    rows = [
+        {
+            "_id": f"q{number}",
+            "question": f"Where was Person {number} born?",
+            "answer": f"Town {number}",
+            "type": "bridge",
+            "level": "easy",
+            "supporting_facts": [[documents[number][0], 0]],
+            "context": [[title, [text]] for title, text in documents[number : number + 4]],
+        }
+        for number in range(0, 240, 4)
+    ]
+    (tmp_path / "dev.json").write_text(json.dumps(rows), encoding="utf-8")
+    options = {"env_id": "AtomMem-HotpotQA", "data": tmp_path / "dev.json", "episodes": 1, "num_docs": 200}
+    run(tmp_path / "runs" / "dense", "reported_policies:dense", **options)
+    run(tmp_path / "runs" / "lexical", "reported_policies:lexical", label="BM25", set=("retrieval=bm25",), **options)
+    run(tmp_path / "runs" / "oracle", "oracle", **options)
+    report([tmp_path / "runs"], tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    rows = table(text, "## AtomMem-HotpotQA, 200 documents")
+    assert {row["policy"]: row["published EM"] for row in rows} == {
+        "rag@mine": "67.8 (RAG)",
+        "BM25": "",
+        r"oracle\*": "",
+        "AtomMem without RL (arXiv 2601.08323, Qwen3-8B)": "65.9",
+        "AtomMem (arXiv 2601.08323, Qwen3-8B)": "77.8",
+    }
+    published = table(text, "## Published by others")
+    assert {row["model"] for row in published} == {"Qwen3-8B", "Qwen2.5-7B", "Qwen3-4B"}
+    assert {row["metric"] for row in published if row["own"]} == {"judge"}
+    beside = {row["label"]: row["published.em"] for row in lines(tmp_path / "out" / "results.csv")}
+    assert beside == {"rag@mine": "67.8", "BM25": "", "oracle": ""}
+    assert "67.8 (RAG)" in (tmp_path / "out" / "results.tex").read_text(encoding="utf-8")
+    drawn = lines(tmp_path / "out" / "plots" / "em-atommem-hotpotqa-200-documents.csv")
+    assert {line["row"]: line["em"] for line in drawn if "published" in line["row"]} == {
+        "rag@mine (published)": "67.8",
+        "AtomMem without RL (published)": "65.9",
+        "AtomMem (published)": "77.8",
+    }
+
+
+def test_published_figures_are_shares_of_the_datasets_that_there_are() -> None:
+    published = read_published()
+    (atommem_hotpotqa,) = [one.figures["hotpotqa"] for one in published if one.method == "AtomMem"]
+    assert atommem_hotpotqa == {"200": 77.8, "800": 72.9}
+    for one in published:
+        assert one.metric in ("EM", "judge")
+        assert one.source.startswith("arXiv ")
+        assert set(one.figures) <= {"hotpotqa", "2wikimultihopqa", "musique"}
+        assert one.policy is None or one.policy in METHODS
+        assert all(0 < figure < 100 for figures in one.figures.values() for figure in figures.values())
+
+
+def test_without_matplotlib_the_extra_is_named_and_nothing_written(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingDependency, match=r"atommem\[train\]"):
+        report([tree], tmp_path / "out")
+    monkeypatch.setattr(sys, "argv", ["atommem", "report", str(tree), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit):
+        atommem()
+    assert "atommem[train]" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
