@@ -62,8 +62,9 @@ def test_the_readmes_commands_and_code_do_what_they_say(tmp_path: Path) -> None:
     write_question_files(tmp_path)
     write_own_files(tmp_path)
     python = blocks("python")
-    (policy,) = (code for code in python if "def policy" in code)
-    (tmp_path / "my_module.py").write_text(policy)
+    modules = {code: code.split()[1] for code in python if code.startswith("# my_")}
+    for code, name in modules.items():
+        (tmp_path / name).write_text(code)
     shell = "import sys; from atommem_env.cli import main; main()"
     with_weights = bool(os.environ.get("ATOMMEM_TEST_SMOLLM2"))
     for command in commands():
@@ -74,7 +75,7 @@ def test_the_readmes_commands_and_code_do_what_they_say(tmp_path: Path) -> None:
         )
         assert ran.returncode == 0, f"{command}\n{ran.stdout}\n{ran.stderr}"
     for code in python:
-        if "def policy" not in code:
+        if code not in modules:
             ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
             assert ran.returncode == 0, f"{code}\n{ran.stderr}"
             assert ran.stdout.strip(), code

@@ -65,20 +65,26 @@ class VLLMModel:
         async def start() -> Any:
             return AsyncLLM.from_engine_args(arguments)
 
-        async def stop() -> None:
-            self._engine.shutdown()
-
         try:
             self._engine: Any = in_background_blocking(start())
         except RuntimeError as error:
             raise EngineDied(
                 f"vLLM could not start {folder}: {error} Its own messages above name the cause."
             ) from error
-        atexit.register(lambda: in_background_blocking(stop()))  # in its own loop, which would take it for a crash else
+        atexit.register(self.close)
         self.window: int = self._engine.model_config.max_model_len
         ends = self._engine.model_config.try_get_generation_config().get("eos_token_id")
         self._ends = {self.chat.backend.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
         self._numbers = itertools.count()
+
+    def close(self) -> None:
+        """Stops the engine, which gives its memory back; the end of the process does it as well."""
+
+        async def stop() -> None:  # in the engine's own loop, which would take it for a crash else
+            self._engine.shutdown()
+
+        atexit.unregister(self.close)
+        in_background_blocking(stop())
 
     async def complete(
         self,

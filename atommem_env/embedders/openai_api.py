@@ -35,6 +35,8 @@ class OpenAIEmbedder:
         vllm serve Qwen/Qwen3-Embedding-0.6B --runner pooling
         OPENAI_BASE_URL=http://localhost:8000/v1 atommem eval … --embedder openai:Qwen/Qwen3-Embedding-0.6B
 
+    Where another service has the chat model, and OPENAI_BASE_URL, this one's address is OPENAI_EMBEDDING_BASE_URL.
+
     A model whose name, after its last slash, begins with "Qwen3-Embedding" reads the instruction that was published with it
     before each query. Other models embed queries as documents are. An empty text is sent as a space, which every service takes.
 
@@ -46,7 +48,7 @@ class OpenAIEmbedder:
 
     Raises:
         MissingDependency: the extra `openai` is not installed.
-        SettingError: OPENAI_BASE_URL is not set.
+        SettingError: neither address is set.
         EmbeddingError: as in `embed`; the dimension is asked for at once.
     """
 
@@ -57,11 +59,12 @@ class OpenAIEmbedder:
             raise MissingDependency(
                 f"The embedder 'openai:{model}' cannot be loaded ({error}): pip install 'atommem[openai]'."
             ) from error
-        url = os.environ.get("OPENAI_BASE_URL")
+        url = os.environ.get("OPENAI_EMBEDDING_BASE_URL") or os.environ.get("OPENAI_BASE_URL")
         if not url:
             raise SettingError(
                 f"The embedder 'openai:{model}' needs the address of a service in OPENAI_BASE_URL, for example "
-                f"http://localhost:8000/v1 after `vllm serve {model} --runner pooling`; it is not set."
+                f"http://localhost:8000/v1 after `vllm serve {model} --runner pooling`, or in OPENAI_EMBEDDING_BASE_URL where "
+                "another service has the chat model; neither is set."
             )
         self.name = f"openai:{model}"
         self._openai, self._model, self._url = openai, model, url
@@ -153,7 +156,7 @@ class OpenAIEmbedder:
 
     def _error(self, what: str) -> EmbeddingError:
         return EmbeddingError(
-            f"The embedding service at {self._url} (OPENAI_BASE_URL) {what}. Check that it runs and serves this model: "
+            f"The embedding service at {self._url} {what}. Check that it runs and serves this model: "
             f"vllm serve {self._model} --runner pooling"
         )
 

@@ -57,9 +57,9 @@ class PlainModel:
         self.model, self.chat = model, chat
 
     async def complete(
-        self, messages: Sequence[Message], *, max_new_tokens: int, temperature: float, seed: int
+        self, messages: Sequence[Message], *, max_new_tokens: int, temperature: float, thinking: bool, seed: int
     ) -> Reply:
-        prompt = self.chat.prompt_ids(messages)
+        prompt = self.chat.prompt_ids(messages, thinking)
         torch.manual_seed(seed)
         done = self.model.generate(
             torch.tensor([prompt]),

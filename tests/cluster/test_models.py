@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import gymnasium as gym
@@ -105,24 +106,27 @@ def ask(model: ChatModel, temperature: float = 0.0) -> list[Reply]:
     return asyncio.run(all_at_once())
 
 
-def by_transformers(model: Path, prompts: Sequence[Sequence[int]]) -> list[tuple[list[int], list[float]]]:
-    """Greedy replies and their log-probabilities, one full forward pass a token."""
+def greedy(network: Any, prompt: Sequence[int], end: int) -> list[int]:
+    """The ids of a reply by transformers, one full forward pass a token."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    end = ChatTokenizer(model).backend.eos_token_id
-    replies = []
-    for prompt in prompts:
-        ids: list[int] = []
-        logprobs: list[float] = []
-        while len(ids) < NEW_TOKENS and ids[-1:] != [end]:
-            with torch.no_grad():
-                logits = network(torch.tensor([[*prompt, *ids]])).logits[0, -1]
-            logprobs.append(float(logits.log_softmax(-1).max()))
-            ids.append(int(logits.argmax()))
-        replies.append((ids, logprobs))
-    return replies
+    ids: list[int] = []
+    while len(ids) < NEW_TOKENS and ids[-1:] != [end]:
+        with torch.no_grad():
+            ids.append(int(network(torch.tensor([[*prompt, *ids]])).logits[0, -1].argmax()))
+    return ids
+
+
+def scores(network: Any, reply: Reply, temperature: float = 1.0) -> list[float]:
+    """The log-probabilities of a reply's ids by transformers."""
+    import torch
+
+    ids = torch.tensor([[*reply.prompt_ids, *reply.completion_ids]])
+    start = len(reply.prompt_ids)
+    with torch.no_grad():
+        logprobs = (network(ids).logits[0, start - 1 : -1] / temperature).log_softmax(-1)
+    chosen: list[float] = logprobs.gather(-1, ids[0, start:, None])[:, 0].tolist()
+    return chosen
 
 
 @contextmanager
@@ -133,28 +137,32 @@ def engine(model: str) -> Iterator[tuple[VLLMModel, list[int]]]:
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     made = VLLMModel(model)
     children = psutil.Process().children(recursive=True)
-    started = [child for child in children if child.pid not in before and "spawn_main" in " ".join(child.cmdline())]
+    started = [
+        child for child in children if child.pid not in before and "resource_tracker" not in " ".join(child.cmdline())
+    ]
     assert started
     try:
         yield made, [child.pid for child in started]
     finally:
-        for child in started:
-            if child.is_running():
-                child.kill()
+        made.close()
 
 
 def test_transformers_vllm_and_its_service_give_the_same_replies(tiny: Path, service: OpenAIModel) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
     chat = ChatTokenizer(tiny)
     prompts = [chat.prompt_ids(messages) for messages in chats()]
-    expected = by_transformers(tiny, prompts)
+    expected = [greedy(network, prompt, chat.backend.eos_token_id) for prompt in prompts]
     with engine("tiny") as (in_process, processes):
         for model in (service, in_process):
             for time in (1, 2):  # each in an event loop of its own
                 replies = ask(model)
-                for prompt, (ids, logprobs), reply in zip(prompts, expected, replies, strict=True):
+                for prompt, ids, reply in zip(prompts, expected, replies, strict=True):
                     assert list(reply.prompt_ids) == prompt
                     assert list(reply.completion_ids) == ids
-                    assert reply.logprobs == pytest.approx(logprobs, abs=1e-4)
+                    assert reply.logprobs == pytest.approx(scores(network, reply), abs=1e-4)
                     assert reply.text == chat.text(ids)
                     assert reply.stop == ("stop" if ids[-1] == chat.backend.eos_token_id else "length")
                     assert reply.usage is not None
@@ -162,10 +170,11 @@ def test_transformers_vllm_and_its_service_give_the_same_replies(tiny: Path, ser
                 cached = [reply.usage.cached_tokens for reply in replies if reply.usage]
                 assert cached[0] == 0  # shorter than a block
                 assert time == 1 or min(cached[-3:]) > 0
-        sampled = ask(in_process, 0.7)
-        assert [reply.completion_ids for reply in sampled] == [reply.completion_ids for reply in ask(in_process, 0.7)]
-        assert [reply.completion_ids for reply in sampled] != [tuple(ids) for ids, _ in expected]
-        assert all(len(reply.logprobs) == len(reply.completion_ids) for reply in sampled)
+        sampled, again = (ask(in_process, 2.0) for _ in range(2))
+        assert [reply.completion_ids for reply in sampled] == [reply.completion_ids for reply in again]
+        assert [list(reply.completion_ids) for reply in sampled] != expected
+        for reply in sampled:
+            assert reply.logprobs == pytest.approx(scores(network, reply, 2.0), abs=1e-4)
 
         for model in (service, in_process):
             long: list[Message] = [{"role": "user", "content": "Where does Ada live? " * 1000}]

@@ -37,7 +37,7 @@ class EngineModel:
     name: str
 
     async def complete(
-        self, messages: Sequence[Message], *, max_new_tokens: int, temperature: float, seed: int
+        self, messages: Sequence[Message], *, max_new_tokens: int, temperature: float, thinking: bool, seed: int
     ) -> Reply:
         """A reply, sampled as `sampling_params` say. The seed has no effect: a seeded request leaves vLLM's fast sampler, and
         what shares its batch would change last bits all the same.
@@ -48,7 +48,7 @@ class EngineModel:
         """
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        prompt_ids = self.chat.prompt_ids(messages)
+        prompt_ids = self.chat.prompt_ids(messages, thinking)
         room = self.max_tokens - len(prompt_ids)
         if room < 1:
             raise PromptTooLong(
@@ -63,7 +63,7 @@ class EngineModel:
             raise EngineDied(f"The engine that samples from {self.name} died: {error}") from error
         completion_ids = list(output.token_ids)
         return Reply(
-            text=self.chat.text(completion_ids),
+            text=self.chat.reply_text(prompt_ids, completion_ids),
             prompt_ids=tuple(prompt_ids),
             completion_ids=tuple(completion_ids),
             logprobs=tuple(

@@ -64,7 +64,8 @@ _SILENCE = 20.0  # seconds without an answer of Ray's head, after which it count
 _COPY_LOG = 60.0  # seconds between copies of the log of a job of Ray
 _GRACE = 30.0  # seconds that a process has to end when it is asked to
 _SECRETS = ("OPENAI_API_KEY", "WANDB_API_KEY")
-_PASSED_ON = ("OPENAI_BASE_URL", "ATOMMEM_DATA", *_SECRETS)  # what the job is told of this process's environment
+# what the job is told of this process's environment
+_PASSED_ON = ("OPENAI_BASE_URL", "OPENAI_EMBEDDING_BASE_URL", "ATOMMEM_DATA", *_SECRETS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,7 +177,7 @@ def carry_out(run: ClusterRun, address: str | None, console: Console) -> None:
             service = EmbeddingService(run, _own_address(address))
             stack.callback(service.stop)
             wait_for(service, console)
-            os.environ["OPENAI_BASE_URL"] = service.url  # of this process, which checks it, and so of the job
+            os.environ["OPENAI_EMBEDDING_BASE_URL"] = service.url  # of this process, which checks it, and so of the job
             check_embedder(run)
         job: Job
         if address is None:
@@ -241,7 +242,7 @@ def commands(run: ClusterRun, address: str | None) -> Iterator[str]:
     environment = job_environment(run)
     if run.embedding_model:
         host = "127.0.0.1" if address is None else socket.gethostname()
-        environment["OPENAI_BASE_URL"] = f"http://{host}:8100/v1"
+        environment["OPENAI_EMBEDDING_BASE_URL"] = f"http://{host}:8100/v1"
         yield "# the embedding service; the launcher takes a free port, and waits until it answers"
         service = shlex.join(_embedding_command(run, host, 8100))
         yield f"{service} &> {shlex.quote(str(run.out / 'embedding.log'))} &"
@@ -405,7 +406,7 @@ class RayJob:
 
 
 class EmbeddingService(LocalJob):
-    """`vllm serve` of the run's embedding model; its URL is the job's OPENAI_BASE_URL."""
+    """`vllm serve` of the run's embedding model; its URL is the job's OPENAI_EMBEDDING_BASE_URL."""
 
     def __init__(self, run: ClusterRun, host: str) -> None:
         with socket.create_server((host, 0)) as free:

@@ -281,9 +281,18 @@ def test_an_environment_takes_it_by_name_and_keeps_its_memories(service: Service
     assert (own_data_folder / "memory" / "openai:org" / "m" / "journal.lance").is_dir()
 
 
+def test_the_embedding_service_can_have_an_address_of_its_own(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:1/v1")  # of the chat model; nothing is there
+    monkeypatch.setenv("OPENAI_EMBEDDING_BASE_URL", service.url)
+    assert OpenAIEmbedder("org/m").embed(["a text"], "document").shape[0] == 1
+
+
 def test_without_an_address_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("openai", reason="needs the extra 'openai'")
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    for name in ("OPENAI_BASE_URL", "OPENAI_EMBEDDING_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
     with pytest.raises(SettingError, match=r"OPENAI_BASE_URL.*vllm serve org/m --runner pooling"):
         OpenAIEmbedder("org/m")
 

@@ -188,7 +188,7 @@ def test_what_is_shown_is_what_would_run(run: ClusterRun, tmp_path: Path, monkey
             assert words[words.index("--address") + 1] == address
             told = json.loads(words[words.index("--runtime-env-json") + 1])["env_vars"]
         assert told["ATOMMEM_RUN"] == str(run.out)
-        assert told["OPENAI_BASE_URL"].endswith(":8100/v1")
+        assert told["OPENAI_EMBEDDING_BASE_URL"].endswith(":8100/v1")
         assert {name: told[name] for name in secrets} == secrets
 
 
