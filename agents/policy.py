@@ -56,8 +56,8 @@ class FunctionPolicy:
         return self.act
 
 
-def as_policy(policy: Policy | Act) -> Policy:
-    """`policy` itself, or the function `policy` as one.
+def as_policy(policy: Policy | Act, name: str | None = None) -> Policy:
+    """`policy` itself, or the function `policy` as one, called `name` or else as the function is.
 
     Raises:
         PolicyError: it is neither.
@@ -65,7 +65,7 @@ def as_policy(policy: Policy | Act) -> Policy:
     if isinstance(policy, Policy):
         return policy
     if callable(policy) and not isinstance(policy, type):
-        return FunctionPolicy(policy, name=getattr(policy, "__name__", type(policy).__name__))
+        return FunctionPolicy(policy, name or str(getattr(policy, "__name__", type(policy).__name__)))
     raise PolicyError(f"A policy is a function observation -> str or an agents.Policy object, got {policy!r}.")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import sys
 from collections.abc import Callable
@@ -28,9 +29,9 @@ POLICIES: dict[str, tuple[Callable[[EpisodeSettings], Policy], str]] = {
         lambda settings: oracle.PerfectReader("oracle", settings, oracle.keep_evidence),
         "* stores the evidence; gives the gold when all of it is in view: what a perfect memory reaches",
     ),
-    "append-all": (
-        lambda settings: oracle.PerfectReader("append-all", settings, oracle.keep_everything, "question"),
-        "* stores every document and searches for the question; gives the gold when the evidence is in view",
+    "perfect-rag": (
+        lambda settings: oracle.PerfectReader("perfect-rag", settings, oracle.keep_everything, "question"),
+        "* stores every document, searches for the question, gives the gold when the evidence is in view: what RAG can reach",
     ),
     "fixed-position": (
         lambda settings: oracle.PerfectReader("fixed-position", settings, oracle.keep_leaked_positions),
@@ -121,10 +122,17 @@ def load_policy(
         method = METHODS[left][0]
     elif _ATTRIBUTE.fullmatch(left):
         found = _attribute(left)
+        takes = _parameters(found)
         if not at:
-            return as_policy(found)
-        if not callable(found):
-            raise PolicyError(f"A method is a function (settings, ask) -> act, got {found!r} for {left!r}.")
+            if takes == 2:
+                raise PolicyError(
+                    f"{left} takes two arguments, as a method (settings, ask) does: write {left}@smollm2."
+                )
+            return as_policy(found, left)
+        if takes != 2:
+            raise PolicyError(
+                f"A method is a function (settings, ask) -> act, got {found!r} for {left!r}. A policy takes no model: {left}."
+            )
         method = found
     else:
         raise PolicyError(
@@ -137,12 +145,29 @@ def load_policy(
     return PromptedPolicy(f"{left}@{model.name}", method, model, settings, sampling)
 
 
+def _parameters(found: Any) -> int | None:
+    """How many arguments a function must be given; None: it is no function."""
+    if not inspect.isroutine(found):
+        return None
+    given = inspect.signature(found).parameters.values()
+    return sum(
+        one.default is one.empty and one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD) for one in given
+    )
+
+
 def _attribute(name: str) -> Any:
     """What `module:attribute` names."""
     module_name, _, attribute = name.partition(":")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
-    module = importlib.import_module(module_name)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # it is there, and what it imports is not
+        raise PolicyError(
+            f"There is no module {module_name!r} in the working folder, {Path.cwd()}, nor on Python's path."
+        ) from error
     if not hasattr(module, attribute):
         raise PolicyError(f"Module {module_name!r} ({module.__file__}) has no {attribute!r}.")
     return getattr(module, attribute)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.metadata
 import sys
@@ -76,7 +77,7 @@ def main() -> None:
     command = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else " ".join(words[:1])
     if command not in COMMANDS:
         asked_for_help = not words or words[0] in ("-h", "--help")
-        print(overview() if asked_for_help else f"atommem: no command {' '.join(words[:2])!r}\n\n{overview()}")
+        print(overview() if asked_for_help else f"atommem: no command {words[0]!r}{_meant(words[0])}\n\n{overview()}")
         sys.exit(0 if asked_for_help else 2)
     import tyro
 
@@ -90,6 +91,11 @@ def main() -> None:
         notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
         print(f"atommem {command}: {error}{notes}", file=sys.stderr)
         sys.exit(1)
+
+
+def _meant(word: str) -> str:
+    near = difflib.get_close_matches(word, {name.split()[0] for name in COMMANDS}, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def overview() -> str:

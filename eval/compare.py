@@ -59,6 +59,11 @@ class Run:
         return str(self.summary["label"] if self.summary else self.config["policy"])
 
     @property
+    def environment(self) -> str:
+        """What tables call its environment; of a run that is not finished, the id."""
+        return str((self.summary or {}).get("environment", self.config["env_id"]))
+
+    @property
     def settings(self) -> dict[str, Any]:
         """All that was set but policy, label, seed and number of episodes, by name."""
         given = {name: self.config[name] for name in ("env_id", "layout")}

@@ -49,7 +49,7 @@ Correct answers: {golds}
 Given answer: {prediction}
 
 Reply with one word: PASS or FAIL."""
-_SEEDS = (0, 1)  # a reply that is neither is asked for once more
+_TEMPERATURES = (0.0, 0.3)  # a reply that is neither is asked for once more: greedy, it would be the same
 _MAX_NEW_TOKENS = 256  # one word is asked for, but some models explain first
 _VERDICT = re.compile(
     r"\W*(?:(?:verdict|grade|answer)\W+)?(pass|fail)(?:\W*|\W*[:.,;–—-]\s(?:(?!\b(?:pass|fail)\b).)*)", re.IGNORECASE
@@ -101,9 +101,10 @@ def judge(config: JudgeConfig, console: Console | None = None) -> dict[str, Any]
     counted, and neither in the pass rate nor in the agreement. Agreement is over the answers that were judged.
 
     Returns:
-        `model`, `prompt_version`, `questions`, `pass`, `fail`, `unclear`, `unanswered` (part of `fail`), `pass_rate` with
-        `pass_rate_ci95` (tasks resampled) and, over the same questions, `em`; `agreement` {`judged`, `share`, `kappa` (None: both
-        say the same of all), `table` {"pass" | "fail": {"right" | "wrong": answers}}}; `disagreements`.
+        `model`, `prompt_version`, `temperatures` (of the first and the second ask), `questions`, `pass`, `fail`, `unclear`,
+        `unanswered` (part of `fail`), `pass_rate` with `pass_rate_ci95` (tasks resampled) and, over the same questions, `em`;
+        `agreement` {`judged`, `share`, `kappa` (None: both say the same of all), `table` {"pass" | "fail": {"right" | "wrong":
+        answers}}}; `disagreements`.
 
     Raises:
         SettingError: the folder is no run, its questions have no golds, or its data are no longer those it was played on.
@@ -139,7 +140,7 @@ def _answers(run: Run, model: str) -> list[_Answer]:
                 raise SettingError(
                     f"Question {question.id} of {run.folder} has no gold that an answer could be judged by."
                 )
-            asked = [PROMPT_VERSION, model, question.text, question.answers, line["prediction"]]
+            asked = [PROMPT_VERSION, _TEMPERATURES, model, question.text, question.answers, line["prediction"]]
             key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
             answers.append(_Answer(record["episode"], task.id, question, line, key))
     env.close()
@@ -167,7 +168,8 @@ def _ask_missing(config: JudgeConfig, answers: Sequence[_Answer], console: Conso
                 replies = await _judge(model, answer)
             verdicts[answer.key] = verdict = verdict_of(replies[-1])
             line = {"key": answer.key, "question": answer.question.id, "prediction": answer.record["prediction"]}
-            file.write(json_line({**line, "verdict": verdict, "replies": replies}))
+            asked = {"temperature": _TEMPERATURES[len(replies) - 1], "replies": replies}  # the last reply's temperature
+            file.write(json_line({**line, "verdict": verdict, **asked}))
             file.flush()
             progress.advance(bar)
 
@@ -192,11 +194,11 @@ async def _judge(model: ChatModel, answer: _Answer) -> list[str]:
         prediction=answer.record["prediction"],
     )
     replies: list[str] = []
-    for seed in _SEEDS:
+    for seed, temperature in enumerate(_TEMPERATURES):
         reply = await model.complete(
             [Message(role="user", content=text)],
             max_new_tokens=_MAX_NEW_TOKENS,
-            temperature=0.0,
+            temperature=temperature,
             thinking=False,
             seed=seed,
         )
@@ -241,6 +243,7 @@ def _result(model: str, answers: Sequence[_Answer], verdicts: dict[str, Verdict]
     return {
         "model": model,
         "prompt_version": PROMPT_VERSION,
+        "temperatures": list(_TEMPERATURES),
         "questions": len(answers),
         **{verdict: counts[verdict] for verdict in ("pass", "fail", "unclear")},
         "unanswered": sum(answer.record["prediction"] is None for answer in answers),

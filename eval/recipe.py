@@ -38,7 +38,7 @@ import re
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -63,6 +63,7 @@ from eval.run import (
     step_progress,
 )
 from eval.toml_tables import fields_of, read_table, read_toml
+from eval.workers import Workers
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs" / "eval"
 _OPTIONS = {
@@ -89,6 +90,8 @@ class RecipeConfig:
     """Folder of all runs."""
     dry_run: bool = False
     """List the runs and what is done already; play nothing."""
+    workers: int = 0
+    """Processes of Ray's that play, see `atommem eval --help`; 0: this process plays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +150,11 @@ def read_recipe(path: Path, out: Path) -> list[Run]:
             labels = environment["label"], policy["label"]
             for seed in seeds:
                 folder = out.joinpath(*map(_folder_name, labels), f"seed-{seed}")
-                runs.append(Run(*labels, EvalConfig(**options | given | {"seed": seed, "out": folder})))
+                runs.append(
+                    Run(
+                        *labels, EvalConfig(**options | given | {"environment": labels[0], "seed": seed, "out": folder})
+                    )
+                )
     folders = Counter(str(run.config.out).casefold() for run in runs)  # some file systems take A and a for the same
     same = [run for run in runs if folders[str(run.config.out).casefold()] > 1]
     if same:
@@ -253,11 +260,14 @@ def check(runs: Sequence[Run]) -> dict[Run, str]:
     return troubles
 
 
-def play_recipe(runs: Sequence[Run], console: Console | None = None) -> dict[Run, str]:
+def play_recipe(
+    runs: Sequence[Run], console: Console | None = None, *, workers: Workers | None = None
+) -> dict[Run, str]:
     """Plays the runs that are not done yet, one after another, with the models loaded once.
 
     Args:
         console: where progress is drawn; stderr unless told.
+        workers: who plays; this process unless told.
 
     Returns:
         The cause of each run that failed; what it had finished is kept, and the others were played.
@@ -265,7 +275,7 @@ def play_recipe(runs: Sequence[Run], console: Console | None = None) -> dict[Run
     Raises:
         SettingError: as in `check`, before anything is played.
     """
-    failures = check(runs)
+    failures = workers.call(check, runs) if workers else check(runs)  # where models are loaded for what follows
     with step_progress(console or Console(stderr=True)) as progress:
         done = sum(run.done for run in runs)
         bar = progress.add_task("all runs", total=len(runs), completed=done, told="")
@@ -273,7 +283,7 @@ def play_recipe(runs: Sequence[Run], console: Console | None = None) -> dict[Run
             if run.done or run in failures:
                 continue
             try:
-                evaluate(dataclasses.replace(run.config, resume=run.finished > 0), progress=progress)
+                evaluate(dataclasses.replace(run.config, resume=run.finished > 0), progress=progress, workers=workers)
             except Exception as error:  # of any kind: a policy may be anybody's
                 failures[run] = _told(error)
                 trace = "" if isinstance(error, AtomMemError) else traceback.format_exc()
@@ -342,7 +352,8 @@ def main(config: RecipeConfig) -> None:
         failures = check(runs)
         console.print(plan(runs, failures))
     else:
-        failures = play_recipe(runs)
+        with Workers(config.workers) if config.workers else nullcontext() as workers:
+            failures = play_recipe(runs, workers=workers)
         for table in tables(runs, failures):
             console.print(table)
     for run, told in failures.items():

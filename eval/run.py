@@ -15,8 +15,8 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -27,7 +27,15 @@ import numpy as np
 import tyro
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 import atommem_env  # noqa: F401  (registers the environments)
@@ -41,6 +49,7 @@ from atommem_env.tasks import source_options
 from atommem_env.tokens import get_tokenizer
 from atommem_env.types import Rollout
 from eval.metrics import SCHEMA_VERSION, episode_cost, episode_record, summarise, summarise_costs
+from eval.workers import Workers
 
 _ABSENT = object()
 
@@ -65,7 +74,7 @@ class EnvOptions:
     """What AtomMem-Files reads: files, or folders of them."""
     embedder: str | None = None
     """hashing, minilm, st:MODEL (of sentence-transformers), or openai:MODEL: a service that speaks the OpenAI API, at
-    OPENAI_BASE_URL."""
+    OPENAI_EMBEDDING_BASE_URL or else OPENAI_BASE_URL."""
     durability: str | None = None
     """off; or keep every entry in the folder's memory/, at the end of each episode (episode) or after each reply (step)."""
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE")] = ()
@@ -118,6 +127,12 @@ class EvalConfig(EnvConfig):
     """Folder of the run."""
     label: str | None = None
     """What tables call this run, instead of the policy's name."""
+    environment: tyro.conf.Suppress[str | None] = None
+    """What tables call its environment; recipes say so."""
+    workers: int = 0
+    """Processes of Ray's that play, --in-flight episodes each, on the Ray that runs (RAY_ADDRESS) or else on one of this
+    machine, with an equal share of its GPUs each; 0: this process plays. All machines must see the working folder, --out and
+    the data."""
     resume: bool = False
     """Go on with an interrupted run in the same folder: only what is missing is played."""
 
@@ -149,64 +164,122 @@ def episode_specs(length: int, episodes: int, seed: int) -> list[EpisodeSpec]:
     return [EpisodeSpec(order[i % len(order)], *seeds[i]) for i in range(episodes)]
 
 
-def evaluate(config: EvalConfig, console: Console | None = None, *, progress: Progress | None = None) -> dict[str, Any]:
+def evaluate(
+    config: EvalConfig,
+    console: Console | None = None,
+    *,
+    progress: Progress | None = None,
+    workers: Workers | None = None,
+) -> dict[str, Any]:
     """Runs an evaluation and returns what `summary.json` holds.
 
     Args:
         console: where a progress bar is drawn; stderr unless told.
         progress: a display that is running already, which gets the bar instead.
+        workers: who plays; `config.workers` new ones unless told, and with none of those this process.
 
     Raises:
         SettingError: the folder holds another run, or an interrupted one and `resume` is off.
+        JobFailed: workers died, see `Workers.play`.
         Exception: what the policy, the embedder or the store raised. Finished episodes are kept for `resume`.
     """
+    if workers:
+        identity, privileged, length = workers.open(prepare_evaluation, config)
+
+        def play_there(specs: Mapping[int, EpisodeSpec], rewards: Sequence[float], finished: _Finished) -> None:
+            name = f"{identity['label']} on {config.env_id}"
+            with _episode_bar(console, progress, name, len(specs), rewards) as bar:
+
+                def ended(record: dict[str, Any], cost: dict[str, Any]) -> None:
+                    finished(record, cost)
+                    bar.replied(record["steps"])
+                    bar.ended(record["reward"])
+
+                workers.play(specs, config.in_flight, ended)
+
+        return _evaluate(config, identity, privileged, length, play_there)
+    if config.workers:
+        with Workers(config.workers) as started:
+            return evaluate(config, console, progress=progress, workers=started)
     env, policy, identity = prepare_evaluation(config)
-    with closing(env):
-        finished, costs = _open_run(config, identity)
-        specs = episode_specs(len(env.source), config.episodes, config.seed)
-        missing = [position for position in range(len(specs)) if position not in finished]
-        tokenizer = get_tokenizer(env.settings.tokenizer)
-        before = max((cost["elapsed"] for cost in costs.values()), default=0.0)
-        started = time.perf_counter()
+    tokenizer = get_tokenizer(env.settings.tokenizer)
+
+    def play_here(specs: Mapping[int, EpisodeSpec], rewards: Sequence[float], finished: _Finished) -> None:
         began: dict[int, float] = {}
-        lines, cost_lines = config.out / "episodes.jsonl", config.out / "costs.jsonl"
-        with (
-            lines.open("a", encoding="utf-8", newline="\n") as file,
-            cost_lines.open("a", encoding="utf-8", newline="\n") as cost_file,
-        ):
+        positions = list(specs)
 
-            def begin(number: int) -> None:
-                began[number] = time.perf_counter()
+        def begin(number: int) -> None:
+            began[number] = time.perf_counter()
 
-            def keep(number: int, rollout: Rollout) -> None:
-                now, position = time.perf_counter(), missing[number]
-                costs[position] = episode_cost(position, rollout, now - began[number], before + now - started)
-                finished[position] = episode_record(position, rollout, tokenizer)
-                # A kill between the two leaves a cost without its episode, which does no harm.
-                for record, to in ((costs[position], cost_file), (finished[position], file)):
-                    to.write(json_line(record))
-                    to.flush()
+        def ended(number: int, rollout: Rollout) -> None:
+            position, seconds = positions[number], time.perf_counter() - began[number]
+            finished(episode_record(position, rollout, tokenizer), episode_cost(position, rollout, seconds, 0.0))
 
-            play(
-                config,
-                env,
-                policy,
-                [specs[position] for position in missing],
-                console,
-                progress=progress,
-                label=identity["label"],
-                rewards_before=[record["reward"] for record in finished.values()],
-                begun=begin,
-                finished=keep,
-            )
-    records, spent = ([kept[position] for position in range(len(specs))] for kept in (finished, costs))
+        play(
+            config,
+            env,
+            policy,
+            list(specs.values()),
+            console,
+            progress=progress,
+            label=identity["label"],
+            rewards_before=rewards,
+            begun=begin,
+            finished=ended,
+        )
+
+    with closing(env):
+        return _evaluate(config, identity, policy.privileged, len(env.source), play_here)
+
+
+_Records = dict[int, dict[str, Any]]  # by episode
+_Finished = Callable[[dict[str, Any], dict[str, Any]], None]  # told of each episode: its record, and its cost
+
+
+def _evaluate(
+    config: EvalConfig,
+    identity: dict[str, Any],
+    privileged: bool,
+    length: int,
+    play_missing: Callable[[Mapping[int, EpisodeSpec], Sequence[float], _Finished], None],
+) -> dict[str, Any]:
+    """`evaluate`, by whoever plays.
+
+    Args:
+        privileged: of the policy.
+        length: how many tasks there are.
+        play_missing: plays episodes by their position; it is also given the rewards of those that were played before.
+    """
+    finished, costs = _open_run(config, identity)
+    specs = dict(enumerate(episode_specs(length, config.episodes, config.seed)))
+    missing = {position: spec for position, spec in specs.items() if position not in finished}
+    before = max((cost["elapsed"] for cost in costs.values()), default=0.0)
+    started = time.perf_counter()
+    lines, cost_lines = config.out / "episodes.jsonl", config.out / "costs.jsonl"
+    with (
+        lines.open("a", encoding="utf-8", newline="\n") as file,
+        cost_lines.open("a", encoding="utf-8", newline="\n") as cost_file,
+    ):
+
+        def keep(record: dict[str, Any], cost: dict[str, Any]) -> None:
+            position = record["episode"]
+            finished[position] = record
+            costs[position] = cost | {"elapsed": round(before + time.perf_counter() - started, 3)}
+            # A kill between the two leaves a cost without its episode, which does no harm.
+            for written, to in ((costs[position], cost_file), (record, file)):
+                to.write(json_line(written))
+                to.flush()
+
+        play_missing(missing, [record["reward"] for record in finished.values()], keep)
+    records, spent = ([kept[position] for position in specs] for kept in (finished, costs))
     replace_file(lines, "".join(map(json_line, records)))
     replace_file(cost_lines, "".join(map(json_line, spent)))
     summary = {
         "env_id": config.env_id,
+        "environment": config.environment or _environment(identity),
         "label": identity["label"],
-        "policy": policy.name,
-        "privileged": policy.privileged,
+        "policy": identity["policy"],
+        "privileged": privileged,
         **summarise(records),
         **summarise_costs(spent, sum(record["steps"] for record in records)),
         "settings": {
@@ -218,6 +291,16 @@ def evaluate(config: EvalConfig, console: Console | None = None, *, progress: Pr
     }
     replace_file(config.out / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     return summary
+
+
+def _environment(identity: dict[str, Any]) -> str:
+    """What tables call it.
+
+    >>> _environment({"env_id": "AtomMem-HotpotQA", "options": {"num_docs": 200}})
+    'AtomMem-HotpotQA, 200 documents'
+    """
+    documents = identity["options"].get("num_docs")
+    return identity["env_id"] + (f", {documents} documents" if documents else "")
 
 
 def prepare_evaluation(config: EvalConfig) -> tuple[AtomMemEnv, Policy, dict[str, Any]]:
@@ -276,32 +359,53 @@ def play(
         rewards_before: of episodes that were played before, for the bar.
         begun: see `Driver.run`, as for `finished` and what is returned and raised.
     """
-    rewards = list(rewards_before)
-    replies = 0
-    with nullcontext(progress) if progress else step_progress(console or Console(stderr=True)) as display:
-        total = len(rewards) + len(specs)
-        bar = display.add_task(f"{label or policy.name} on {config.env_id}", total=total, told="")
-
-        def show() -> None:
-            em = f", EM {fmean(rewards):.3f}" if rewards else ""
-            display.update(bar, completed=len(rewards), told=f"{replies} replies{em}")
+    name = f"{label or policy.name} on {config.env_id}"
+    with _episode_bar(console, progress, name, len(specs), rewards_before) as bar:
 
         def ended(position: int, rollout: Rollout) -> None:
             finished(position, rollout)
-            rewards.append(rollout.reward)
-            show()
+            bar.ended(rollout.reward)
 
-        def replied() -> None:
-            nonlocal replies
-            replies += 1
-            show()
-
-        show()
-        playing = Driver.of(env).run(
-            specs, policy, in_flight=config.in_flight, begun=begun, finished=ended, replied=replied
+        return run_blocking(
+            Driver.of(env).run(
+                specs, policy, in_flight=config.in_flight, begun=begun, finished=ended, replied=bar.replied
+            )
         )
+
+
+@dataclass(slots=True)
+class _EpisodeBar:
+    """Counts episodes, and tells of replies and of the mean reward beside."""
+
+    display: Progress
+    bar: TaskID
+    rewards: list[float]
+    replies: int = 0
+
+    def ended(self, reward: float) -> None:
+        self.rewards.append(reward)
+        self.show()
+
+    def replied(self, times: int = 1) -> None:
+        self.replies += times
+        self.show()
+
+    def show(self) -> None:
+        em = f", EM {fmean(self.rewards):.3f}" if self.rewards else ""
+        self.display.update(self.bar, completed=len(self.rewards), told=f"{self.replies} replies{em}")
+
+
+@contextmanager
+def _episode_bar(
+    console: Console | None, progress: Progress | None, name: str, episodes: int, rewards: Sequence[float]
+) -> Iterator[_EpisodeBar]:
+    """A bar for some episodes more than those with `rewards`, in `progress` where that is running."""
+    with nullcontext(progress) if progress else step_progress(console or Console(stderr=True)) as display:
+        bar = display.add_task(name, total=len(rewards) + episodes, told="")
+        shown = _EpisodeBar(display, bar, list(rewards))
+        shown.show()
         try:
-            return run_blocking(playing)
+            yield shown
         finally:
             if progress:
                 progress.remove_task(bar)
@@ -318,9 +422,6 @@ def step_progress(console: Console) -> Progress:
         TextColumn("{task.fields[told]}"),
         console=console,
     )
-
-
-_Records = dict[int, dict[str, Any]]  # by episode
 
 
 def _open_run(config: EvalConfig, identity: dict[str, Any]) -> tuple[_Records, _Records]:
@@ -407,8 +508,9 @@ def results_table(summaries: list[dict[str, Any]], title: str) -> Table:
     """Summaries as a table for people; fits into 80 columns."""
     table = Table(
         title=title,
-        caption="* knows the golds. In %: exact match with its interval, evidence stored and "
-        "in view when its question was settled. An episode: steps, creates, faults.",
+        caption=("* is given the golds. " if any(row["privileged"] for row in summaries) else "")
+        + "In %: exact match with its interval, evidence stored and in view when its question was settled. "
+        "An episode: steps, creates, faults.",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,

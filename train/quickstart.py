@@ -33,7 +33,7 @@ from train.sft import SFTRun, train
 
 PRESET = "tiny"
 _RESULT = "quickstart.json"
-_POLICIES = ("constant=unknown", "random", "spam", "append-all", "first-link", "chain-match", "oracle")
+_POLICIES = ("constant=unknown", "random", "spam", "perfect-rag", "first-link", "chain-match", "oracle")
 
 _NEXT = """\
 What next?

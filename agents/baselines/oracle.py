@@ -83,7 +83,7 @@ def keep_evidence(task: Task, seed: int) -> Iterable[Evidence]:
 
 
 def keep_everything(task: Task, seed: int) -> Iterable[Evidence]:
-    """Every document, whole: append-all."""
+    """Every document, whole: perfect-rag."""
     return (Evidence(document.title, document.text) for document in task.documents)
 
 

@@ -43,8 +43,8 @@ from atommem_env.types import (
     QuestionOutcome,
     StepResult,
 )
+from eval.compare import read_run
 from eval.metrics import summarise
-from eval.run import read_episodes
 
 MOST_EPISODES = 50  # a page of more is slow to open
 
@@ -83,7 +83,10 @@ def trace_page(run: Path, episode: int | None = None) -> str:
         StoreError: an episode ends otherwise when it is played again.
         DatasetNotFound: the run's dataset is no longer there.
     """
-    config, records = _read_run(run)
+    played = read_run(run)
+    config, records = played.config, played.records
+    if config["options"].get("durability") == "off":
+        raise SettingError(f"The run in {run} kept no memory (durability off). Run it again without that setting.")
     chosen = [record for record in records if episode in (None, record["episode"])][:MOST_EPISODES]
     if not chosen:
         numbers = f"{records[0]['episode']} to {records[-1]['episode']}"
@@ -121,22 +124,6 @@ def trace_page(run: Path, episode: int | None = None) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------- reading
-
-
-def _read_run(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The configuration and the finished episodes, by number."""
-    config_path, lines_path = run / "config.json", run / "episodes.jsonl"
-    if not (config_path.is_file() and lines_path.is_file()):
-        raise SettingError(
-            f"{run} is no run: expected config.json and episodes.jsonl in it. Name a folder that `atommem eval --out` wrote."
-        )
-    config = json.loads(config_path.read_text(encoding="utf-8"))
-    if config["options"].get("durability") == "off":
-        raise SettingError(f"The run in {run} kept no memory (durability off). Run it again without that setting.")
-    records = read_episodes(lines_path)
-    if not records:
-        raise SettingError(f"No episode in {run} is finished yet; wait, or go on with it by `atommem eval --resume`.")
-    return config, sorted(records, key=lambda record: record["episode"])
 
 
 class _Story:
@@ -253,7 +240,7 @@ def _fill(title: str, summary: list[Element], items: list[Element], articles: li
     )
 
 
-def _summary(config: dict[str, Any], records: list[dict[str, Any]]) -> list[Element]:
+def _summary(config: dict[str, Any], records: Sequence[dict[str, Any]]) -> list[Element]:
     figures = summarise(records)
 
     def percent(share: float | None) -> str:

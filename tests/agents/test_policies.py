@@ -90,7 +90,7 @@ def test_spam_floods_and_is_told() -> None:
 
 
 def test_append_all_stores_everything() -> None:
-    for rollout in run("append-all", SPECS[:6]):
+    for rollout in run("perfect-rag", SPECS[:6]):
         assert all(outcome.stored == outcome.evidence for outcome in rollout.questions)
 
 
@@ -152,7 +152,7 @@ def test_what_is_no_policy_is_refused() -> None:
     settings = driver().settings
     with pytest.raises(PolicyError, match="oracle"):
         load_policy("oracel", settings)
-    with pytest.raises(ModuleNotFoundError):
+    with pytest.raises(PolicyError, match="no module 'no_such_module' in the working folder"):
         load_policy("no_such_module:policy", settings)
 
 
@@ -161,8 +161,17 @@ def test_a_policy_of_ones_own_is_found_in_the_working_folder(tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     settings = driver().settings
-    act = load_policy("my_own_policy:policy", settings).begin(0, None)
-    assert act(driver().source and {}) == "mine"  # type: ignore[arg-type]
+    policy = load_policy("my_own_policy:policy", settings)
+    assert policy.name == "my_own_policy:policy", "the function's name alone would be that of other policies too"
+    assert policy.begin(0, None)(driver().source and {}) == "mine"  # type: ignore[arg-type]
+    (tmp_path / "my_broken_policy.py").write_text("import no_such_package")
+    with pytest.raises(ModuleNotFoundError, match="no_such_package"):
+        load_policy("my_broken_policy:policy", settings)
+    (tmp_path / "my_own_method.py").write_text("def method(settings, ask): return lambda observation: ''")
+    with pytest.raises(PolicyError, match="my_own_method:method@smollm2"):
+        load_policy("my_own_method:method", settings)
+    with pytest.raises(PolicyError, match="takes no model"):
+        load_policy("my_own_policy:policy@tiny", settings)
     with pytest.raises(PolicyError, match="has no 'other'"):
         load_policy("my_own_policy:other", settings)
 
@@ -208,7 +217,7 @@ def test_an_at_sign_parts_a_method_from_its_model_and_nothing_else(tmp_path: Pat
     settings = EpisodeSettings()
     assert load_policy(str(folder), settings).name == "me@home"
     assert load_policy(f"rag@{folder}", settings).name == "rag@me@home"
-    assert load_policy("append-all", settings).privileged
+    assert load_policy("perfect-rag", settings).privileged
     assert not load_policy(f"append-all@{folder}", settings).privileged
     assert load_policy("constant=a@b", settings).name == "constant=a@b"
 
@@ -225,7 +234,7 @@ def test_an_infrastructure_failure_stops_the_run_and_is_never_a_reward_of_zero()
     with pytest.raises(EmbeddingError, match="gone") as failure:
         asyncio.run(
             drive.run(
-                SPECS, load_policy("append-all", drive.settings), finished=lambda number, rollout: told.append(number)
+                SPECS, load_policy("perfect-rag", drive.settings), finished=lambda number, rollout: told.append(number)
             )
         )
     assert "in episode" in failure.value.__notes__[0]

@@ -126,6 +126,7 @@ def test_pass_rate_and_agreement_are_those_of_the_answers(run: Path, grader: Gra
     assert result == json.loads((run / "judge.json").read_text(encoding="utf-8"))
     assert [result[name] for name in ("questions", "pass", "fail", "unclear", "unanswered")] == [20, 8, 8, 4, 4]
     assert result["pass_rate"] == 8 / 16
+    assert result["temperatures"] == [0.0, 0.3]
     assert result["em"] == 4 / 16
     assert result["pass_rate_ci95"] == [0.5, 0.5], "each task has the same rate: to resample them changes nothing"
     # Of the 12 that were judged 4 are right and passed, 4 wrong and passed, 4 wrong and failed; by chance 2/3·1/3 + 1/3·2/3.
@@ -143,13 +144,18 @@ def test_pass_rate_and_agreement_are_those_of_the_answers(run: Path, grader: Gra
 def test_every_question_is_asked_as_it_was_played(run: Path, grader: Grader) -> None:
     judge(config(run, grader))
     prompts = [body["messages"][-1]["content"] for body in grader.asked]
-    assert {body["temperature"] for body in grader.asked} == {0}
-    unclear = [body["seed"] for body in grader.asked if "Given answer: unclear\n" in body["messages"][-1]["content"]]
+    unclear = [
+        (body["seed"], body["temperature"])
+        for body in grader.asked
+        if "Given answer: unclear\n" in body["messages"][-1]["content"]
+    ]
+    assert sorted(body["temperature"] for body in grader.asked) == [0.0] * 16 + [0.3] * 4
     assert len(prompts) == 3 * 4 + 2 * 4, "nothing is asked of the unanswered, and twice where no verdict came"
     assert len(set(prompts)) == 4 * 4
-    assert len(set(unclear)) == 2, "the second time by another seed"
+    assert len(set(unclear)) == 2, "the second time by another seed, and not greedily: the reply would be the same"
     for line in read_episodes(run / "judgements.jsonl"):
         assert line["verdict"] == verdict_of(line["replies"][-1])
+        assert line["temperature"] == (0.3 if line["prediction"] == "unclear" else 0.0)
 
 
 def test_the_same_command_asks_nothing_twice_and_needs_no_judge(run: Path, grader: Grader) -> None:

@@ -123,7 +123,7 @@ def test_evidence_is_marked_and_followed_through_the_oracles_memory(tmp_path: Pa
 
 
 @pytest.mark.usefixtures("policies")
-@pytest.mark.parametrize("policy", ["silent", "random", "append-all", "viewer_policies:forgetful"])
+@pytest.mark.parametrize("policy", ["silent", "random", "perfect-rag", "viewer_policies:forgetful"])
 def test_where_evidence_was_lost_is_told_as_the_environment_counted_it(tmp_path: Path, policy: str) -> None:
     records = run(tmp_path / "run", policy, episodes=4, set=("top_k=1",))
     questions = [question for record in records for question in record["questions"]]
@@ -182,7 +182,7 @@ def test_the_same_run_gives_the_same_bytes_in_any_folder(tmp_path: Path) -> None
 
 
 def test_twenty_episodes_are_a_small_page(tmp_path: Path) -> None:
-    run(tmp_path / "run", "append-all", episodes=20, questions=1)
+    run(tmp_path / "run", "perfect-rag", episodes=20, questions=1)
     assert len(trace_page(tmp_path / "run").encode()) < 1_000_000
 
 
