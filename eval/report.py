@@ -202,5 +202,5 @@ def main(config: ReportConfig) -> None:
     environments = report(config.runs, out)
     rows = [row for environment in environments for row in environment.rows]
     runs = sum(len(row.runs) for row in rows)
-    told = f"{runs:,} runs in {len(rows):,} rows of {len(environments):,} tables."
+    told = f"Runs: {runs:,}; rows: {len(rows):,}; tables: {len(environments):,}."
     Console().print(f"{told}\nWritten to [bold]{escape(str(out))}[/]: report.md, results.csv, results.tex, plots/.")
