@@ -127,7 +127,7 @@ def test_an_error_of_a_policy_is_the_same_error_with_its_note_and_the_workers_go
     from playing import Refused
 
     assert type(raised.value) is Refused
-    assert "policy refusing" in raised.value.__notes__[0]
+    assert "policy playing:refusing" in raised.value.__notes__[0]
     assert written(tmp_path / "a") == b""
     assert evaluate(config(tmp_path / "b"), workers=workers)["episodes"] == 8
 
