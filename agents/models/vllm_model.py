@@ -54,10 +54,12 @@ class VLLMModel:
         self.name = f"vllm:{Path(model).resolve().name}"
         self.chat = ChatTokenizer(folder)
         config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+        on_cpu = current_platform.is_cpu()
         arguments = AsyncEngineArgs(
             model=str(folder),
             dtype=config.dtype or "auto",  # as saved; "auto" alone would halve float32
-            enforce_eager=current_platform.is_cpu(),  # where compiling takes longer than it saves
+            enforce_eager=on_cpu,  # where compiling takes longer than it saves
+            enable_chunked_prefill=not on_cpu,  # 0.29 dies there of a seeded request read in two parts
             enable_prefix_caching=True,
             logprobs_mode="processed_logprobs",
         )

@@ -1,13 +1,15 @@
-"""Episodes in flight against lock-step: `python -m eval.benchmarks.rollouts [--lengths RUN] [--out FILE]`.
+"""Episodes in flight against lock-step: `python -m eval.benchmarks.rollouts [--lengths RUN] [--engine vllm] [--out FILE]`.
 
 Episodes have different numbers of turns, and turns replies of different lengths. **In flight**: a fixed number of episodes
 is under way at any moment, each goes on as soon as its own reply ends, and the next one starts when one is over.
 **Lock-step**, the usual loop: as many episodes start together, make each turn together, which takes as long as its longest
-reply, and the next ones start when the last of them is over. Both sample from the same model through
-`TransformersModel.complete` (so in lock-step, too, a finished reply leaves the batch at once), and no token ends a
-reply: its length is known beforehand, and both do exactly the same work. They are measured in turns, in one process.
+reply, and the next ones start when the last of them is over. Both sample from the same model on the same engine, which
+batches continuously (so in lock-step, too, a finished reply leaves the batch at once), and no token ends a reply: its
+length is known beforehand, and both do exactly the same work. They are measured in turns, in one process.
 
-Lengths are drawn (under a minute on two cores), or those of each turn of a run of `atommem eval`.
+Lengths are drawn (under a minute on two cores), or those of each turn of a run of `atommem eval`. What is gained is what
+batches wait for in lock-step, the decoding of long replies; reading the prompts costs both the same. So a run of long
+prompts gains less where reading them is slow beside decoding, as on a CPU.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,8 +29,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from agents.models.chat_tokenizer import ChatTokenizer
+from agents.chat_policy import ChatModel
 from agents.models.transformers_model import TransformersModel
+from agents.models.vllm_model import VLLMModel
 from atommem_env.errors import SettingError
 from atommem_env.types import Reply
 from eval.benchmarks import write_figures
@@ -47,14 +50,17 @@ class Turn:
     seed: int
 
 
+Engine = Literal["transformers", "vllm"]
 Episode = tuple[Turn, ...]
-Play = Callable[[TransformersModel, Sequence[Episode], int], Coroutine[Any, Any, list[list[Reply]]]]
+Lengths = tuple[tuple[int, int], ...]  # of an episode: tokens of each turn's prompt and reply
+Play = Callable[[ChatModel, Sequence[Episode], int], Coroutine[Any, Any, list[list[Reply]]]]
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
     """What was measured; seconds and ratios are medians over the repetitions."""
 
+    engine: Engine
     episodes: int
     in_flight: int
     turns: int
@@ -67,51 +73,54 @@ class Result:
     threads: int
 
 
-def draw_episodes(count: int, seed: int) -> list[Episode]:
+def drawn_lengths(count: int, seed: int) -> list[Lengths]:
     """Episodes of 2 to 8 turns; prompts of 40 to 120 tokens; replies of 4 to 96, half of them shorter than 20."""
     rng = np.random.default_rng(seed)
 
-    def turn() -> Turn:
-        prompt = " ".join(rng.choice(_WORDS, size=rng.integers(40, 121)))
-        return Turn(prompt, round(float(np.exp(rng.uniform(np.log(4), np.log(96))))), int(rng.integers(2**31)))
+    def turn() -> tuple[int, int]:
+        return int(rng.integers(40, 121)), round(float(np.exp(rng.uniform(np.log(4), np.log(96)))))
 
     return [tuple(turn() for _ in range(rng.integers(2, 9))) for _ in range(count)]
 
 
-def recorded_episodes(run: Path, seed: int) -> list[Episode]:
-    """As many random words in prompts and replies as a run's model had tokens, turn by turn; turns without a call left out.
+def recorded_lengths(run: Path) -> list[Lengths]:
+    """Those of the turns in which a run's model was called.
 
     Raises:
         SettingError: no model was called in that run.
     """
-    rng = np.random.default_rng(seed)
     episodes = []
     for record in read_episodes(run / "episodes.jsonl"):
-        lengths = zip(record["by_step"]["prompt_tokens"], record["by_step"]["completion_tokens"], strict=True)
-        turns = [
-            Turn(" ".join(rng.choice(_WORDS, size=prompt)), reply, int(rng.integers(2**31)))
-            for prompt, reply in lengths
-            if prompt and reply
-        ]
-        if turns:
-            episodes.append(tuple(turns))
-    if not episodes:
+        turns = zip(record["by_step"]["prompt_tokens"], record["by_step"]["completion_tokens"], strict=True)
+        episodes.append(tuple((prompt, reply) for prompt, reply in turns if prompt and reply))
+    if not any(episodes):
         raise SettingError(
             f"--lengths takes the folder of a run of `atommem eval` in which a model was called, got {run}."
         )
-    return episodes
+    return [episode for episode in episodes if episode]
 
 
-def random_model(max_batch: int, layers: int = 4, width: int = 128, window: int = 512) -> TransformersModel:
+def write_episodes(lengths: Sequence[Lengths], seed: int) -> list[Episode]:
+    """Episodes of these lengths; random words, so that no two prompts have a beginning in common."""
+    rng = np.random.default_rng(seed)
+    return [
+        tuple(
+            Turn(" ".join(rng.choice(_WORDS, size=prompt)), reply, int(rng.integers(2**31)))
+            for prompt, reply in episode
+        )
+        for episode in lengths
+    ]
+
+
+def random_model(
+    engine: Engine, max_batch: int, layers: int = 4, width: int = 128, window: int = 512
+) -> TransformersModel | VLLMModel:
     """A Llama with random weights that reads words and never ends a reply by itself."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(_WORDS)}, unk_token=_WORDS[0]))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    with tempfile.TemporaryDirectory() as folder:
-        PreTrainedTokenizerFast(tokenizer_object=words, chat_template=_TEMPLATE).save_pretrained(folder)
-        chat = ChatTokenizer(Path(folder))
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(_WORDS),
@@ -124,10 +133,13 @@ def random_model(max_batch: int, layers: int = 4, width: int = 128, window: int 
         eos_token_id=None,
         pad_token_id=None,
     )
-    return TransformersModel.of(LlamaForCausalLM(config), chat, name="random", max_batch=max_batch)
+    with tempfile.TemporaryDirectory() as folder:
+        PreTrainedTokenizerFast(tokenizer_object=words, chat_template=_TEMPLATE).save_pretrained(folder)
+        LlamaForCausalLM(config).save_pretrained(folder)
+        return VLLMModel(folder) if engine == "vllm" else TransformersModel(Path(folder), max_batch=max_batch)
 
 
-async def play_in_flight(model: TransformersModel, episodes: Sequence[Episode], in_flight: int) -> list[list[Reply]]:
+async def play_in_flight(model: ChatModel, episodes: Sequence[Episode], in_flight: int) -> list[list[Reply]]:
     """The replies of each episode."""
     gate = asyncio.Semaphore(in_flight)
 
@@ -138,7 +150,7 @@ async def play_in_flight(model: TransformersModel, episodes: Sequence[Episode], 
     return list(await asyncio.gather(*map(play, episodes)))
 
 
-async def play_in_lock_step(model: TransformersModel, episodes: Sequence[Episode], in_flight: int) -> list[list[Reply]]:
+async def play_in_lock_step(model: ChatModel, episodes: Sequence[Episode], in_flight: int) -> list[list[Reply]]:
     """The replies of each episode."""
     replies: list[list[Reply]] = [[] for _ in episodes]
     for start in range(0, len(episodes), in_flight):
@@ -151,22 +163,27 @@ async def play_in_lock_step(model: TransformersModel, episodes: Sequence[Episode
     return replies
 
 
-async def _reply(model: TransformersModel, turn: Turn) -> Reply:
+async def _reply(model: ChatModel, turn: Turn) -> Reply:
     return await model.complete(
         [{"role": "user", "content": turn.prompt}],
         max_new_tokens=turn.reply_tokens,
         temperature=1.0,
+        thinking=False,
         seed=turn.seed,
     )
 
 
-def measure(model: TransformersModel, episodes: Sequence[Episode], in_flight: int, repeats: int) -> Result:
-    """Times both, one after the other, the one that begins changing with each repetition."""
+def measure(engine: Engine, lengths: Sequence[Lengths], in_flight: int, repeats: int, seed: int) -> Result:
+    """Times both, one after the other, the one that begins changing with each repetition; words are new each time."""
+    longest = max(prompt + reply for episode in lengths for prompt, reply in episode)
+    model = random_model(engine, in_flight, window=max(512, longest))
     seconds: dict[Play, list[float]] = {play_in_lock_step: [], play_in_flight: []}
-    asyncio.run(play_in_flight(model, episodes[:in_flight], in_flight))  # warms up
+    words = np.random.default_rng(seed)
+    asyncio.run(play_in_flight(model, write_episodes(lengths[:in_flight], seed), in_flight))  # warms up
     work = set()
     for repeat in range(repeats):
         for play in list(seconds)[:: -1 if repeat % 2 else 1]:
+            episodes = write_episodes(lengths, int(words.integers(2**31)))
             begun = time.perf_counter()
             played = asyncio.run(play(model, episodes, in_flight))
             seconds[play].append(time.perf_counter() - begun)
@@ -177,9 +194,10 @@ def measure(model: TransformersModel, episodes: Sequence[Episode], in_flight: in
     assert len(work) == 1, f"both must do the same work, they did {work} tokens"
     ratios = [slow / fast for slow, fast in zip(*seconds.values(), strict=True)]
     return Result(
-        episodes=len(episodes),
+        engine=engine,
+        episodes=len(lengths),
         in_flight=in_flight,
-        turns=sum(map(len, episodes)),
+        turns=sum(map(len, lengths)),
         prompt_tokens=prompt_tokens,
         reply_tokens=reply_tokens,
         lock_step_s=statistics.median(seconds[play_in_lock_step]),
@@ -194,6 +212,7 @@ def main(
     *,
     out: Path | None = None,
     lengths: Path | None = None,
+    engine: Engine = "transformers",
     episodes: int = 64,
     in_flight: int = 16,
     repeats: int = 3,
@@ -204,15 +223,18 @@ def main(
     Args:
         out: JSON file for the numbers.
         lengths: Folder of a run whose lengths are taken.
+        engine: What both sample by.
         episodes: Episodes to draw where no run is given.
         in_flight: Episodes under way at a time.
         repeats: Repetitions of each that are timed; medians are reported.
         seed: Draws the episodes.
     """
-    played = recorded_episodes(lengths, seed) if lengths else draw_episodes(episodes, seed)
-    longest = max(turn.prompt.count(" ") + 1 + turn.reply_tokens for episode in played for turn in episode)
-    result = measure(random_model(in_flight, window=max(512, longest)), played, in_flight, repeats)
-    table = Table(title=f"{result.episodes} episodes, {result.turns} replies, {in_flight} episodes at a time")
+    played = recorded_lengths(lengths) if lengths else drawn_lengths(episodes, seed)
+    result = measure(engine, played, in_flight, repeats, seed)
+    table = Table(
+        title=f"{result.episodes} episodes, {in_flight} at a time: {result.prompt_tokens:,} tokens in {result.turns:,} prompts, "
+        f"{result.reply_tokens:,} in replies, by {engine}"
+    )
     for column in ("", "seconds", "new tokens/s"):
         table.add_column(column, justify="left" if not column else "right")
     for name, seconds in (("lock-step", result.lock_step_s), ("in flight", result.in_flight_s)):
