@@ -77,15 +77,16 @@ def episode_record(position: int, rollout: Rollout, tokenizer: Tokenizer) -> dic
     }
 
 
-def episode_cost(position: int, rollout: Rollout, seconds: float, elapsed: float) -> dict[str, Any]:
+def episode_cost(position: int, rollout: Rollout, seconds: float) -> dict[str, Any]:
     """One episode as a line of `costs.jsonl`: what the clock and a model's service decide.
+
+    A run adds `elapsed`, its wall time until the episode ended, interruptions left out.
 
     Args:
         seconds: wall time of the episode, others being played meanwhile.
-        elapsed: wall time of the run until the episode ended, interruptions left out.
     """
     cached = sum(turn.reply.usage.cached_tokens for turn in rollout.turns if turn.reply.usage)
-    return {"episode": position, "seconds": round(seconds, 3), "elapsed": round(elapsed, 3), "cached_tokens": cached}
+    return {"episode": position, "seconds": round(seconds, 3), "cached_tokens": cached}
 
 
 def _tokens(turn: Turn, tokenizer: Tokenizer) -> tuple[int, int]:

@@ -213,7 +213,7 @@ def evaluate(
 
         def ended(number: int, rollout: Rollout) -> None:
             position, seconds = positions[number], time.perf_counter() - began[number]
-            finished(episode_record(position, rollout, tokenizer), episode_cost(position, rollout, seconds, 0.0))
+            finished(episode_record(position, rollout, tokenizer), episode_cost(position, rollout, seconds))
 
         play(
             config,
@@ -516,7 +516,7 @@ def results_table(summaries: list[dict[str, Any]], title: str) -> Table:
         collapse_padding=True,
     )
     table.add_column("policy", overflow="fold")
-    for heading in ("EM", "95 % CI", "stored", "seen", "steps", "creates", "faults"):
+    for heading in ("EM", "95 % CI", "stored", "in view", "steps", "creates", "faults"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in summaries:
         low, high = row["em_ci95"]

@@ -66,13 +66,13 @@ class Player:
         return identity, self._policy.privileged, len(env.source)
 
     async def play(self, position: int, spec: EpisodeSpec) -> tuple[Record, Record]:
-        """An episode's record, and its cost without `elapsed`, which the command alone knows."""
+        """An episode's record, and its cost."""
         task, began = asyncio.current_task(), time.perf_counter()
         assert task is not None
         self._playing.add(task)
         task.add_done_callback(self._playing.discard)
         rollout = await self._driver.play(spec, self._policy)
-        cost = episode_cost(position, rollout, time.perf_counter() - began, 0.0)
+        cost = episode_cost(position, rollout, time.perf_counter() - began)
         return episode_record(position, rollout, self._tokenizer), cost
 
     async def close(self) -> None:

@@ -126,17 +126,23 @@ class VLLMModel:
             async for answer in self._engine.generate(
                 {"prompt_token_ids": prompt}, params, request_id=str(next(self._numbers))
             ):
-                output, cached = answer.outputs[0], answer.num_cached_tokens
+                output = answer
         except EngineDeadError as error:
             raise EngineDied(f"vLLM's engine of {self.name} died: {error} Start the run anew with --resume.") from error
         except EngineGenerateError as error:
             raise ModelError(f"vLLM failed at a request to {self.name}: {error.__cause__!r}") from error
-        ids = list(output.token_ids)
-        return Reply(
-            text=self.chat.reply_text(prompt, ids),
-            prompt_ids=tuple(prompt),
-            completion_ids=tuple(ids),
-            logprobs=tuple(chances[token].logprob for token, chances in zip(ids, output.logprobs, strict=True)),
-            stop="length" if output.finish_reason == "length" else "stop",
-            usage=Usage(1, len(prompt), len(ids), cached or 0),
-        )
+        return reply_of(output, self.chat)
+
+
+def reply_of(output: Any, chat: ChatTokenizer) -> Reply:
+    """What a `vllm.RequestOutput` of one sequence, with the log-probability of each sampled token, holds."""
+    sampled = output.outputs[0]
+    prompt, ids = tuple(output.prompt_token_ids), tuple(sampled.token_ids)
+    return Reply(
+        text=chat.reply_text(prompt, ids),
+        prompt_ids=prompt,
+        completion_ids=ids,
+        logprobs=tuple(chances[token].logprob for token, chances in zip(ids, sampled.logprobs, strict=True)),
+        stop="length" if sampled.finish_reason == "length" else "stop",
+        usage=Usage(1, len(prompt), len(ids), output.num_cached_tokens or 0),
+    )

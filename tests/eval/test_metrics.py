@@ -83,10 +83,9 @@ def test_tokens_are_those_that_were_told_else_those_seen_else_counted(source: st
     assert (made["by_step"]["prompt_tokens"][0], made["by_step"]["completion_tokens"][0]) == first
     assert made["tokens"] == {name: sum(made["by_step"][f"{name}_tokens"]) for name in ("prompt", "completion")}
     assert (made["calls"], made["dropped_tokens"]) == ((2 * steps, 5 * steps) if source == "usage" else (0, 0))
-    assert episode_cost(0, rollout, 1.23456, 9.0) == {
+    assert episode_cost(0, rollout, 1.23456) == {
         "episode": 0,
         "seconds": 1.235,
-        "elapsed": 9.0,
         "cached_tokens": 4 * steps if source == "usage" else 0,
     }
 

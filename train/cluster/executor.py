@@ -19,6 +19,7 @@ from openrlhf.utils.agent import AgentExecutorBase
 from agents.chat_policy import ChatPolicy, Sampling
 from agents.models.chat_tokenizer import ChatTokenizer
 from agents.models.download import find_model
+from agents.models.vllm_model import reply_of
 from agents.rollout import Driver
 from atommem_env.errors import EngineDied, PromptTooLong
 from atommem_env.types import Message, Reply, Rollout
@@ -58,19 +59,9 @@ class EngineModel:
         params = copy.copy(self.sampling_params)
         params.temperature, params.max_tokens = temperature, min(max_new_tokens, room)
         try:
-            output = (await self.engine.generate(prompt_ids, params)).outputs[0]
+            return reply_of(await self.engine.generate(prompt_ids, params), self.chat)
         except EngineDeadError as error:
             raise EngineDied(f"The engine that samples from {self.name} died: {error}") from error
-        completion_ids = list(output.token_ids)
-        return Reply(
-            text=self.chat.reply_text(prompt_ids, completion_ids),
-            prompt_ids=tuple(prompt_ids),
-            completion_ids=tuple(completion_ids),
-            logprobs=tuple(
-                chances[token].logprob for token, chances in zip(completion_ids, output.logprobs, strict=True)
-            ),
-            stop="length" if output.finish_reason == "length" else "stop",
-        )
 
 
 class AgentExecutor(AgentExecutorBase):
