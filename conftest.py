@@ -1,6 +1,11 @@
-"""What pytest leaves out where the cluster's packages are not installed: `make test-cluster` has them."""
+"""What holds for every test; among it what is left out without the cluster's packages, which `make test-cluster` installs."""
 
+import os
 from importlib.util import find_spec
+
+# A core each: on as many cores as there are workers, the threads of one would spin while they wait for the other's.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 collect_ignore = (
     []
