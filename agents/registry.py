@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from agents.baselines import cheats, oracle, planner, world_reader
+from agents.baselines import oracle, planner, sanity, world_reader
 from agents.baselines.append_all import append_all
 from agents.baselines.full_context import full_context
 from agents.baselines.memagent import memagent
@@ -19,7 +19,7 @@ from agents.baselines.rag import rag
 from agents.chat_policy import GREEDY, ChatPolicy, Sampling
 from agents.models.load import MODELS, is_model, load_model
 from agents.policy import Policy, as_policy
-from agents.prompted import Method, PromptedPolicy
+from agents.prompting import Method, PromptedPolicy
 from atommem_env.errors import PolicyError
 from atommem_env.types import EpisodeSettings
 
@@ -65,10 +65,10 @@ POLICIES: dict[str, tuple[Callable[[EpisodeSettings], Policy], str]] = {
         lambda settings: world_reader.WorldReader("store-all", settings, world_reader.keep_all),
         "synthetic tasks only: stores every fact until the memory is full",
     ),
-    "silent": (cheats.Silent, "says nothing"),
-    "constant": (cheats.Constant, "answers 'yes' to everything; constant=TEXT answers TEXT"),
-    "random": (cheats.Random, "random operations with random words of what it sees"),
-    "spam": (cheats.Spam, "floods the memory and answers in every turn"),
+    "silent": (sanity.Silent, "says nothing"),
+    "constant": (sanity.Constant, "answers 'yes' to everything; constant=TEXT answers TEXT"),
+    "random": (sanity.Random, "random operations with random words of what it sees"),
+    "spam": (sanity.Spam, "floods the memory and answers in every turn"),
 }
 # name → the method, which a model is put behind: `rag@smollm2`
 METHODS: dict[str, tuple[Method, str]] = {
@@ -99,7 +99,7 @@ def load_policy(
             - `MODEL`, one of `agents.models.load.MODELS`: that model as an AtomMem agent;
             - `METHOD@MODEL`, one of `METHODS` with any model behind it;
             - `module:attribute`, a function or `Policy` of yours; `module:attribute@MODEL`, a method of yours
-              (`agents.prompted.Method`) with any model behind it. The module is looked for in the working folder first.
+              (`agents.prompting.Method`) with any model behind it. The module is looked for in the working folder first.
         settings: the dynamics of the episodes; a policy writes in their dialect.
         sampling: how a language model samples; nothing to other policies.
         layout: how a model that is the agent is shown an observation, see `atommem_env.prompts`; nothing to other policies.
@@ -110,7 +110,7 @@ def load_policy(
         SettingError: a method cannot work with these settings.
     """
     if name.startswith("constant="):
-        return cheats.Constant(settings, name.removeprefix("constant="))
+        return sanity.Constant(settings, name.removeprefix("constant="))
     if name in POLICIES:
         return POLICIES[name][0](settings)
     if is_model(name) or ("/" in name and ":" not in name and "@" not in name):

@@ -11,15 +11,17 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import gymnasium as gym
+import numpy as np
 
+import atommem_env  # noqa: F401  (registers the environments)
 from agents.batching import Batcher
 from agents.policy import Act, Policy, as_policy, reply_to
 from atommem_env.embedders import Embedder, embed
 from atommem_env.env import AtomMemEnv
 from atommem_env.episode import Episode
 from atommem_env.errors import DataError, EngineDied, MissingDependency, PromptTooLong, SettingError
-from atommem_env.recorder import Recorder
-from atommem_env.store import MemoryStore
+from atommem_env.store.memory_store import MemoryStore
+from atommem_env.store.recorder import Recorder
 from atommem_env.types import EmbeddingRequest, EpisodeSettings, Rollout, TaskSource, Turn, Vector
 
 T = TypeVar("T")
@@ -267,3 +269,18 @@ def _rollout(episode: Episode, turns: list[Turn]) -> Rollout:
         stop_reason=episode.stop_reason,
         questions=episode.outcomes,
     )
+
+
+def episode_specs(length: int, episodes: int, seed: int) -> list[EpisodeSpec]:
+    """Which episodes an evaluation plays: tasks in a random order without repetition, and over again once all were played.
+
+    >>> [spec.index for spec in episode_specs(3, 5, seed=0)]
+    [2, 0, 1, 2, 0]
+    """
+    rng = np.random.default_rng([seed, 0])
+    if length <= 100_000:
+        order = rng.permutation(length).tolist()
+    else:  # an endless source: drawn, each once
+        order = list(dict.fromkeys(rng.integers(length, size=2 * episodes + 100).tolist()))
+    seeds = np.random.default_rng([seed, 1]).integers(2**31, size=(episodes, 2)).tolist()
+    return [EpisodeSpec(order[i % len(order)], *seeds[i]) for i in range(episodes)]

@@ -19,7 +19,10 @@ COMMANDS = {
         "Compare two runs on the same episodes: which questions were won, and whether by chance.",
     ),
     "judge": ("eval.judge:main", "Let a language model pass or fail the answers of a run, beside exact match."),
-    "report": ("eval.report:main", "Turn runs into tables (Markdown, CSV, LaTeX) and plots, beside published figures."),
+    "report": (
+        "eval.report.report:main",
+        "Turn runs into tables (Markdown, CSV, LaTeX) and plots, beside published figures.",
+    ),
     "grpo": ("train.grpo:main", "Train a model by reinforcement learning, on this machine."),
     "sft": ("train.sft:main", "Fine-tune a chat model on collected samples."),
     "collect": ("train.collect:main", "Collect a policy's trajectories, as prompts and completions to train on."),
@@ -42,19 +45,19 @@ COMMANDS = {
     "data import": ("atommem_env.tasks.catalogue_commands:import_command", "Make a dataset's file known to gym.make."),
     "data list": ("atommem_env.tasks.catalogue_commands:list_command", "Show which datasets were imported."),
     "data verify": ("atommem_env.tasks.catalogue_commands:verify_command", "Check imported data against their hashes."),
-    "memory ls": ("atommem_env.memory_commands:ls_command", "List the episodes that a memory store keeps."),
-    "memory show": ("atommem_env.memory_commands:show_command", "Show what an episode did to its memory, and kept."),
-    "memory at-step": ("atommem_env.memory_commands:at_step_command", "Show an episode's memory as of any reply."),
-    "memory search": ("atommem_env.memory_commands:search_command", "Search what episodes kept, one or all."),
+    "memory ls": ("atommem_env.store.commands:ls_command", "List the episodes that a memory store keeps."),
+    "memory show": ("atommem_env.store.commands:show_command", "Show what an episode did to its memory, and kept."),
+    "memory at-step": ("atommem_env.store.commands:at_step_command", "Show an episode's memory as of any reply."),
+    "memory search": ("atommem_env.store.commands:search_command", "Search what episodes kept, one or all."),
     "memory export": (
-        "atommem_env.memory_commands:export_command",
+        "atommem_env.store.commands:export_command",
         "Write what a store keeps as JSON lines or Parquet.",
     ),
     "models get": ("agents.models.download:get_command", "Fetch a model's weights and make them ready."),
 }
 _OURS = ("agents", "eval", "train")
 # those whose options can come from a file: what parses their words and calls their function
-_PARSERS = dict.fromkeys(("collect", "sft", "grpo"), "train.presets:call") | {
+_PARSERS = dict.fromkeys(("collect", "sft", "grpo"), "train.recipes:call") | {
     "eval": "eval.recipe:call",
     "train cluster": "train.cluster.launch:call",
 }

@@ -15,10 +15,10 @@ from atommem_env.embedders import Embedder, embed, get_embedder
 from atommem_env.episode import Episode
 from atommem_env.errors import SettingError
 from atommem_env.paths import data_folder
-from atommem_env.recorder import INTERRUPTED, Recorder
-from atommem_env.replay import first_moment, replay
 from atommem_env.spaces import Text
-from atommem_env.store import MemoryStore
+from atommem_env.store.memory_store import MemoryStore
+from atommem_env.store.recorder import INTERRUPTED, Recorder
+from atommem_env.store.replay import first_moment, replay
 from atommem_env.tasks import make_source, source_options
 from atommem_env.types import (
     ABLATIONS,

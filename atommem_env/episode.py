@@ -31,6 +31,7 @@ from atommem_env.types import (
     EmbeddingRequest,
     Entry,
     EpisodeSettings,
+    EpisodeSummary,
     Fault,
     Mutation,
     Observation,
@@ -111,7 +112,29 @@ class Episode:
     @property
     def reward(self) -> float:
         """0 until the episode has ended, then the mean exact match over its questions and what `reward_terms` adds."""
-        return 0.0 if self.stop_reason is None else final_reward(self)
+        return 0.0 if self.stop_reason is None else final_reward(self.summary())
+
+    def summary(self) -> EpisodeSummary:
+        """What is left of the episode, once it is over.
+
+        Raises:
+            EpisodeStateError: it is not over.
+        """
+        if self.stop_reason is None:
+            raise EpisodeStateError("The episode is not over; its summary is that of the end.")
+        return EpisodeSummary(
+            task=self.task,
+            settings=self.settings,
+            outcomes=self.outcomes,
+            stop_reason=self.stop_reason,
+            steps=self.steps,
+            max_steps=self.max_steps,
+            reads=self.reads,
+            faulty_replies=self.faulty_replies,
+            scratchpad=self.scratchpad,
+            entries=tuple(self.memory.entries()),
+            chunks=tuple(self.chunks),
+        )
 
     def observe(self) -> Observation:
         """What the policy sees now; the same until a reply has been carried out."""

@@ -8,8 +8,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
+from atommem_env.bm25 import LexicalIndex, fuse
 from atommem_env.errors import EmbeddingError, EpisodeStateError, SettingError
-from atommem_env.lexical import LexicalIndex, fuse
 from atommem_env.types import Entry, Vector
 
 _FIRST_ROWS = 128  # of the first matrix, of which the system gives pages as they are written; doubled when full
@@ -205,7 +205,7 @@ class WorkingMemory:
         return [f"m{number}" for _, number in found[:k]]
 
     def search_words(self, query: str, k: int) -> list[str]:
-        """Ids of the `k` entries best for the words of `query` by BM25 (`atommem_env.lexical`), best first; of equals the
+        """Ids of the `k` entries best for the words of `query` by BM25 (`atommem_env.bm25`), best first; of equals the
         older one first. An entry that shares no word with the query is not found.
 
         Raises:

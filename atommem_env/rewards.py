@@ -9,46 +9,41 @@ positive ones. The AtomMem paper (arXiv 2601.08323) has none.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
-
 from atommem_env.tokens import get_tokenizer
-
-if TYPE_CHECKING:
-    from atommem_env.episode import Episode
+from atommem_env.types import EpisodeSummary, Reward
 
 
-def final_reward(episode: Episode) -> float:
+def final_reward(summary: EpisodeSummary) -> float:
     """The reward of an episode that is over: the mean exact match over its questions, plus the weighted terms."""
-    em = sum(outcome.em for outcome in episode.outcomes) / len(episode.outcomes)
-    return em + sum(weight * _TERMS[name](episode) for name, weight in episode.settings.reward_terms)
+    em = sum(outcome.em for outcome in summary.outcomes) / len(summary.outcomes)
+    return em + sum(weight * _TERMS[name](summary) for name, weight in summary.settings.reward_terms)
 
 
-def _faults(episode: Episode) -> float:
-    return episode.faulty_replies / episode.steps
+def _faults(summary: EpisodeSummary) -> float:
+    return summary.faulty_replies / summary.steps
 
 
-def _reads(episode: Episode) -> float:
-    return episode.reads / episode.steps
+def _reads(summary: EpisodeSummary) -> float:
+    return summary.reads / summary.steps
 
 
-def _steps(episode: Episode) -> float:
-    return episode.steps / episode.max_steps
+def _steps(summary: EpisodeSummary) -> float:
+    return summary.steps / summary.max_steps
 
 
-def _memory_size(episode: Episode) -> float:
-    count = get_tokenizer(episode.settings.tokenizer).count
-    kept = count(episode.scratchpad) + sum(count(entry.text) for entry in episode.memory.entries())
-    return min(1.0, kept / max(1, sum(map(count, episode.chunks))))
+def _memory_size(summary: EpisodeSummary) -> float:
+    count = get_tokenizer(summary.settings.tokenizer).count
+    kept = count(summary.scratchpad) + sum(count(entry.text) for entry in summary.entries)
+    return min(1.0, kept / max(1, sum(map(count, summary.chunks))))
 
 
-def _evidence_stored(episode: Episode) -> float:
-    passages = sum(outcome.evidence for outcome in episode.outcomes)
-    return sum(outcome.stored for outcome in episode.outcomes) / passages if passages else 1.0
+def _evidence_stored(summary: EpisodeSummary) -> float:
+    passages = sum(outcome.evidence for outcome in summary.outcomes)
+    return sum(outcome.stored for outcome in summary.outcomes) / passages if passages else 1.0
 
 
 # Their names, and what each is a share of, are in `types.REWARD_TERMS`, where settings are checked.
-_TERMS: dict[str, Callable[[Episode], float]] = {
+_TERMS: dict[str, Reward] = {
     "faults": _faults,
     "reads": _reads,
     "steps": _steps,

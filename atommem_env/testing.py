@@ -1,4 +1,5 @@
-"""Checkers for parts of your own: a dialect, an embedder, a task source, a policy or an environment, each in three lines.
+"""Checkers for parts of your own: a dialect, an embedder, a task source or an environment, each in three lines;
+that of a policy is `agents.testing.check_policy`.
 
     from atommem_env.testing import check_dialect
     def test_my_dialect():
@@ -10,7 +11,6 @@ drawn is drawn from a fixed seed. They check the form and the promises of the pr
 
 from __future__ import annotations
 
-import asyncio
 import math
 import pickle
 import random
@@ -26,10 +26,8 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.utils.env_checker import check_env as gymnasium_check_env
 
-from atommem_env.cli import load
-from atommem_env.dialects import Dialect, get_dialect
-from atommem_env.embedders import Embedder, embed
-from atommem_env.episode import Episode
+from atommem_env.dialects import Dialect
+from atommem_env.embedders import Embedder
 from atommem_env.scoring import score
 from atommem_env.tasks.files import UNGRADED
 from atommem_env.types import (
@@ -43,7 +41,7 @@ from atommem_env.types import (
     TaskSource,
 )
 
-__all__ = ["check_dialect", "check_embedder", "check_env", "check_policy", "check_task_source"]
+__all__ = ["check_dialect", "check_embedder", "check_env", "check_task_source"]
 
 # What a model may well write into an entry: every dialect must hold it.
 _TEXTS = (
@@ -72,13 +70,13 @@ _NASTY = (
 )
 
 
-def _require(ok: bool, message: str) -> None:
+def require(ok: bool, message: str) -> None:
     if not ok:
         raise AssertionError(message)
 
 
 @contextmanager
-def _doing(what: str) -> Iterator[None]:
+def doing(what: str) -> Iterator[None]:
     """An exception of the part under test becomes an AssertionError that says what was asked of it."""
     try:
         yield
@@ -103,7 +101,7 @@ def check_dialect(dialect: Dialect) -> None:
     Raises:
         AssertionError: it does not; the message says how.
     """
-    _require(isinstance(dialect.name, str) and bool(dialect.name), f"name must be a text, got {dialect.name!r}.")
+    require(isinstance(dialect.name, str) and bool(dialect.name), f"name must be a text, got {dialect.name!r}.")
     operations = _check_round_trips(dialect)
     written = [dialect.write(operation) for operation in operations]
     _check_cuts(dialect, operations, written)
@@ -119,15 +117,15 @@ def check_dialect(dialect: Dialect) -> None:
 
 def _parsed(dialect: Dialect, reply: str) -> list[Operation | OperationResult]:
     """What the dialect reads in `reply`, found to have the right form."""
-    with _doing(f"parse({_short(reply)})"):
+    with doing(f"parse({_short(reply)})"):
         found = dialect.parse(reply)
-    _require(isinstance(found, list), f"parse must return a list, got {type(found).__name__} for {_short(reply)}.")
+    require(isinstance(found, list), f"parse must return a list, got {type(found).__name__} for {_short(reply)}.")
     for item in found:
         if isinstance(item, Operation):
             ok = isinstance(item.kind, OperationKind) and isinstance(item.text, str) and isinstance(item.target, str)
         else:
             ok = isinstance(item, OperationResult) and item.fault is not None and bool(item.detail)
-        _require(
+        require(
             ok,
             "parse must return items that are Operation, or OperationResult with a fault and a detail for the policy; "
             f"got {item!r} for {_short(reply)}.",
@@ -143,16 +141,16 @@ def _check_round_trips(dialect: Dialect) -> list[Operation]:
         named = target if kind in (OperationKind.UPDATE, OperationKind.DELETE) else ""
         for text in ("",) if kind is OperationKind.DELETE else _TEXTS:
             operation = Operation(kind, text, named)
-            with _doing(f"write({operation})"):
+            with doing(f"write({operation})"):
                 written = dialect.write(operation)
             for reply in (written, f"I think that this helps.\n{written}\nSo far so good."):
                 found = _parsed(dialect, reply)
-                _require(
+                require(
                     found == [operation], f"parse must read {operation} back from {_short(reply)}, it read {found}."
                 )
         ordinary.append(Operation(kind, "" if kind is OperationKind.DELETE else "Ada lives in Rome.", named))
     together = "\n".join(map(dialect.write, ordinary))
-    _require(
+    require(
         _parsed(dialect, together) == ordinary,
         f"parse must read all operations of a reply in the order written, from {_short(together)} it read "
         f"{_parsed(dialect, together)}.",
@@ -165,9 +163,9 @@ def _target(dialect: Dialect, shown: Sequence[str], entry_id: str) -> str:
     places = [str(place) for place in range(len(shown) + 1)]
     for target in ("", "m999", "-1", "1" * 5000, "x\ny", *places):
         for ids in (shown, []):
-            with _doing(f"entry_id({_short(target)}, {list(ids)})"):
+            with doing(f"entry_id({_short(target)}, {list(ids)})"):
                 meant = dialect.entry_id(target, ids)
-            _require(isinstance(meant, str), f"entry_id must return a text, got {meant!r} for {_short(target)}.")
+            require(isinstance(meant, str), f"entry_id must return a text, got {meant!r} for {_short(target)}.")
     for target in (entry_id, *places):
         if dialect.entry_id(target, shown) == entry_id:
             return target
@@ -181,7 +179,7 @@ def _check_cuts(dialect: Dialect, operations: Sequence[Operation], written: Sequ
         found = [item for item in _parsed(dialect, whole[:cut]) if isinstance(item, Operation)]
         complete = sum(end <= cut for end in ends)
         # The last mark of an operation may be one that it does not need.
-        _require(
+        require(
             found in (list(operations[:complete]), list(operations[: complete + 1])),
             f"A reply that was cut to {_short(whole[:cut])} must be read as the operations that are complete, it was read "
             f"as {found}.",
@@ -203,7 +201,7 @@ def _check_linear(dialect: Dialect) -> None:
             replies = [start + piece * (length // len(piece)) + end for length in (short, long)]
             quick, slow = (min(seconds(reply) for _ in range(3)) for reply in replies)
             # In proportion it is 16 times, by the square 256 times.
-            _require(
+            require(
                 slow < 64 * max(quick, 1e-3),
                 f"parse must take time in proportion to the length: {short:,} characters of {_short(start + piece)} took "
                 f"{quick:.4f} s, {long:,} took {slow:.2f} s.",
@@ -212,15 +210,15 @@ def _check_linear(dialect: Dialect) -> None:
 
 def _check_show(dialect: Dialect) -> None:
     def show(*entries: Entry) -> str:
-        with _doing(f"show({entries})"):
+        with doing(f"show({entries})"):
             shown = dialect.show(entries)
-        _require(isinstance(shown, str), f"show must return a text, got {shown!r}.")
+        require(isinstance(shown, str), f"show must return a text, got {shown!r}.")
         return shown
 
     show()
     one, two = Entry("m7", "first"), Entry("m8", "second")
     both = show(one, two)
-    _require(
+    require(
         "first" in both and "second" in both.partition("first")[2],
         f"show must hold the text of each entry, best first; for 'first' and 'second' it is {both!r}.",
     )
@@ -229,7 +227,7 @@ def _check_show(dialect: Dialect) -> None:
         inside = both[len(before) : len(both) - len(after)]
         for line_break in ("\n", "\r\n", "\r", "\u2028"):
             forged = show(Entry("m7", inside.replace("\n", line_break)))
-            _require(
+            require(
                 forged.splitlines() != both.splitlines(),
                 f"An entry must not pass for two: one whose text is {inside!r} is shown just as two entries are. Indent the "
                 "lines that continue an entry, for example.",
@@ -238,16 +236,16 @@ def _check_show(dialect: Dialect) -> None:
 
 def _check_description(dialect: Dialect) -> None:
     whole = EpisodeSettings()
-    with _doing("describe(EpisodeSettings())"):
+    with doing("describe(EpisodeSettings())"):
         full = dialect.describe(whole)
-    _require(isinstance(full, str) and bool(full.strip()), f"describe must return a text, got {full!r}.")
+    require(isinstance(full, str) and bool(full.strip()), f"describe must return a text, got {full!r}.")
     for name in whole.operations:
         fewer = EpisodeSettings(operations=tuple(other for other in whole.operations if other != name))
-        _require(
+        require(
             len(dialect.describe(fewer)) < len(full),
             f"describe must leave out an operation that the settings do not allow; without {name!r} it says as much.",
         )
-    _require(
+    require(
         len(dialect.describe(EpisodeSettings(scratchpad=False))) < len(full),
         "describe must leave the scratchpad out where the settings have none.",
     )
@@ -271,8 +269,8 @@ def check_embedder(embedder: Embedder, *, tolerance: float = 0.0) -> None:
         AssertionError: it does not; the message says how.
     """
     dimension = embedder.dimension
-    _require(isinstance(embedder.name, str) and bool(embedder.name), f"name must be a text, got {embedder.name!r}.")
-    _require(
+    require(isinstance(embedder.name, str) and bool(embedder.name), f"name must be a text, got {embedder.name!r}.")
+    require(
         isinstance(dimension, int) and dimension >= 1, f"dimension must be a whole number above 0, got {dimension!r}."
     )
     sentences = ["Ada lives in Rome.", "Boats are painted each spring, by the lake, in blue.", "Who leads the company?"]
@@ -282,15 +280,15 @@ def check_embedder(embedder: Embedder, *, tolerance: float = 0.0) -> None:
         nothing = _vectors(embedder, [], kind)
         together = _vectors(embedder, texts, kind)
         kept = together.copy()
-        _require(
+        require(
             len({row.tobytes() for row in kept[: len(sentences)]}) > 1,
             f"Different sentences must have different vectors; {sentences} all have the same ({kind}).",
         )
         if together.flags.writeable:
             together[:] = 0  # a caller may
-        with _doing(f"embedding {len(texts)} texts again ({kind})"):
+        with doing(f"embedding {len(texts)} texts again ({kind})"):
             off = np.abs(embedder.embed(list(texts), kind) - kept).max()
-        _require(
+        require(
             bool(off <= tolerance),
             f"The same texts must have the same vectors again, whatever was done to the array before; they differ by {off:.1e}, "
             f"and tolerance is {tolerance:g} ({kind}).",
@@ -298,7 +296,7 @@ def check_embedder(embedder: Embedder, *, tolerance: float = 0.0) -> None:
         alone = np.concatenate([nothing, *(_vectors(embedder, [text], kind) for text in texts)])
         for place, text in enumerate(texts[: len(sentences)]):
             near = int(np.argmax(alone[: len(sentences)] @ kept[place]))
-            _require(
+            require(
                 near == place,
                 f"Vectors must come in the order of the texts; beside others, {text!r} got that of {texts[near]!r} ({kind}).",
             )
@@ -312,18 +310,18 @@ def _vectors(embedder: Embedder, texts: list[str], kind: EmbeddingKind) -> np.nd
     """The vectors of `texts`, found to have the right form."""
     given = list(texts)
     about = f"{len(texts)} texts" if len(texts) != 1 else _short(texts[0])
-    with _doing(f"embed of {about} ({kind})"):
+    with doing(f"embed of {about} ({kind})"):
         vectors = embedder.embed(given, kind)
-    _require(given == texts, f"embed must not change the list of texts that it is given ({kind}).")
+    require(given == texts, f"embed must not change the list of texts that it is given ({kind}).")
     expected = (len(texts), embedder.dimension)
-    _require(
+    require(
         isinstance(vectors, np.ndarray) and vectors.shape == expected and vectors.dtype == np.float32,
         f"embed must return a float32 array of shape {expected} for {about} ({kind}), got {type(vectors).__name__} of shape "
         f"{np.shape(vectors)} and dtype {getattr(vectors, 'dtype', None)}.",
     )
     lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
     for text, length in zip(texts, lengths.tolist(), strict=True):
-        _require(
+        require(
             abs(length - 1) <= 1e-5,
             f"Vectors must be finite and of length 1; that of {_short(text)} ({kind}) has length {length:.6g}.",
         )
@@ -333,7 +331,7 @@ def _vectors(embedder: Embedder, texts: list[str], kind: EmbeddingKind) -> np.nd
 def _same(one: np.ndarray, other: np.ndarray, texts: Sequence[str], tolerance: float, when: str) -> None:
     off = np.abs(one - other).max(axis=1)
     place = int(np.argmax(off))
-    _require(
+    require(
         bool(off[place] <= tolerance),
         f"A text must have the same vector {when}; that of {_short(texts[place])} differs by {off[place]:.1e}, and tolerance is "
         f"{tolerance:g}.",
@@ -359,31 +357,31 @@ def check_task_source(source: TaskSource, *, shuffled: bool = True) -> None:
         AssertionError: it does not; the message says how.
     """
     count = len(source)
-    _require(count >= 1, f"A source must have at least one task, len() is {count}.")
+    require(count >= 1, f"A source must have at least one task, len() is {count}.")
     indices = sorted({0, count - 1, *random.Random(0).sample(range(count), min(count, 3))})
     tasks = {}
     for index in indices:
-        with _doing(f"task({index}, 1)"):
+        with doing(f"task({index}, 1)"):
             tasks[index] = source.task(index, 1)
-        with _doing(f"checking task({index}, 1)"):
+        with doing(f"checking task({index}, 1)"):
             _check_task(tasks[index], source.dataset)
     ids = {task.id for task in tasks.values()}
-    _require(
+    require(
         len(ids) == len(tasks), f"Tasks of different indices must have different ids, {indices} have {sorted(ids)}."
     )
-    with _doing("pickling the source"):
+    with doing("pickling the source"):
         copy = pickle.loads(pickle.dumps(source))
     moved = 0
     for index in reversed(indices):
         other = source.task(index, 2)
-        _require(
+        require(
             other.questions == tasks[index].questions and other.id == tasks[index].id,
             f"The index alone must decide a task's id and questions; those of task({index}, …) change with the seed.",
         )
         moved += other.documents != tasks[index].documents
-        _require(source.task(index, 1) == tasks[index], f"task({index}, 1) must be the same each time, it is not.")
-        _require(copy.task(index, 1) == tasks[index], f"task({index}, 1) of a pickled copy of the source is another.")
-    _require(
+        require(source.task(index, 1) == tasks[index], f"task({index}, 1) must be the same each time, it is not.")
+        require(copy.task(index, 1) == tasks[index], f"task({index}, 1) of a pickled copy of the source is another.")
+    require(
         not shuffled or moved > 0 or all(len(task.documents) == 1 for task in tasks.values()),
         f"The seed must draw or order the documents; with the seeds 1 and 2 those of the tasks {indices} are the same.",
     )
@@ -396,123 +394,35 @@ def check_task_source(source: TaskSource, *, shuffled: bool = True) -> None:
 
 
 def _check_task(task: Task, dataset: str) -> None:
-    _require(isinstance(task, Task), f"task() must return an atommem_env.types.Task, got {type(task).__name__}.")
+    require(isinstance(task, Task), f"task() must return an atommem_env.types.Task, got {type(task).__name__}.")
     about = f"task {task.id!r}"
-    _require(bool(task.id) and isinstance(task.id, str), f"A task must have an id, got {task.id!r}.")
-    _require(task.dataset == dataset, f"{about} is of dataset {task.dataset!r}, and its source of {dataset!r}.")
-    _require(bool(task.documents), f"{about} has no document.")
-    _require(bool(task.questions), f"{about} has no question.")
+    require(bool(task.id) and isinstance(task.id, str), f"A task must have an id, got {task.id!r}.")
+    require(task.dataset == dataset, f"{about} is of dataset {task.dataset!r}, and its source of {dataset!r}.")
+    require(bool(task.documents), f"{about} has no document.")
+    require(bool(task.questions), f"{about} has no question.")
     for document in task.documents:
         for text in (document.title, document.text):
-            _require(isinstance(text, str), f"Titles and texts must be text, {about} has {text!r}.")
-            _require(
+            require(isinstance(text, str), f"Titles and texts must be text, {about} has {text!r}.")
+            require(
                 not re.search("[\x00\ud800-\udfff]", text), f"{about} has NUL or a lone surrogate in {_short(text)}."
             )
-        _require(bool(document.text.strip()), f"{about} has a document without text, {document.title!r}.")
+        require(bool(document.text.strip()), f"{about} has a document without text, {document.title!r}.")
     for question in task.questions:
         about = f"question {question.id!r} of task {task.id!r}"
-        _require(bool(question.id), f"A question of task {task.id!r} has no id.")
-        _require(bool(question.text.strip()), f"{about} is blank.")
+        require(bool(question.id), f"A question of task {task.id!r} has no id.")
+        require(bool(question.text.strip()), f"{about} is blank.")
         golds = isinstance(question.answers, tuple) and (bool(question.answers) or question.kind == UNGRADED)
-        _require(golds, f"{about} has no gold answers, and is not of the kind {UNGRADED!r}.")
+        require(golds, f"{about} has no gold answers, and is not of the kind {UNGRADED!r}.")
         for gold in question.answers:
             reached = score(gold, question.answers, task.dataset).em
-            _require(bool(gold.strip()) and reached == 1.0, f"{about}: the gold {gold!r} scores {reached}.")
+            require(bool(gold.strip()) and reached == 1.0, f"{about}: the gold {gold!r} scores {reached}.")
         for evidence in question.evidence:
             holders = [document.text for document in task.documents if document.title == evidence.title]
-            _require(bool(holders), f"{about} has evidence in {evidence.title!r}, and no document has that title.")
-            _require(
+            require(bool(holders), f"{about} has evidence in {evidence.title!r}, and no document has that title.")
+            require(
                 bool(evidence.text) and any(evidence.text in text for text in holders),
                 f"{about}: the evidence {_short(evidence.text)} must stand verbatim in the document {evidence.title!r}.",
             )
-
-
-# --------------------------------------------------------------------------------------------------------------- policy
-
-
-def check_policy(policy: Any, env_id: str = "AtomMem-Synthetic", *, deterministic: bool = True, **options: Any) -> None:
-    """Checks a policy, a function observation -> text or an `agents.Policy`, by five episodes of an environment.
-
-    - It replies with a `str` or a `Reply` to every observation, in both phases, and leaves the observation as it is.
-    - It bears observations that its own replies did not lead to: nothing stored or found, and faults in every notice.
-    - It plays several episodes at the same time. The same seed gives the same replies, whatever else it plays.
-
-    Args:
-        env_id: what to play; the policy may need one with tasks of its kind.
-        deterministic: whether the same seed gives the same replies. A model whose batches change its last bits may not.
-        options: of the environment, as for `gym.make`.
-
-    Raises:
-        AssertionError: it does not; the message says how.
-        ShadowedPackage: another distribution's `agents` hides ours.
-    """
-    absent = [name for name in ("name", "privileged") if hasattr(policy, "begin") and not hasattr(policy, name)]
-    _require(not absent, f"A policy with begin() must also have {' and '.join(absent)}, see agents.policy.Policy.")
-    with _doing("Taking it as a policy"):
-        player = load("agents.policy:as_policy")(policy)
-    _require(isinstance(player.name, str) and bool(player.name), f"name must be a text, got {player.name!r}.")
-    _require(isinstance(player.privileged, bool), f"privileged must be True or False, got {player.privileged!r}.")
-    env = gym.make(env_id, **{"durability": "off", **options})
-
-    async def play_all() -> None:
-        seeds = (0, 1)
-        first = [await _play(player, env.unwrapped, seed) for seed in seeds]
-        again = await asyncio.gather(*(_play(player, env.unwrapped, seed) for seed in seeds))
-        for seed, one, other in zip(seeds, first, again, strict=True):
-            differ = next((step for step, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), None)
-            _require(
-                not deterministic or one == other,
-                f"The same seed must give the same replies: with seed {seed}, played anew beside another episode, reply "
-                f"{differ} differs. What belongs to an episode lives in what begin() returns, and what is random is drawn "
-                "from its seed; or pass deterministic=False.",
-            )
-        dialect = get_dialect(env.unwrapped.settings.dialect)  # type: ignore[attr-defined]
-        await _play(player, env.unwrapped, 2, instead=_faults(dialect))
-
-    try:
-        load("agents.rollout:run_blocking")(play_all())
-    finally:
-        env.close()
-
-
-async def _play(player: Any, env: Any, seed: int, *, instead: str | None = None) -> list[str]:
-    """The replies of an episode in which the policy's reply, or `instead` of each, is carried out."""
-    reply_to = load("agents.policy:reply_to")
-    task = env.source.task(seed % len(env.source), seed)
-    episode = Episode(task, env.settings, seed)
-    with _doing(f"begin({seed}, …)"):
-        act = player.begin(seed, task if player.privileged else None)
-    _require(callable(act), f"begin() must return a function observation -> reply, got {act!r}.")
-    replies = []
-    while episode.stop_reason is None:
-        observation = episode.observe()
-        given = observation.copy()
-        where = f"the reply to step {observation['step']} (phase {observation['phase']!r}, seed {seed})"
-        with _doing(f"Asking for {where}"):
-            reply = await reply_to(act, given)
-        _require(given == observation, f"The policy changed the observation that it was given for {where}.")
-        _require(isinstance(reply.text, str), f"Reply.text must be a text, for {where} it is {reply.text!r}.")
-        _require(
-            len(reply.logprobs) in (0, len(reply.completion_ids)),
-            f"A Reply must have one of logprobs for each of completion_ids, or none; for {where} there are "
-            f"{len(reply.logprobs)} for {len(reply.completion_ids)}.",
-        )
-        replies.append(reply.text)
-        episode.resolve(embed(env.embedder, episode.submit(reply.text if instead is None else instead)))
-        await asyncio.sleep(0)  # another episode's turn
-    return replies
-
-
-def _faults(dialect: Dialect) -> str:
-    """A reply that is full of faults, and reads a memory that stays empty."""
-    operations = [
-        Operation(OperationKind.UPDATE, "Ada moved.", "m999"),
-        Operation(OperationKind.DELETE, target="m999"),
-        Operation(OperationKind.CREATE, ""),
-        Operation(OperationKind.READ, "what was never stored"),
-    ]
-    cut = dialect.write(Operation(OperationKind.CREATE, "This was cut"))
-    return "".join(map(dialect.write, operations)) + "\x00\ud800" + cut[: len(cut) * 2 // 3]
 
 
 # ---------------------------------------------------------------------------------------------------------- environment
@@ -529,30 +439,30 @@ def check_env(env: gym.Env[Any, Any]) -> None:
         AssertionError: it does not; the message says how.
     """
     # It also renders for people.
-    with _doing("gymnasium's check_env"), warnings.catch_warnings(), redirect_stdout(StringIO()):
+    with doing("gymnasium's check_env"), warnings.catch_warnings(), redirect_stdout(StringIO()):
         warnings.simplefilter("error")
         gymnasium_check_env(env.unwrapped)
     first = _steps(env, 5)
-    _require(_steps(env, 5) == first, "The same seed must give the same episode; with seed 5 it is another each time.")
-    _require(
+    require(_steps(env, 5) == first, "The same seed must give the same episode; with seed 5 it is another each time.")
+    require(
         _steps(env, 6)[0][0] != first[0][0], "Another seed must give another task; 5 and 6 give the same observation."
     )
-    with _doing("pickling the environment"):
+    with doing("pickling the environment"):
         copy = pickle.loads(pickle.dumps(env))
-    _require(_steps(copy, 5) == first, "A pickled copy of the environment must play the same; with seed 5 it does not.")
+    require(_steps(copy, 5) == first, "A pickled copy of the environment must play the same; with seed 5 it does not.")
     copy.close()
 
 
 def _steps(env: gym.Env[Any, Any], seed: int) -> list[Any]:
     """Everything that `reset` and steps with nasty actions return."""
     seen: list[Any] = [env.reset(seed=seed)]
-    _require(env.observation_space.contains(seen[0][0]), "The observation after reset is not in the space.")
+    require(env.observation_space.contains(seen[0][0]), "The observation after reset is not in the space.")
     for action in _NASTY:
-        with _doing(f"step({_short(action)})"):
+        with doing(f"step({_short(action)})"):
             observation, reward, terminated, truncated, info = env.step(action)
         about = f"after step({_short(action)})"
-        _require(env.observation_space.contains(observation), f"The observation {about} is not in the space.")
-        _require(math.isfinite(reward), f"The reward {about} is {reward}.")
+        require(env.observation_space.contains(observation), f"The observation {about} is not in the space.")
+        require(math.isfinite(reward), f"The reward {about} is {reward}.")
         seen.append((observation, reward, terminated, truncated, info))
         if terminated or truncated:
             seen.append(env.reset())

@@ -7,7 +7,7 @@ a prompt, `T_out` the tokens of a completion.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal, Protocol, TypedDict
@@ -280,6 +280,42 @@ class StepResult:
     mutations: tuple[Mutation, ...]  # in the order carried out
 
 
+@dataclass(frozen=True, slots=True)
+class QuestionOutcome:
+    """How one question of a rollout ended."""
+
+    question_id: str
+    kind: str  # the dataset's own type
+    hops: int
+    prediction: str | None  # None: unanswered
+    em: float
+    f1: float
+    evidence: int  # passages the answer rests on
+    stored: int  # of these, in some entry or the scratchpad when the question was settled
+    retrieved: int  # of these, in view (entries shown, or scratchpad) when the question was settled
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeSummary:
+    """What is left of an episode that is over; what a reward is a function of."""
+
+    task: Task
+    settings: EpisodeSettings
+    outcomes: tuple[QuestionOutcome, ...]  # one a question of the task, in its order
+    stop_reason: StopReason
+    steps: int  # replies
+    max_steps: int  # the step budget
+    reads: int  # replies with a Read that was carried out
+    faulty_replies: int  # replies with a fault
+    scratchpad: str
+    entries: tuple[Entry, ...]  # left in the memory
+    chunks: tuple[str, ...]  # the document as it was shown
+
+
+Reward = Callable[[EpisodeSummary], float]
+"""What an episode is worth, paid once, at its end."""
+
+
 # ------------------------------------------------------------------------------------------------------------- rollouts
 
 
@@ -316,21 +352,6 @@ class Turn:
     observation: Observation
     reply: Reply
     results: tuple[OperationResult, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class QuestionOutcome:
-    """How one question of a rollout ended."""
-
-    question_id: str
-    kind: str  # the dataset's own type
-    hops: int
-    prediction: str | None  # None: unanswered
-    em: float
-    f1: float
-    evidence: int  # passages the answer rests on
-    stored: int  # of these, in some entry or the scratchpad when the question was settled
-    retrieved: int  # of these, in view (entries shown, or scratchpad) when the question was settled
 
 
 @dataclass(frozen=True, slots=True)

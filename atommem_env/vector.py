@@ -12,8 +12,8 @@ from numpy.typing import ArrayLike
 
 from atommem_env.embedders import Embedder, embed, get_embedder
 from atommem_env.env import AtomMemEnv, open_store, split_options
-from atommem_env.recorder import Recorder
-from atommem_env.store import MemoryStore
+from atommem_env.store.memory_store import MemoryStore
+from atommem_env.store.recorder import Recorder
 from atommem_env.tasks import make_source
 from atommem_env.types import TaskSource
 

@@ -26,7 +26,7 @@ from rich.table import Table
 from atommem_env.env import AtomMemEnv
 from atommem_env.errors import SettingError
 from eval.metrics import SCHEMA_VERSION, bootstrap_ci95
-from eval.run import read_episodes, replace_file
+from eval.run_folder import read_episodes, replace_file
 
 _FLIPS = 10_000
 _SAME_ANYWAY = ("durability",)  # options that change nothing of what is played

@@ -29,13 +29,14 @@ from rich.table import Table
 import atommem_env  # noqa: F401  (registers the environments)
 from agents.chat_policy import ChatModel
 from agents.models.load import load_model
-from agents.rollout import run_blocking
+from agents.rollout import episode_specs, run_blocking
 from atommem_env.env import AtomMemEnv
 from atommem_env.errors import SettingError
 from atommem_env.types import Message, Question
 from eval.compare import Run, read_run
 from eval.metrics import bootstrap_ci95
-from eval.run import episode_specs, json_line, read_episodes, replace_file, step_progress
+from eval.progress import step_progress
+from eval.run_folder import json_line, read_episodes, replace_file
 
 PROMPT_VERSION = 1  # goes up with any change of _PROMPT: judgements of another prompt are not those of this one
 _PROMPT = """\

@@ -49,19 +49,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from agents.rollout import episode_specs
 from atommem_env.errors import AtomMemError, EmbeddingError, EngineDied, ModelError, SettingError
 from eval.metrics import summarise
-from eval.run import (
-    EnvConfig,
-    EvalConfig,
-    check_unchanged,
-    episode_specs,
-    evaluate,
-    prepare_evaluation,
-    read_episodes,
-    results_table,
-    step_progress,
-)
+from eval.options import EnvConfig, EvalConfig
+from eval.progress import step_progress
+from eval.report.tables import results_table
+from eval.run import evaluate, prepare_evaluation
+from eval.run_folder import check_unchanged, read_episodes
 from eval.toml_tables import fields_of, read_table, read_toml
 from eval.workers import Workers
 

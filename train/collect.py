@@ -21,11 +21,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
+from agents.rollout import episode_specs
 from atommem_env.episode import legal_text
 from atommem_env.errors import SettingError
 from atommem_env.prompts import get_layout
 from atommem_env.types import Message, Rollout, Turn
-from eval.run import EnvConfig, check_new, episode_specs, json_line, play, prepare, replace_file
+from eval.options import EnvConfig
+from eval.run import play, prepare
+from eval.run_folder import check_new, json_line, replace_file
 
 _CHAT = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 SCHEMA = pa.schema(

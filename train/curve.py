@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from atommem_env.errors import DataError, MissingDependency
-from eval.run import read_episodes
+from eval.run_folder import read_episodes
 
 _KINDS = ("create", "read", "update", "delete", "scratchpad", "answer")
 

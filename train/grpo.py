@@ -21,35 +21,29 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
 
 from agents.chat_policy import GREEDY, ChatPolicy, Sampling
 from agents.models.chat_tokenizer import ChatTokenizer
-from agents.models.download import find_model
+from agents.models.find import find_model
 from agents.models.transformers_model import TransformersModel
-from agents.rollout import Driver, EpisodeSpec, run_blocking
+from agents.rollout import Driver, EpisodeSpec, episode_specs, run_blocking
 from atommem_env.errors import CheckpointError, DataError, MissingDependency, SettingError
 from atommem_env.tokens import get_tokenizer
 from atommem_env.types import Rollout
 from eval.metrics import episode_record, summarise
-from eval.run import (
-    episode_specs,
-    json_line,
-    read_episodes,
-    replace_file,
-    step_progress,
-)
+from eval.progress import step_progress
+from eval.run_folder import json_line, read_episodes, replace_file
 from train.advantages import group_advantages
-from train.memory_needed import check_memory
+from train.estimate import check_memory
 from train.rollouts import behaviour, training_rewards
 from train.samples import Sample, check_all_trained, make_samples
-from train.settings import GRPOSettings, make_env, open_run
+from train.settings import GRPORun, GRPOSettings, make_env, open_run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,24 +51,6 @@ if TYPE_CHECKING:
 METRICS = "metrics.jsonl"
 CHECKPOINT = "checkpoint.pt"
 _RETRIES = 2  # of an episode that the infrastructure failed
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GRPORun(GRPOSettings):
-    """A training run on one machine."""
-
-    lora_rank: int = 0
-    """Train adapters of this rank in every linear layer, merged in the end; 0 trains all weights."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """What is computed in; weights that are trained are float32 in any case."""
-    share_prefixes: bool = True
-    """Compute the prompts' common beginnings once for all rollouts of a group; changes the speed only."""
-    gradient_checkpointing: bool = False
-    """Compute activations twice instead of keeping them: less memory, more time."""
-
-    def __post_init__(self) -> None:
-        GRPOSettings.__post_init__(self)  # super() does not work in a class with slots
-        self._check("lora_rank", self.lora_rank >= 0, "at least 0")
 
 
 class Trainer:

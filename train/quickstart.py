@@ -7,7 +7,7 @@
 3. Reinforcement learning (GRPO) from there: it may find what the teacher does not know.
 4. All three models on the same held-out episodes, with intervals.
 
-The task, the teacher and all figures are those of `configs/tiny.toml`. The folder `--out` then holds `quickstart.json`,
+The task, the teacher and all figures are those of `configs/train/tiny.toml`. The folder `--out` then holds `quickstart.json`,
 `curve.png`, and every run with its own folder.
 """
 
@@ -25,11 +25,15 @@ from rich.console import Console
 
 from atommem_env.errors import SettingError
 from eval.metrics import bootstrap_ci95
-from eval.run import EvalConfig, evaluate, read_episodes, replace_file, results_table
+from eval.options import EvalConfig
+from eval.report.tables import results_table
+from eval.run import evaluate
+from eval.run_folder import read_episodes, replace_file
 from train.collect import CollectConfig, collect
-from train.grpo import GRPORun, Trainer
-from train.presets import load_preset
-from train.sft import SFTRun, train
+from train.grpo import Trainer
+from train.recipes import load_preset
+from train.settings import GRPORun, SFTRun
+from train.sft import train
 
 PRESET = "tiny"
 _RESULT = "quickstart.json"

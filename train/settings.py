@@ -7,12 +7,17 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import gymnasium as gym
+import tyro
 
 from atommem_env.errors import SettingError
-from eval.run import EnvOptions, check_new, check_unchanged
+from eval.options import EnvOptions
+from eval.run_folder import check_new, check_unchanged
+
+if TYPE_CHECKING:
+    pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,3 +122,49 @@ def open_run(run: GRPOSettings) -> str:
         check_new(run.out, ", or --resume")
     run.out.mkdir(parents=True, exist_ok=True)
     return json.dumps(identity, indent=2) + "\n"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GRPORun(GRPOSettings):
+    """A training run on one machine."""
+
+    lora_rank: int = 0
+    """Train adapters of this rank in every linear layer, merged in the end; 0 trains all weights."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What is computed in; weights that are trained are float32 in any case."""
+    share_prefixes: bool = True
+    """Compute the prompts' common beginnings once for all rollouts of a group; changes the speed only."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them: less memory, more time."""
+
+    def __post_init__(self) -> None:
+        GRPOSettings.__post_init__(self)  # super() does not work in a class with slots
+        self._check("lora_rank", self.lora_rank >= 0, "at least 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SFTRun:
+    """What is to be learned from what. The defaults are those of AtomMem's public code, but for the learning rate."""
+
+    samples: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SAMPLES")]
+    """Folder that `atommem collect` wrote."""
+    model: str = "smollm2"
+    """The model to start from: smollm2, or the folder of a Hugging Face chat model."""
+    out: Path = Path("runs/sft")
+    """Folder of the run; new or empty."""
+    epochs: float = 3.0
+    """Passes over the samples."""
+    batch_size: int = 16
+    """Samples in an update."""
+    micro_batch_size: int = 2
+    """Samples computed at the same time; changes memory and speed only."""
+    learning_rate: float = 2e-5
+    """Highest learning rate; it rises over the first 3 % of the updates and falls to 0 as a cosine."""
+    lora_rank: int = 0
+    """Train adapters of this rank in every linear layer, merged in the end; 0 trains all weights."""
+    max_tokens: int = 18_384
+    """A longer sample, prompt and reply together, is refused: nothing is cut."""
+    dtype: Literal["bfloat16", "float32"] = "float32"
+    """Of the weights while training; on a GPU float32 weights are computed with in bfloat16."""
+    seed: int = 0
+    """Of the order of the samples."""

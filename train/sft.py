@@ -15,49 +15,21 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import pyarrow.parquet as pq
-import tyro
 from rich.console import Console
 
 from agents.models.chat_tokenizer import ChatTokenizer
-from agents.models.download import find_model
+from agents.models.find import find_model
 from atommem_env.errors import DataError, MissingDependency, PromptTooLong, SettingError
-from eval.run import check_new, json_line, replace_file, step_progress
-from train.memory_needed import check_memory
+from eval.progress import step_progress
+from eval.run_folder import check_new, json_line, replace_file
+from train.estimate import check_memory
+from train.settings import SFTRun
 
 _IGNORED = -100  # PyTorch's label of a token without loss
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SFTRun:
-    """What is to be learned from what. The defaults are those of AtomMem's public code, but for the learning rate."""
-
-    samples: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SAMPLES")]
-    """Folder that `atommem collect` wrote."""
-    model: str = "smollm2"
-    """The model to start from: smollm2, or the folder of a Hugging Face chat model."""
-    out: Path = Path("runs/sft")
-    """Folder of the run; new or empty."""
-    epochs: float = 3.0
-    """Passes over the samples."""
-    batch_size: int = 16
-    """Samples in an update."""
-    micro_batch_size: int = 2
-    """Samples computed at the same time; changes memory and speed only."""
-    learning_rate: float = 2e-5
-    """Highest learning rate; it rises over the first 3 % of the updates and falls to 0 as a cosine."""
-    lora_rank: int = 0
-    """Train adapters of this rank in every linear layer, merged in the end; 0 trains all weights."""
-    max_tokens: int = 18_384
-    """A longer sample, prompt and reply together, is refused: nothing is cut."""
-    dtype: Literal["bfloat16", "float32"] = "float32"
-    """Of the weights while training; on a GPU float32 weights are computed with in bfloat16."""
-    seed: int = 0
-    """Of the order of the samples."""
 
 
 def read_samples(folder: Path, chat: ChatTokenizer, max_tokens: int) -> Iterator[dict[str, list[int]]]:

@@ -41,7 +41,7 @@ from atommem_env.tasks.synthetic_world import (
     vocabulary,
 )
 from atommem_env.types import Entry, EpisodeSettings, Observation, Operation, OperationKind
-from eval.run import json_line, read_episodes, replace_file
+from eval.run_folder import json_line, read_episodes, replace_file
 
 _SPECIAL = ("<|pad|>", "<|unknown|>", "<|user|>", "<|assistant|>", "<|end|>")
 _TEMPLATE = (

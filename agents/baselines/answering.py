@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from agents.prompted import Ask
+from agents.prompting import Ask
 from atommem_env.dialects import get_dialect
 from atommem_env.dialects.tags import unboxed
 from atommem_env.errors import SettingError

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from agents.baselines.rag import store_and_search
 from agents.policy import Act
-from agents.prompted import Ask
+from agents.prompting import Ask
 from atommem_env.types import EpisodeSettings
 
 

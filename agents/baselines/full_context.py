@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from agents.baselines.answering import answer, check_settings
 from agents.policy import Act
-from agents.prompted import Ask, written
+from agents.prompting import Ask, written
 from atommem_env.errors import PromptTooLong
 from atommem_env.tokens import get_tokenizer
 from atommem_env.types import EpisodeSettings, Observation, Operation, OperationKind, Phase, Reply, Usage

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from agents.baselines.answering import answer, check_settings
 from agents.policy import Act
-from agents.prompted import Ask, written
+from agents.prompting import Ask, written
 from atommem_env.types import EpisodeSettings, Message, Observation, Operation, OperationKind, Phase
 
 _UPDATE = """\

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from agents.chat_policy import ChatModel
-from agents.models.download import find_model
+from agents.models.find import find_model
 from agents.models.openai_api import OpenAIModel
 from agents.models.transformers_model import TransformersModel
 from agents.models.vllm_model import VLLMModel

@@ -11,7 +11,7 @@ from typing import Any
 
 from agents.models.background import in_background, in_background_blocking
 from agents.models.chat_tokenizer import ChatTokenizer, check_room
-from agents.models.download import find_model
+from agents.models.find import find_model
 from atommem_env.errors import EngineDied, MissingDependency, ModelError
 from atommem_env.types import Message, Reply, Usage
 

@@ -29,15 +29,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from agents.baselines.cheats import Random
+from agents.baselines.sanity import Random
 from agents.policy import Act
 from atommem_env.embedders import embed, get_embedder
 from atommem_env.episode import Episode
 from atommem_env.errors import StoreError
-from atommem_env.recorder import INTERRUPTED, Recorder
-from atommem_env.replay import first_moment, replay
-from atommem_env.store import MemoryStore
-from atommem_env.store_tables import TABLES
+from atommem_env.store.memory_store import MemoryStore
+from atommem_env.store.recorder import INTERRUPTED, Recorder
+from atommem_env.store.replay import first_moment, replay
+from atommem_env.store.tables import TABLES
 from atommem_env.tasks import make_source
 from atommem_env.types import EpisodeSettings
 from eval.benchmarks import write_figures

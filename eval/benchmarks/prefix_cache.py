@@ -23,7 +23,7 @@ from rich.table import Table
 
 import atommem_env  # noqa: F401  registers the environments
 from agents.models.chat_tokenizer import ChatTokenizer
-from agents.models.download import find_model
+from agents.models.find import find_model
 from agents.registry import load_policy
 from agents.rollout import Driver, EpisodeSpec, run_blocking
 from atommem_env.prompts import Layout, shared_prefix

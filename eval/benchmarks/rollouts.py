@@ -35,7 +35,7 @@ from agents.models.vllm_model import VLLMModel
 from atommem_env.errors import SettingError
 from atommem_env.types import Reply
 from eval.benchmarks import write_figures
-from eval.run import read_episodes
+from eval.run_folder import read_episodes
 
 _WORDS = [f"w{index}" for index in range(250)]
 _TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"

@@ -38,7 +38,7 @@ from rich.console import Console
 from rich.table import Table
 
 from atommem_env.memory import WorkingMemory, unit
-from atommem_env.store import MemoryStore
+from atommem_env.store.memory_store import MemoryStore
 from atommem_env.types import Mutation, Observation, OperationKind, StepResult, Vector
 from eval.benchmarks import write_figures
 

@@ -27,10 +27,10 @@ from atommem_env.dialects import get_dialect
 from atommem_env.env import AtomMemEnv
 from atommem_env.episode import Episode, legal_text
 from atommem_env.errors import SettingError, StoreError
-from atommem_env.recorder import INTERRUPTED, EpisodeRecord
-from atommem_env.replay import first_moment, replay
 from atommem_env.scoring import holds
-from atommem_env.store import MemoryStore
+from atommem_env.store.memory_store import MemoryStore
+from atommem_env.store.recorder import INTERRUPTED, EpisodeRecord
+from atommem_env.store.replay import first_moment, replay
 from atommem_env.types import (
     Evidence,
     Fault,

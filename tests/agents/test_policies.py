@@ -12,10 +12,10 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from agents import as_policy, load_policy, play_episode, prompted
+from agents import as_policy, load_policy, play_episode, prompting
 from agents.baselines import oracle
 from agents.chat_policy import ChatPolicy, Sampling
-from agents.models.download import find_model
+from agents.models.find import find_model
 from agents.registry import POLICIES
 from agents.rollout import Driver, EpisodeSpec
 from atommem_env.embedders import get_embedder
@@ -178,8 +178,8 @@ def test_a_policy_of_ones_own_is_found_in_the_working_folder(tmp_path: Path, mon
 
 def test_a_method_of_ones_own_has_any_model_behind_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
-    lines = prompted.__doc__.partition("    def notes")[2] if prompted.__doc__ else ""
-    imports = "from agents.prompted import written\nfrom atommem_env.types import Operation, OperationKind\n"
+    lines = prompting.__doc__.partition("    def notes")[2] if prompting.__doc__ else ""
+    imports = "from agents.prompting import written\nfrom atommem_env.types import Operation, OperationKind\n"
     (tmp_path / "notes.py").write_text(imports + textwrap.dedent("    def notes" + lines))
     (tmp_path / "no_method.py").write_text("notes = 3")
     monkeypatch.chdir(tmp_path)

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from agents import load_policy
-from agents.rollout import Driver
+from agents.rollout import Driver, episode_specs
 from atommem_env.types import Rollout
-from eval.run import episode_specs
 
 IDS = {"hotpotqa": "AtomMem-HotpotQA", "2wikimultihopqa": "AtomMem-2WikiMultiHopQA", "musique": "AtomMem-MuSiQue"}
 

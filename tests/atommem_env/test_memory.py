@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from atommem_env.bm25 import LexicalIndex, fuse
 from atommem_env.errors import EmbeddingError, EpisodeStateError, SettingError
-from atommem_env.lexical import LexicalIndex, fuse
 from atommem_env.memory import WorkingMemory, unit
 from atommem_env.types import Entry, Vector
 

@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 
 import atommem_env  # noqa: F401  registers the environments
 from agents.registry import POLICIES
+from agents.testing import check_policy
 from atommem_env import dialects
 from atommem_env.dialects.tags import TagsDialect
 from atommem_env.embedders.hashing import HashingEmbedder
 from atommem_env.tasks import make_source
 from atommem_env.tasks.files import FilesSource
 from atommem_env.tasks.synthetic import SyntheticSource
-from atommem_env.testing import check_dialect, check_embedder, check_env, check_policy, check_task_source
+from atommem_env.testing import check_dialect, check_embedder, check_env, check_task_source
 from atommem_env.types import (
     EmbeddingKind,
     Entry,

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 
-from agents.baselines.cheats import Random
+from agents.baselines.sanity import Random
 from atommem_env.embedders.hashing import HashingEmbedder
 from atommem_env.errors import EmbeddingError, StoreError
-from atommem_env.store import MemoryStore
+from atommem_env.store.memory_store import MemoryStore
 from atommem_env.types import EpisodeSettings
 from atommem_env.vector import AtomMemVectorEnv
 

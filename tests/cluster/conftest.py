@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from processes import started_ray
 
-from agents.models.download import find_model
-from eval.run import read_episodes
+from agents.models.find import find_model
+from eval.run_folder import read_episodes
 from train.cluster.recipe import ClusterRun, read_recipe
 
 HERE = Path(__file__).resolve().parent

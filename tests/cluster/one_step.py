@@ -17,14 +17,14 @@ from openrlhf.trainer.ppo_utils.experience import balance_experiences
 from transformers import AutoModelForCausalLM
 
 from agents.models.chat_tokenizer import ChatTokenizer
-from agents.models.download import find_model
+from agents.models.find import find_model
 from atommem_env.types import Message, Reply
 from train.cluster import extension
 from train.cluster.executor import response
 from train.cluster.recipe import ClusterRun, Prompt, openrlhf_flags, read_recipe
-from train.grpo import GRPORun, Trainer
+from train.grpo import Trainer
 from train.samples import make_samples
-from train.settings import GRPOSettings
+from train.settings import GRPORun, GRPOSettings
 
 
 class Told(Exception):

@@ -11,9 +11,11 @@ import pytest
 import ray
 
 from atommem_env.errors import JobFailed
-from atommem_env.store import MemoryStore
+from atommem_env.store.memory_store import MemoryStore
+from eval.options import EvalConfig
 from eval.recipe import play_recipe, read_recipe
-from eval.run import EvalConfig, evaluate, read_episodes
+from eval.run import evaluate
+from eval.run_folder import read_episodes
 from eval.workers import Workers
 
 POLICIES = """

@@ -18,7 +18,7 @@ from openrlhf.trainer.ppo_utils.experience import balance_experiences  # noqa: E
 from agents.rollout import EpisodeSpec  # noqa: E402
 from atommem_env.errors import SamplesMismatch  # noqa: E402
 from atommem_env.types import Reply, Rollout, StopReason, Turn  # noqa: E402
-from eval.run import json_line, read_episodes, replace_file  # noqa: E402
+from eval.run_folder import json_line, read_episodes, replace_file
 from train.advantages import group_advantages  # noqa: E402
 from train.cluster import extension  # noqa: E402
 from train.cluster.executor import response  # noqa: E402

@@ -22,7 +22,7 @@ from processes import session, wait_until
 
 from agents.rollout import Driver
 from atommem_env.embedders.hashing import HashingEmbedder
-from eval.run import read_episodes
+from eval.run_folder import read_episodes
 from train.cluster.recipe import ClusterRun, Prompt, write_prompts
 from train.settings import make_env
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from atommem_env.store import MemoryStore
+from atommem_env.store.memory_store import MemoryStore
 
 Finish = Callable[..., tuple[Path, list[dict[str, Any]]]]
 

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from agents.models.chat_tokenizer import ChatTokenizer
-from eval.run import read_episodes
+from eval.run_folder import read_episodes
 from train.cluster.sft import ClusterSFT, sft_flags, train, write_tokens
 from train.collect import CollectConfig, collect
 from train.sft import read_samples

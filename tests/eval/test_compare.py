@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from atommem_env.cli import main as atommem
 from atommem_env.errors import SettingError
 from eval.compare import compare, read_run, sign_flip_p
-from eval.run import EvalConfig, evaluate, json_line, read_episodes
+from eval.options import EvalConfig
+from eval.run import evaluate
+from eval.run_folder import json_line, read_episodes
 
 
 def run(folder: Path, policy: str, **changes: Any) -> Path:

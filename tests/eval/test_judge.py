@@ -17,7 +17,9 @@ from atommem_env.cli import main as atommem
 from atommem_env.errors import ModelError, SettingError
 from eval import judge as module
 from eval.judge import JudgeConfig, cohens_kappa, judge, verdict_of
-from eval.run import EvalConfig, evaluate, read_episodes
+from eval.options import EvalConfig
+from eval.run import evaluate
+from eval.run_folder import read_episodes
 
 # Question by question: the gold; the gold in a sentence (EM 0); something else; an evasion; no answer at all.
 POLICY = """

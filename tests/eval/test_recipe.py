@@ -17,7 +17,7 @@ from agents.registry import load_policy
 from atommem_env import cli
 from atommem_env.errors import SettingError
 from eval.recipe import FOLDER, Run, check, plan, play_recipe, read_recipe, tables
-from eval.run import read_episodes
+from eval.run_folder import read_episodes
 
 SMALL = """
 episodes = 3

@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from agents.rollout import episode_specs
 from atommem_env.errors import SettingError
-from eval.run import EvalConfig, episode_specs, evaluate, prepare, read_episodes, results_table
+from eval.options import EvalConfig
+from eval.report.tables import results_table
+from eval.run import evaluate, prepare
+from eval.run_folder import read_episodes
 
 FIELDS = [
     "env_id",

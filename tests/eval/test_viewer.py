@@ -10,7 +10,8 @@ import pytest
 from atommem_env.cli import main as atommem
 from atommem_env.env import AtomMemEnv
 from atommem_env.errors import SettingError, StoreError
-from eval.run import EvalConfig, evaluate
+from eval.options import EvalConfig
+from eval.run import evaluate
 from eval.viewer.trace import MOST_EPISODES, TraceConfig, main, trace_page
 
 VOID = {"meta", "input", "br", "link", "img", "hr"}

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from atommem_env.errors import MissingDependency, SettingError
-from eval.run import EvalConfig, evaluate
+from eval.options import EvalConfig
+from eval.run import evaluate
 from eval.workers import Player, Workers
 
 

@@ -10,9 +10,11 @@ import gymnasium as gym
 import pyarrow.parquet as pq
 import pytest
 
-from agents.rollout import play_episode
+from agents.rollout import episode_specs, play_episode
 from atommem_env.errors import SettingError
-from eval.run import EvalConfig, episode_specs, evaluate, read_episodes
+from eval.options import EvalConfig
+from eval.run import evaluate
+from eval.run_folder import read_episodes
 from train.collect import SCHEMA, CollectConfig, collect
 
 POLICIES = '''

@@ -11,7 +11,7 @@ import pytest
 matplotlib = pytest.importorskip("matplotlib")
 
 from atommem_env.errors import DataError  # noqa: E402
-from eval.run import json_line  # noqa: E402
+from eval.run_folder import json_line
 from train.curve import draw_curve  # noqa: E402
 
 STEP = {"reward": 0.25, "operations": {"create": 0.5, "answer": 0.1}, "faults": 1.5}

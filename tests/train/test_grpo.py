@@ -42,7 +42,8 @@ from atommem_env.errors import (  # noqa: E402
 )
 from atommem_env.types import Rollout  # noqa: E402
 from train import checkpoints, packing, samples  # noqa: E402
-from train.grpo import CHECKPOINT, METRICS, GRPORun, Trainer  # noqa: E402
+from train.grpo import CHECKPOINT, METRICS, Trainer  # noqa: E402
+from train.settings import GRPORun
 from train.tiny_base import build_tokenizer  # noqa: E402
 
 TASKS = ("hops=[1]", "chunk_tokens=48", "replies_per_question=2")

@@ -15,9 +15,11 @@ pytest.importorskip("trl")
 from agents.models.chat_tokenizer import ChatTokenizer  # noqa: E402
 from agents.models.transformers_model import TransformersModel  # noqa: E402
 from atommem_env.errors import DataError, PromptTooLong, SettingError  # noqa: E402
-from eval.run import EvalConfig, evaluate  # noqa: E402
+from eval.options import EvalConfig
+from eval.run import evaluate  # noqa: E402
 from train.collect import CollectConfig, collect  # noqa: E402
-from train.sft import SFTRun, read_samples, train  # noqa: E402
+from train.settings import SFTRun
+from train.sft import read_samples, train  # noqa: E402
 
 TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
 

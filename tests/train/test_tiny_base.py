@@ -6,7 +6,7 @@ import gymnasium as gym
 import pytest
 
 from agents.models.chat_tokenizer import ChatTokenizer
-from agents.models.download import find_model
+from agents.models.find import find_model
 from agents.registry import load_policy
 from agents.rollout import play_episode
 from atommem_env.prompts import get_layout

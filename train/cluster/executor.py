@@ -18,7 +18,7 @@ from openrlhf.utils.agent import AgentExecutorBase
 
 from agents.chat_policy import ChatPolicy, Sampling
 from agents.models.chat_tokenizer import ChatTokenizer
-from agents.models.download import find_model
+from agents.models.find import find_model
 from agents.models.vllm_model import reply_of
 from agents.rollout import Driver
 from atommem_env.errors import EngineDied, PromptTooLong

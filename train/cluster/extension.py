@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from atommem_env.errors import EngineDied, JobFailed, SettingError
 from atommem_env.types import Rollout
-from eval.run import json_line, read_episodes, replace_file
+from eval.run_folder import json_line, read_episodes, replace_file
 from train.advantages import GroupAdvantages, group_advantages
 from train.cluster.recipe import SPARES, VERSION, ClusterRun, Prompt, running
 from train.rollouts import behaviour, training_rewards

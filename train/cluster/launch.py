@@ -40,10 +40,11 @@ from urllib.parse import urlsplit
 import tyro
 from rich.console import Console
 
-from agents.models.download import find_model
+from agents.models.find import find_model
 from agents.rollout import Driver
 from atommem_env.errors import DataError, JobFailed, MissingDependency, ModelNotFound, SettingError
-from eval.run import read_episodes, replace_file, step_progress
+from eval.progress import step_progress
+from eval.run_folder import read_episodes, replace_file
 from train.cluster.preflight import (
     Machines,
     Node,

@@ -1,7 +1,7 @@
 """All that can be known of a cluster run before hours are lost on it: what cannot work is refused, the rest is estimated.
 
 Each check raises one `SettingError` that lists everything wrong, with what was expected, what came and what to change. What
-is checked needs no GPU: memory is a sum, as in `train.memory_needed`, which leans towards too little.
+is checked needs no GPU: memory is a sum, as in `train.estimate`, which leans towards too little.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rich import box
 from rich.table import Table
 
 from agents.models.chat_tokenizer import ChatTokenizer
-from agents.models.download import find_model
+from agents.models.find import find_model
 from agents.rollout import Driver
 from atommem_env.embedders import get_embedder
 from atommem_env.errors import AtomMemError, ModelNotFound, SettingError
@@ -32,8 +32,7 @@ from atommem_env.prompts import get_layout
 from atommem_env.tokens import BuiltinTokenizer
 from atommem_env.types import Observation
 from train.cluster.recipe import VERSION, ClusterRun, derived_flags
-from train.grpo import GRPORun
-from train.memory_needed import (
+from train.estimate import (
     SHORT,
     Item,
     ModelSize,
@@ -45,8 +44,8 @@ from train.memory_needed import (
     product,
     written_sum,
 )
-from train.presets import NAMES, read_preset
-from train.settings import make_env
+from train.recipes import NAMES, read_preset
+from train.settings import GRPORun, make_env
 
 # A model's tokens for one of the tokenizer `builtin`. Over 200-document contexts of the three datasets SmolLM2's tokenizer has a
 # mean of 1.26 (MuSiQue) to 1.36 (2WikiMultiHopQA), and 1.65 in the chunk with the most foreign names.

@@ -12,9 +12,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from agents.rollout import EpisodeSpec
+from agents.rollout import EpisodeSpec, episode_specs
 from atommem_env.errors import SettingError
-from eval.run import EnvOptions, episode_specs, json_line, replace_file
+from eval.options import EnvOptions
+from eval.run_folder import json_line, replace_file
 from eval.toml_tables import fields_of, read_table, read_toml
 from train.settings import GRPOSettings
 

@@ -35,9 +35,10 @@ import tyro
 from rich.console import Console
 
 from agents.models.chat_tokenizer import ChatTokenizer
-from agents.models.download import find_model
+from agents.models.find import find_model
 from atommem_env.errors import MissingDependency, ModelNotFound, SettingError
-from eval.run import check_new, json_line, read_episodes, replace_file, step_progress
+from eval.progress import step_progress
+from eval.run_folder import check_new, json_line, read_episodes, replace_file
 from train.cluster.launch import LocalJob, check_running, ended_by_signals
 from train.cluster.recipe import VERSION, flag_words
 from train.sft import read_samples

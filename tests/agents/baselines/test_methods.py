@@ -18,7 +18,7 @@ from agents.baselines.answering import answer_in
 from agents.baselines.full_context import without_middle
 from agents.baselines.rag import WholeDocuments
 from agents.chat_policy import Sampling
-from agents.prompted import PromptedPolicy
+from agents.prompting import PromptedPolicy
 from agents.registry import METHODS
 from agents.rollout import Driver, EpisodeSpec
 from atommem_env.chunking import chunk_documents

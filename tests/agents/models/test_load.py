@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from agents.models.download import TINY
+from agents.models.find import TINY
 from agents.models.load import MODELS, is_model, load_model
 from agents.models.openai_api import OpenAIModel
 from agents.models.vllm_model import VLLMModel

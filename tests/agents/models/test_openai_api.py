@@ -540,7 +540,8 @@ def test_a_key_reaches_no_folder_no_log_and_no_repr(
     service: Service, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from agents.models.load import load_model
-    from eval.run import EvalConfig, evaluate
+    from eval.options import EvalConfig
+    from eval.run import evaluate
 
     for logger in ("agents", "openai"):
         caplog.set_level(logging.DEBUG, logger)

@@ -9,7 +9,7 @@ from rich.console import Console
 
 pytest.importorskip("lancedb")
 
-from atommem_env.store import MemoryStore
+from atommem_env.store.memory_store import MemoryStore
 from eval.benchmarks import crash
 
 

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from atommem_env import cli
 from atommem_env.errors import JobFailed, SettingError
-from eval.run import json_line
+from eval.run_folder import json_line
 from train.cluster import launch as launcher
 from train.cluster.launch import (
     SLURM,

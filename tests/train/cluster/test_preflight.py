@@ -16,7 +16,7 @@ from rich.console import Console
 pytest.importorskip("transformers")
 pytest.importorskip("torch")
 
-from agents.models.download import TINY
+from agents.models.find import TINY
 from atommem_env.errors import SettingError
 from train.cluster.preflight import (
     Machines,
@@ -31,7 +31,7 @@ from train.cluster.preflight import (
     known_size,
 )
 from train.cluster.recipe import VERSION, ClusterRun, openrlhf_flags, read_recipe
-from train.memory_needed import ModelSize
+from train.estimate import ModelSize
 
 GB = 10**9
 SIZE = ModelSize(

@@ -12,7 +12,7 @@ pytest.importorskip("torch")
 from atommem_env.errors import SettingError
 from train.cluster.preflight import Machines, Node, check_machines, check_recipe, estimate, known_size
 from train.cluster.recipe import FOLDER, ClusterRun, read_recipe, recipe_names
-from train.memory_needed import environment_of
+from train.estimate import environment_of
 
 GB = 10**9
 PAPER = ("qwen3-8b-hotpotqa", "qwen3-8b-2wiki", "qwen3-8b-musique")

@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
 from agents.models.chat_tokenizer import ChatTokenizer
-from agents.models.download import find_model
+from agents.models.find import find_model
 from atommem_env.errors import DataError, JobFailed, MissingDependency, PromptTooLong, SettingError
 from train.cluster.launch import LocalJob, check_running
 from train.cluster.sft import ClusterSFT, launch_command, main, sft_flags, updates, write_tokens

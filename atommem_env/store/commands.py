@@ -17,8 +17,8 @@ from rich.table import Table
 from atommem_env.embedders import embed, get_embedder
 from atommem_env.errors import SettingError, StoreError
 from atommem_env.memory import WorkingMemory
-from atommem_env.recorder import INTERRUPTED, EpisodeRecord
-from atommem_env.store import MemoryStore
+from atommem_env.store.memory_store import MemoryStore
+from atommem_env.store.recorder import INTERRUPTED, EpisodeRecord
 from atommem_env.types import EmbeddingRequest
 
 _ID = 10  # characters of an episode's id that tables show

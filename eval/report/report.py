@@ -30,9 +30,10 @@ from atommem_env import ENVIRONMENTS
 from atommem_env.errors import SettingError
 from atommem_env.types import ABLATIONS, EpisodeSettings
 from eval.compare import Run, read_run
-from eval.plots import draw
-from eval.run import replace_file
-from eval.tables import Environment, Published, Row, csv_text, latex, markdown, plain, results
+from eval.report.plots import draw
+from eval.report.rows import Environment, Published, Row, plain
+from eval.report.tables import csv_text, latex, markdown, results
+from eval.run_folder import replace_file
 
 # Settings in which rows of one table may differ: how a policy is asked, and what its memory is.
 _OF_A_ROW = {

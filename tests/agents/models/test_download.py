@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from agents.models import download
-from agents.models.download import find_model, get_model
+from agents.models.download import get_model
+from agents.models.find import find_model
 from atommem_env.errors import DataError, ModelNotFound
 from atommem_env.paths import data_folder
 from atommem_env.types import Message

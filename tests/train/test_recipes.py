@@ -14,11 +14,10 @@ import pytest
 from atommem_env import cli
 from atommem_env.env import split_options
 from atommem_env.errors import SettingError
-from train import collect, grpo, presets, sft
+from train import collect, grpo, recipes, sft
 from train.collect import CollectConfig
-from train.grpo import GRPORun
-from train.presets import FOLDER, NAMES, load_preset, read_preset
-from train.sft import SFTRun
+from train.recipes import FOLDER, NAMES, load_preset, read_preset
+from train.settings import GRPORun, SFTRun
 
 
 def run(monkeypatch: pytest.MonkeyPatch, words: str) -> list[Any]:
@@ -156,6 +155,6 @@ def test_a_preset_that_fits_asks_for_its_model(tmp_path: Path) -> None:
 
 
 def test_a_model_of_the_command_line_is_not_judged_by_the_preset(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(presets, "check_memory", lambda *given: pytest.fail("judged"))
+    monkeypatch.setattr(recipes, "check_memory", lambda *given: pytest.fail("judged"))
     (config,) = run(monkeypatch, "grpo --preset qwen3-8b-lora --model another")
     assert config.model == "another"

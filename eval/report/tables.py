@@ -7,112 +7,18 @@ import io
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.compare import Run
-from eval.metrics import SCHEMA_VERSION, summarise
+from rich import box
+from rich.table import Table
+
+import atommem_env  # noqa: F401  (registers the environments)
+from eval.metrics import SCHEMA_VERSION
+from eval.report.rows import Environment, judgement, plain, slug
 
 if TYPE_CHECKING:
-    from eval.plots import Plot
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Published:
-    """A method's figures on one dataset in a paper."""
-
-    paper: str
-    source: str
-    model: str
-    metric: str  # "EM" or "judge"
-    method: str
-    policy: str | None = None  # our baseline of the same method
-    settings: dict[str, Any] = field(default_factory=dict)  # that it has to have
-    drawn: bool = False  # also without such a baseline
-    cost: dict[str, float] = field(default_factory=dict)  # of one task; {}: not given
-    figures: dict[str, float]  # number of documents, or "own" → %
-
-
-@dataclass(frozen=True)
-class Row:
-    """Runs that differ in their seed alone."""
-
-    name: str  # no other row of the table has it
-    runs: tuple[Run, ...]  # by seed
-    published: tuple[Published, ...] = ()  # of the same method
-
-    @property
-    def shown(self) -> str:
-        """The name, with a star where the policy is given the golds."""
-        return self.name + "*" * self.numbers["privileged"]
-
-    @cached_property
-    def records(self) -> list[dict[str, Any]]:
-        """The episodes of all runs."""
-        return [record for run in self.runs for record in run.records]
-
-    @cached_property
-    def numbers(self) -> dict[str, Any]:
-        """What `summarise` says of all episodes, and `privileged`, `seconds`, `cached_tokens` and, if judged, `pass_rate`."""
-        summaries = [run.summary or {} for run in self.runs]
-        spent = {
-            name: sum(summary[name] * summary["episodes"] for summary in summaries) / len(self.records)
-            for name in ("seconds", "cached_tokens")
-        }
-        judged = [judgement(run) for run in self.runs]
-        clear = sum(found["pass"] + found["fail"] for found in judged if found)
-        rate = sum(found["pass"] for found in judged if found) / clear if all(judged) and clear else None
-        return {**summarise(self.records), **spent, "privileged": summaries[0]["privileged"], "pass_rate": rate}
-
-
-@dataclass(frozen=True, slots=True)
-class Environment:
-    """The rows of one table."""
-
-    title: str
-    family: str  # those that differ from it in their number of documents alone have the same
-    settings: dict[str, Any]  # of all its rows
-    rows: tuple[Row, ...]  # policies without the golds first, best first
-    published: tuple[Published, ...]  # on its dataset
-
-    @property
-    def documents(self) -> int | None:
-        """In each context; None: the environment does not set it."""
-        return self.settings.get("num_docs")
-
-    @property
-    def beside(self) -> list[tuple[Published, float]]:
-        """The exact match [%] published for its number of documents."""
-        place = str(self.documents)
-        return [(one, one.figures[place]) for one in self.published if one.metric == "EM" and place in one.figures]
-
-
-def judgement(run: Run) -> dict[str, Any] | None:
-    """What `atommem judge` found."""
-    path = run.folder / "judge.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def slug(text: str) -> str:
-    """A text as part of a file's name.
-
-    >>> slug("AtomMem-HotpotQA, 200 documents")
-    'atommem-hotpotqa-200-documents'
-    """
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-
-
-def plain(value: object) -> str:
-    """A setting as people write it.
-
-    >>> plain(["create", "read"]), plain(None), plain(True), plain(0.25)
-    ('create, read', 'none', 'true', '0.25')
-    """
-    if isinstance(value, list):
-        return ", ".join(map(plain, value)) or "none"
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+    from eval.report.rows import Plot
 
 
 def _percent(share: float | None) -> str:
@@ -353,3 +259,32 @@ def results(environments: Sequence[Environment], shown: Callable[[Path], str]) -
                 judged = {name: found for name, found in (judgement(run) or {}).items() if name != "disagreements"}
                 lines.append(head | flat({**(run.summary or {}), "judge": judged}))
     return lines
+
+
+def results_table(summaries: list[dict[str, Any]], title: str) -> Table:
+    """Summaries as a table for people; fits into 80 columns."""
+    table = Table(
+        title=title,
+        caption=("* is given the golds. " if any(row["privileged"] for row in summaries) else "")
+        + "In %: exact match with its interval, evidence stored and in view when its question was settled. "
+        "An episode: steps, creates, faults.",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column("policy", overflow="fold")
+    for heading in ("EM", "95 % CI", "stored", "in view", "steps", "creates", "faults"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in summaries:
+        low, high = row["em_ci95"]
+        recall = row["evidence_recall"]
+        table.add_row(
+            row["label"] + ("*" if row["privileged"] else ""),
+            f"{100 * row['em']:.1f}",
+            f"{100 * low:.1f}–{100 * high:.1f}",
+            *("–" if recall[stage] is None else f"{100 * recall[stage]:.1f}" for stage in ("stored", "retrieved")),
+            f"{row['steps']:.1f}",
+            f"{row['operations'].get('create', 0):.1f}",
+            f"{sum(row['faults'].values()):.1f}",
+        )
+    return table

@@ -8,15 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from atommem_env.errors import SettingError, StoreError
 from atommem_env.memory import WorkingMemory
-from atommem_env.store_tables import batch_of, surrogates_kept
+from atommem_env.store.tables import batch_of, surrogates_kept
 from atommem_env.types import StepResult, StopReason, Vector
-
-if TYPE_CHECKING:
-    from atommem_env.store import MemoryStore
 
 INTERRUPTED = "interrupted"  # the status of an episode that is not over; nobody may be playing it any more
 _BATCH_ROWS = 256  # made and written at a time, or fewer: LanceDB takes pieces of over a megabyte at half the speed
@@ -62,10 +59,10 @@ class Recorder:
     """Notes what happens in one episode until `MemoryStore.write`; made by `MemoryStore.begin` and `resume`."""
 
     def __init__(
-        self, store: MemoryStore, record: EpisodeRecord, changes: int = 0, replaced: tuple[str, ...] = ()
+        self, durability: str, record: EpisodeRecord, changes: int = 0, replaced: tuple[str, ...] = ()
     ) -> None:
         self.episode_id = record.episode_id
-        self._store = store
+        self._durability = durability  # of the store
         self._record = record
         self._steps = record.steps
         self._changes = changes  # journal rows written
@@ -78,9 +75,9 @@ class Recorder:
     @property
     def due(self) -> bool:
         """Whether `MemoryStore.write` has something to write: with "episode" at the end, with "step" after each reply."""
-        if self._closed or self._store.durability == "off":
+        if self._closed or self._durability == "off":
             return False
-        return self._ending is not None or (self._store.durability == "step" and bool(self._notes))
+        return self._ending is not None or (self._durability == "step" and bool(self._notes))
 
     def record(self, step: int, reply: str, result: StepResult) -> None:
         """Notes reply number `step`, counted from 1, and what it led to.
@@ -92,7 +89,7 @@ class Recorder:
         if self._ending is not None or step != self._steps + 1:
             raise StoreError(f"Reply {self._steps + 1} of episode {self.episode_id} comes next, got number {step}.")
         self._steps = step
-        if self._store.durability != "off":
+        if self._durability != "off":
             self._notes.append((step, reply, result))
 
     def end(self, status: str, reward: float, memory: WorkingMemory) -> None:
@@ -112,12 +109,7 @@ class Recorder:
             raise SettingError(f"status must be one of {', '.join(known)}, got {status!r}.")
         self._check_open()
         self._ending = str(status), float(reward), memory
-        self._closed = self._store.durability == "off"
-
-    def commit(self, status: str, reward: float, memory: WorkingMemory) -> None:
-        """`end` and `MemoryStore.write`, for an episode by itself."""
-        self.end(status, reward, memory)
-        self._store.write([self])
+        self._closed = self._durability == "off"
 
     def next_commit(self) -> Commit:
         """All that is noted, under this recorder's writer; stays noted until `succeeded`. For `MemoryStore.write`."""

@@ -1,4 +1,4 @@
-"""`eval.benchmarks.steps` in small: every part is found, shares add up, and TRL does the same work."""
+"""`train.benchmarks.steps` in small: every part is found, shares add up, and TRL does the same work."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytest.importorskip("trl")
 import torch
 
 from agents.models.transformers_model import TransformersModel
-from eval.benchmarks import steps
+from train.benchmarks import steps
 
 
 @pytest.fixture(autouse=True)

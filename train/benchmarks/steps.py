@@ -1,7 +1,7 @@
 """A whole step of GRPO: how much of it is the model, and how fast it is beside TRL's.
 
-    python -m eval.benchmarks.steps
-    python -m eval.benchmarks.steps --model FOLDER --out steps.json
+    python -m train.benchmarks.steps
+    python -m train.benchmarks.steps --model FOLDER --out steps.json
 
 **shares**: where the time of `train.grpo.Trainer.train_step` goes. A part has the time that was spent in its functions, but
 for what they spent in other parts; what no part has is "other" (event loop, driver, metrics of the step). Everything but
@@ -50,8 +50,9 @@ from atommem_env.tasks.synthetic_world import vocabulary
 from atommem_env.types import Message, Observation, Rollout, StopReason, Turn
 from eval.benchmarks import write_figures
 from train.advantages import group_advantages
-from train.grpo import GRPORun, Trainer
+from train.grpo import Trainer
 from train.samples import make_samples
+from train.settings import GRPORun
 from train.tiny_base import build_model, build_tokenizer
 
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import cycle
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ import numpy as np
 
 from atommem_env.errors import MissingDependency
 from atommem_env.types import OperationKind
-from eval.tables import Environment, Row, slug
+from eval.report.rows import Environment, Plot, Row, slug
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,17 +27,6 @@ _STAGES = {"stored": ("stored", "#56B4E9"), "retrieved": ("in view", "#0072B2"),
 
 _Styles = dict[str, dict[str, Any]]  # a row's name → its colour and marker, the same in all pictures
 _Drawn = list[dict[str, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Plot:
-    """A picture and the numbers that it shows."""
-
-    name: str  # of its files
-    of: str  # the environment's title; "": of more than one
-    caption: str
-    figure: Figure
-    drawn: _Drawn
 
 
 def draw(environments: Sequence[Environment]) -> list[Plot]:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from atommem_env.episode import Episode
 from atommem_env.errors import SettingError, StoreError
-from atommem_env.recorder import EpisodeRecord
-from atommem_env.store import MemoryStore
+from atommem_env.store.memory_store import MemoryStore
+from atommem_env.store.recorder import EpisodeRecord
 from atommem_env.types import EpisodeSettings, StepResult, TaskSource
 
 

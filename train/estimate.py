@@ -21,17 +21,16 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from agents.models.download import find_model
+from agents.models.find import find_model
 from atommem_env.env import split_options
 from atommem_env.errors import MissingDependency, SettingError
 from atommem_env.tasks import source_options
 from atommem_env.tasks.haystack import MOST_QUESTIONS
 from atommem_env.types import EpisodeSettings
-from eval.run import EnvOptions
+from eval.options import EnvOptions
 
 if TYPE_CHECKING:
-    from train.grpo import GRPORun
-    from train.sft import SFTRun
+    from train.settings import GRPORun, SFTRun
 
 SHORT = 64  # tokens of a usual entry or reply: a sentence or two
 # Of a usual document, title included: the means over the paragraphs of each dataset.
@@ -167,7 +166,7 @@ def written_sum(items: Sequence[Item]) -> str:
 
 def memory_needed(run: SFTRun | GRPORun, size: ModelSize, *, gpu: bool) -> dict[str, list[Item]]:
     """The sum for each phase of a run; what it needs is the larger one."""
-    from train.sft import SFTRun
+    from train.settings import SFTRun
 
     return _sft_memory(run, size, gpu=gpu) if isinstance(run, SFTRun) else _grpo_memory(run, size, gpu=gpu)
 

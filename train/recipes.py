@@ -22,16 +22,15 @@ from typing import Any, TypeVar
 
 import tyro
 
-from agents.models.download import find_model
+from agents.models.find import find_model
 from atommem_env.errors import ModelNotFound, SettingError
-from eval.run import EnvOptions
+from eval.options import EnvOptions
 from eval.toml_tables import fields_of, read_table, read_toml
 from train.collect import CollectConfig
-from train.grpo import GRPORun
-from train.memory_needed import check_memory
-from train.sft import SFTRun
+from train.estimate import check_memory
+from train.settings import GRPORun, SFTRun
 
-FOLDER = Path(__file__).resolve().parents[1] / "configs"
+FOLDER = Path(__file__).resolve().parents[1] / "configs" / "train"
 NAMES = ("tiny", "smollm2", "qwen3-0.6b", "qwen3-8b-lora")  # from the smallest machine to the largest
 _Config = TypeVar("_Config", CollectConfig, SFTRun, GRPORun)
 _COMMANDS: dict[str, type[Any]] = {"collect": CollectConfig, "sft": SFTRun, "grpo": GRPORun}

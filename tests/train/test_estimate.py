@@ -14,10 +14,11 @@ transformers = pytest.importorskip("transformers")
 
 from atommem_env.errors import ModelNotFound, SettingError  # noqa: E402
 from train.collect import SCHEMA  # noqa: E402
-from train.grpo import GRPORun, Trainer  # noqa: E402
-from train.memory_needed import ModelSize, check_memory, memory_needed, refuse_too_large  # noqa: E402
-from train.presets import load_preset, read_preset  # noqa: E402
-from train.sft import SFTRun, train  # noqa: E402
+from train.estimate import ModelSize, check_memory, memory_needed, refuse_too_large  # noqa: E402
+from train.grpo import Trainer  # noqa: E402
+from train.recipes import load_preset, read_preset  # noqa: E402
+from train.settings import GRPORun, SFTRun
+from train.sft import train  # noqa: E402
 
 GB = 10**9
 SIZE = ModelSize(

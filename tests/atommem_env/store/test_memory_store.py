@@ -18,8 +18,8 @@ import pytest
 
 from atommem_env.errors import EmbeddingError, SettingError, StoreError
 from atommem_env.memory import WorkingMemory, unit
-from atommem_env.recorder import Recorder
-from atommem_env.store import MemoryStore
+from atommem_env.store.memory_store import MemoryStore
+from atommem_env.store.recorder import Recorder
 from atommem_env.types import Mutation, Observation, OperationKind, StepResult, Vector
 
 lancedb = pytest.importorskip("lancedb")
@@ -65,14 +65,14 @@ class Player:
         self.replies: list[str] = []
         self.vectors: dict[tuple[str, str], Vector] = {}
 
-    def play(self, steps: int, write: bool = False) -> None:
+    def play(self, steps: int, write_to: MemoryStore | None = None) -> None:
         for _ in range(steps):
             step = len(self.replies) + 1
             self.replies.append(f"reply {step} “quoted’ ' \x00")
             self.recorder.record(step, self.replies[-1], step_result(self.operate(), str(step)))
             self.history.append(self.memory.snapshot())
-            if write:
-                self.recorder._store.write([self.recorder])
+            if write_to:
+                write_to.write([self.recorder])
 
     def operate(self) -> list[Mutation]:
         mutations = []
@@ -120,6 +120,12 @@ class Player:
             assert np.array_equal(np.array([row["vector"] for row in rows], dtype=np.float32), self.memory.vectors())
 
 
+def commit(store: MemoryStore, recorder: Recorder, status: str, reward: float, memory: WorkingMemory) -> None:
+    """An episode's end, written by itself."""
+    recorder.end(status, reward, memory)
+    store.write([recorder])
+
+
 def plain_rows(folder: Path, table: str) -> list[dict[str, Any]]:
     """What a client reads that knows nothing of us."""
     rows: list[dict[str, Any]] = lancedb.connect(folder).open_table(table).to_arrow().to_pylist()
@@ -129,7 +135,7 @@ def plain_rows(folder: Path, table: str) -> list[dict[str, Any]]:
 def played(store: MemoryStore, seed: int = 0, steps: int = 12, status: str = "answered") -> Player:
     player = Player(begin(store, seed), seed)
     player.play(steps)
-    player.recorder.commit(status, 0.5, player.memory)
+    commit(store, player.recorder, status, 0.5, player.memory)
     return player
 
 
@@ -167,7 +173,7 @@ def test_an_episode_without_any_vector(tmp_path: Path) -> None:
     store = MemoryStore(tmp_path)
     recorder = begin(store)
     recorder.record(1, "nothing", step_result([]))
-    recorder.commit("unanswered", 0.0, WorkingMemory())
+    commit(store, recorder, "unanswered", 0.0, WorkingMemory())
     assert store.replies(recorder.episode_id) == ["nothing"]
     assert store.vectors(recorder.episode_id) == {}
     assert len(store.memory_at(recorder.episode_id, 1)) == 0
@@ -203,7 +209,7 @@ def test_replies_with_lone_surrogates_come_back_exactly_and_can_be_read_by_any_c
     for step, reply in enumerate(replies, 1):
         mutations = [Mutation(OperationKind.CREATE, "m1", "a\udfff", vector)] if step == 1 else []
         recorder.record(step, reply, step_result(mutations, "\ud800"))
-    recorder.commit("answered", 1.0, memory)
+    commit(store, recorder, "answered", 1.0, memory)
     assert store.replies(recorder.episode_id) == replies
     assert plain_rows(tmp_path, "turns")[0]["reply"] == "good \ufffd bad"
     assert plain_rows(tmp_path, "entries")[0]["text"] == "a\ufffd"
@@ -231,7 +237,7 @@ def test_an_interrupted_episode_goes_on_twice(tmp_path: Path) -> None:
     for status in ("interrupted", "answered"):
         player.recorder = MemoryStore(tmp_path).resume(player.recorder.episode_id)
         player.play(7)
-        player.recorder.commit(status, 1.0, player.memory)
+        commit(store, player.recorder, status, 1.0, player.memory)
         player.check(store)
     other.check(store)
     assert len(plain_rows(tmp_path, "episodes")) == 2  # the old rows are gone
@@ -311,7 +317,7 @@ def test_a_failed_write_loses_and_doubles_nothing(
     store = MemoryStore(tmp_path, "step")
     players = [Player(begin(store, seed), seed) for seed in (9, 5, 7)]
     for player in players:
-        player.play(6, write=True)
+        player.play(6, write_to=store)
     assert len(players[0].memory)
     table_type = type(lancedb.connect(tmp_path).open_table("turns"))
     add, delete = table_type.add, table_type.delete
@@ -355,7 +361,7 @@ def test_a_step_whose_turn_is_missing_does_not_count_and_is_played_again(
 ) -> None:
     store = MemoryStore(tmp_path, "step")
     player = Player(begin(store), 1)
-    player.play(3, write=True)
+    player.play(3, write_to=store)
     lost = Player(begin(MemoryStore(tmp_path, "off")), 1)  # the same episode, as it would have gone on
     lost.play(3)
     add = (table_type := type(lancedb.connect(tmp_path).open_table("turns"))).add
@@ -373,7 +379,7 @@ def test_a_step_whose_turn_is_missing_does_not_count_and_is_played_again(
     again = MemoryStore(tmp_path, "step")
     lost.recorder = again.resume(player.recorder.episode_id)
     lost.rng = np.random.default_rng(77)  # another step 4 than the one that was cut short
-    lost.play(2, write=True)
+    lost.play(2, write_to=store)
     lost.check(again)
     lost.recorder.end("answered", 1.0, lost.memory)
     again.write([lost.recorder])
@@ -437,7 +443,7 @@ def test_search_over_thousands_of_entries_is_exact_and_passes_over_what_does_not
     add = table_type.add
     with monkeypatch.context() as patch:
         patch.setattr(table_type, "add", lambda table, data: None if table.name == "episodes" else add(table, data))
-        cut.commit("answered", 1.0, memory)
+        commit(store, cut, "answered", 1.0, memory)
     keys, matrix = list(live), np.stack(list(live.values()))
     for query in queries:
         found = [(hit.episode_id, hit.entry_id) for hit in store.search(query, 20)]
@@ -472,7 +478,7 @@ def test_a_commit_that_is_cut_short_leaves_the_old_state_or_the_new_one(
     change = Mutation(OperationKind.CREATE, memory.create("new", vector), "new", vector)
     first.record(13, "a reply that counts only if its episodes row was written", step_result([change]))
     with pytest.raises(StoreError, match="disk is full"):
-        first.commit("interrupted", 0.0, memory)
+        commit(store, first, "interrupted", 0.0, memory)
     monkeypatch.undo()
     reader = MemoryStore(tmp_path)
     assert len(reader.episodes()) == 1
@@ -485,7 +491,7 @@ def test_a_commit_that_is_cut_short_leaves_the_old_state_or_the_new_one(
         assert len(reader.search(np.ones(DIMENSION), 99, player.recorder.episode_id)) == len(player.memory)
         player.recorder = reader.resume(player.recorder.episode_id)
         player.play(3)
-        player.recorder.commit("answered", 1.0, player.memory)
+        commit(store, player.recorder, "answered", 1.0, player.memory)
         assert MemoryStore(tmp_path).replies(player.recorder.episode_id) == player.replies
         assert len(reader.memory_at(player.recorder.episode_id, 15)) == len(player.memory)
 
@@ -496,9 +502,9 @@ def test_a_commit_can_be_tried_again(tmp_path: Path) -> None:
     player = Player(begin(store), 0)
     player.play(5)
     with pytest.raises(StoreError, match="durability='off'"):
-        player.recorder.commit("answered", 1.0, player.memory)
+        commit(store, player.recorder, "answered", 1.0, player.memory)
     (tmp_path / "folder").unlink()
-    player.recorder.commit("answered", 1.0, player.memory)
+    commit(store, player.recorder, "answered", 1.0, player.memory)
     player.check(store)
 
 
@@ -511,10 +517,10 @@ def test_the_recorder_refuses_what_would_damage_the_record(tmp_path: Path) -> No
     with pytest.raises(StoreError, match="got number 2"):
         recorder.record(2, "too early", step_result([]))
     with pytest.raises(SettingError, match="status"):
-        recorder.commit("bored", 0.0, WorkingMemory())
-    recorder.commit("interrupted", 0.0, WorkingMemory())
+        commit(store, recorder, "bored", 0.0, WorkingMemory())
+    commit(store, recorder, "interrupted", 0.0, WorkingMemory())
     for again in (
-        lambda: recorder.commit("answered", 0.0, WorkingMemory()),
+        lambda: commit(store, recorder, "answered", 0.0, WorkingMemory()),
         lambda: recorder.record(1, "late", step_result([])),
     ):
         with pytest.raises(StoreError, match="was committed"):
@@ -529,7 +535,7 @@ def test_vectors_of_another_dimension_are_refused_before_anything_is_written(tmp
     memory = WorkingMemory()
     memory.create("a", np.ones(DIMENSION + 1))
     with pytest.raises(StoreError, match="holds 8-dimensional vectors, got 9"):
-        begin(store).commit("answered", 0.0, memory)
+        commit(store, begin(store), "answered", 0.0, memory)
     assert len(plain_rows(tmp_path, "entries")) == len(player.memory)
     assert len(plain_rows(tmp_path, "episodes")) == 1
 
@@ -547,7 +553,7 @@ def test_tables_of_a_newer_version_or_of_somebody_else_are_not_touched(
     memory = WorkingMemory()
     memory.create("a", [1.0])
     with pytest.raises(StoreError, match="Upgrade atommem" if version else "not one of AtomMem's"):
-        begin(store).commit("answered", 0.0, memory)
+        commit(store, begin(store), "answered", 0.0, memory)
     assert plain_rows(tmp_path, table) == []
     assert [path.stem for path in tmp_path.iterdir()] == [table]
 
@@ -563,7 +569,8 @@ def test_every_table_says_its_schema_version(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StoreError, match="this user can write"):
-        begin(MemoryStore(tmp_path / "file" / "memory")).commit("answered", 0.0, WorkingMemory())
+        store = MemoryStore(tmp_path / "file" / "memory")
+        commit(store, begin(store), "answered", 0.0, WorkingMemory())
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
@@ -585,7 +592,7 @@ def test_a_full_disk_says_so_and_loses_nothing(tmp_path: Path) -> None:
         import numpy as np
         from atommem_env.errors import StoreError
         from atommem_env.memory import WorkingMemory
-        from atommem_env.store import MemoryStore
+        from atommem_env.store.memory_store import MemoryStore
         store = MemoryStore(sys.argv[1])
         def end(texts):
             memory = WorkingMemory()
@@ -665,11 +672,11 @@ def test_files_are_joined_every_64_commits(tmp_path: Path) -> None:
     memory = WorkingMemory()
     memory.create("a", [1.0, 0.0])
     for index in range(64):
-        begin(store, index).commit("answered", 0.0, memory)
+        commit(store, begin(store, index), "answered", 0.0, memory)
     assert len(store.episodes()) == len(plain_rows(tmp_path, "entries")) == 64
     assert lancedb.connect(tmp_path).open_table("episodes").stats()["fragment_stats"]["num_fragments"] == 1
     for index in range(12):
-        begin(store, index).commit("answered", 0.0, memory)
+        commit(store, begin(store, index), "answered", 0.0, memory)
     store.close()
     for name in ("episodes", "journal", "entries"):
         assert sum(path.is_file() for path in (tmp_path / f"{name}.lance").rglob("*")) <= 10
@@ -708,7 +715,7 @@ def test_importing_and_making_a_store_does_not_import_lancedb() -> None:
     done = run(
         """
         import sys
-        from atommem_env.store import MemoryStore
+        from atommem_env.store.memory_store import MemoryStore
         MemoryStore("nowhere").begin(env_id="", task_id="", index=0, task_seed=0, episode_seed=0, settings={})
         assert not {"lancedb", "pyarrow"} & set(sys.modules), "imported"
         """
@@ -723,18 +730,21 @@ def test_in_a_child_forked_after_lancedb_was_used_it_says_so(tmp_path: Path) -> 
         import os, sys
         from atommem_env.errors import StoreError
         from atommem_env.memory import WorkingMemory
-        from atommem_env.store import MemoryStore
-        begin = dict(env_id="", task_id="", index=0, task_seed=0, episode_seed=0, settings={})
+        from atommem_env.store.memory_store import MemoryStore
+        def play(store):
+            recorder = store.begin(env_id="", task_id="", index=0, task_seed=0, episode_seed=0, settings={})
+            recorder.end("answered", 0.0, WorkingMemory())
+            store.write([recorder])
         store = MemoryStore(sys.argv[1])
         if (child := os.fork()) == 0:  # before: allowed
-            store.begin(**begin).commit("answered", 0.0, WorkingMemory())
+            play(store)
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
         assert len(store.episodes()) == 1
         if (child := os.fork()) == 0:
             for attempt in (store, MemoryStore(sys.argv[1])):
                 try:
-                    attempt.begin(**begin).commit("answered", 0.0, WorkingMemory())
+                    play(attempt)
                 except StoreError as error:
                     assert "spawn" in str(error)
                 else:

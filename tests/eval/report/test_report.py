@@ -13,11 +13,13 @@ pytest.importorskip("matplotlib")
 from agents.registry import METHODS
 from atommem_env.cli import main as atommem
 from atommem_env.errors import MissingDependency, SettingError
-from eval import plots
 from eval.metrics import summarise
-from eval.report import ReportConfig, find_runs, group, main, read_published, report
-from eval.run import EvalConfig, evaluate, read_episodes
-from eval.tables import csv_text, latex, markdown
+from eval.options import EvalConfig
+from eval.report import plots
+from eval.report.report import ReportConfig, find_runs, group, main, read_published, report
+from eval.report.tables import csv_text, latex, markdown
+from eval.run import evaluate
+from eval.run_folder import read_episodes
 
 
 def run(folder: Path, policy: str, environment: str = "Easy 10", **changes: Any) -> Path:

@@ -11,7 +11,7 @@ import pytest
 
 import atommem_env  # noqa: F401  # registers the environments
 from atommem_env.cli import main
-from atommem_env.store import MemoryStore
+from atommem_env.store.memory_store import MemoryStore
 
 pytest.importorskip("lancedb")
 pq = pytest.importorskip("pyarrow.parquet")

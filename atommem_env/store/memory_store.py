@@ -34,9 +34,9 @@ from numpy.typing import ArrayLike
 
 from atommem_env.errors import MissingDependency, SettingError, StoreError
 from atommem_env.memory import WorkingMemory, unit
-from atommem_env.recorder import INTERRUPTED, Commit, EpisodeRecord, Recorder, batches_of, dimensions_of
-from atommem_env.shared_folder import SharedFolder
-from atommem_env.store_tables import (
+from atommem_env.store.folder_lock import SharedFolder
+from atommem_env.store.recorder import INTERRUPTED, Commit, EpisodeRecord, Recorder, batches_of, dimensions_of
+from atommem_env.store.tables import (
     SCHEMA_VERSION,
     TABLES,
     VERSION_KEY,
@@ -152,7 +152,7 @@ class MemoryStore:
             schema_version=SCHEMA_VERSION,
             committed_at=datetime.now(UTC),
         )
-        return Recorder(self, record)
+        return Recorder(self.durability, record)
 
     def resume(self, episode_id: str) -> Recorder:
         """The recorder that continues an interrupted episode; its first reply is number `steps` + 1.
@@ -163,7 +163,7 @@ class MemoryStore:
         record = self.episode(episode_id)
         if record.status != INTERRUPTED:
             raise StoreError(f"Episode {episode_id} is over ({record.status}); only an interrupted one can be resumed.")
-        return Recorder(self, record, changes=len(self._changes(record)), replaced=record.writers)
+        return Recorder(self.durability, record, changes=len(self._changes(record)), replaced=record.writers)
 
     def write(self, recorders: Iterable[Recorder]) -> None:
         """Commits, as one group, what is due of these recorders: see `Recorder.due`. Returns when it is durable.

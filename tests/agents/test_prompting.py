@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from agents.chat_policy import Sampling
 from agents.policy import Act
-from agents.prompted import Ask, Method, PromptedPolicy, written
+from agents.prompting import Ask, Method, PromptedPolicy, written
 from atommem_env.dialects import get_dialect
 from atommem_env.errors import SettingError
 from atommem_env.types import EpisodeSettings, Message, Observation, Operation, OperationKind, Reply, Usage

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atommem_env.lexical import LexicalIndex, fuse, words
+from atommem_env.bm25 import LexicalIndex, fuse, words
 
 texts = st.lists(st.sampled_from(["ada", "Rome", "rome,", "lives", "in", "the"]), max_size=6).map(" ".join)
 

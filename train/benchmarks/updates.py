@@ -1,7 +1,7 @@
 """How long the forward and backward pass of an update takes: right-padded, packed, and with shared prefixes.
 
-    python -m eval.benchmarks.updates
-    python -m eval.benchmarks.updates --model FOLDER --out updates.json
+    python -m train.benchmarks.updates
+    python -m train.benchmarks.updates --model FOLDER --out updates.json
 
 The four forms compute the same loss of the same samples, in turn, in one process; a ratio is the median over the rounds of
 what the right-padded form took by what this one took in the same round. All compute the output layer at trained places only.

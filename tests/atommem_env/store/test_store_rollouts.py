@@ -11,7 +11,7 @@ import pytest
 import atommem_env  # noqa: F401  # registers the environments
 from agents.rollout import Driver, EpisodeSpec
 from atommem_env.errors import StoreError
-from atommem_env.store import MemoryStore
+from atommem_env.store.memory_store import MemoryStore
 from atommem_env.types import Observation
 
 pytest.importorskip("lancedb")

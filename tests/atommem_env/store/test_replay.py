@@ -6,8 +6,8 @@ import pytest
 from atommem_env.embedders import embed, get_embedder
 from atommem_env.episode import Episode
 from atommem_env.errors import SettingError, StoreError
-from atommem_env.replay import first_moment, replay
-from atommem_env.store import MemoryStore
+from atommem_env.store.memory_store import MemoryStore
+from atommem_env.store.replay import first_moment, replay
 from atommem_env.types import EpisodeSettings, Observation, Task
 
 SETTINGS = EpisodeSettings(chunk_tokens=8, retrieval="random", top_k=1, operations=("create", "read", "delete"))
@@ -46,7 +46,8 @@ def play(task: Task, store: MemoryStore) -> tuple[str, list[Observation]]:
         result = episode.resolve(embed(get_embedder("hashing"), episode.submit(reply)))
         recorder.record(episode.steps, reply, result)
         seen.append(result.observation)
-    recorder.commit(episode.stop_reason, episode.reward, episode.memory)
+    recorder.end(episode.stop_reason, episode.reward, episode.memory)
+    store.write([recorder])
     return recorder.episode_id, seen
 
 
@@ -87,7 +88,8 @@ def test_settings_with_nested_tuples_are_recognised(task: Task, tmp_path: Path) 
     recorder = store.begin(
         env_id="here", task_id=task.id, index=0, task_seed=1, episode_seed=SEED, settings=dataclasses.asdict(settings)
     )
-    recorder.commit("interrupted", 0.0, Episode(task, settings, SEED).memory)
+    recorder.end("interrupted", 0.0, Episode(task, settings, SEED).memory)
+    store.write([recorder])
     record = store.episode(recorder.episode_id)
     assert first_moment(record, OneTask(task), settings).settings == settings
     with pytest.raises(SettingError, match="other settings of reward_terms"):

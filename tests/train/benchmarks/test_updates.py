@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.benchmarks import updates
+from train.benchmarks import updates
 
 SMALL = updates.Shape(name="small", groups=2, rollouts=3, turns=2, shared=20, own=(3, 6), reply=(2, 4), max_tokens=80)
 

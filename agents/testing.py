@@ -1,0 +1,102 @@
+"""The checker that users run on a policy of their own; those of other parts are in `atommem_env.testing`."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import gymnasium as gym
+
+from agents.policy import as_policy, reply_to
+from agents.rollout import run_blocking
+from atommem_env.dialects import Dialect, get_dialect
+from atommem_env.embedders import embed
+from atommem_env.episode import Episode
+from atommem_env.testing import doing, require
+from atommem_env.types import (
+    Operation,
+    OperationKind,
+)
+
+
+def check_policy(policy: Any, env_id: str = "AtomMem-Synthetic", *, deterministic: bool = True, **options: Any) -> None:
+    """Checks a policy, a function observation -> text or an `agents.Policy`, by five episodes of an environment.
+
+    - It replies with a `str` or a `Reply` to every observation, in both phases, and leaves the observation as it is.
+    - It bears observations that its own replies did not lead to: nothing stored or found, and faults in every notice.
+    - It plays several episodes at the same time. The same seed gives the same replies, whatever else it plays.
+
+    Args:
+        env_id: what to play; the policy may need one with tasks of its kind.
+        deterministic: whether the same seed gives the same replies. A model whose batches change its last bits may not.
+        options: of the environment, as for `gym.make`.
+
+    Raises:
+        AssertionError: it does not; the message says how.
+    """
+    absent = [name for name in ("name", "privileged") if hasattr(policy, "begin") and not hasattr(policy, name)]
+    require(not absent, f"A policy with begin() must also have {' and '.join(absent)}, see agents.policy.Policy.")
+    with doing("Taking it as a policy"):
+        player = as_policy(policy)
+    require(isinstance(player.name, str) and bool(player.name), f"name must be a text, got {player.name!r}.")
+    require(isinstance(player.privileged, bool), f"privileged must be True or False, got {player.privileged!r}.")
+    env = gym.make(env_id, **{"durability": "off", **options})
+
+    async def play_all() -> None:
+        seeds = (0, 1)
+        first = [await _play(player, env.unwrapped, seed) for seed in seeds]
+        again = await asyncio.gather(*(_play(player, env.unwrapped, seed) for seed in seeds))
+        for seed, one, other in zip(seeds, first, again, strict=True):
+            differ = next((step for step, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), None)
+            require(
+                not deterministic or one == other,
+                f"The same seed must give the same replies: with seed {seed}, played anew beside another episode, reply "
+                f"{differ} differs. What belongs to an episode lives in what begin() returns, and what is random is drawn "
+                "from its seed; or pass deterministic=False.",
+            )
+        dialect = get_dialect(env.unwrapped.settings.dialect)  # type: ignore[attr-defined]
+        await _play(player, env.unwrapped, 2, instead=_faults(dialect))
+
+    try:
+        run_blocking(play_all())
+    finally:
+        env.close()
+
+
+def _faults(dialect: Dialect) -> str:
+    """A reply that is full of faults, and reads a memory that stays empty."""
+    operations = [
+        Operation(OperationKind.UPDATE, "Ada moved.", "m999"),
+        Operation(OperationKind.DELETE, target="m999"),
+        Operation(OperationKind.CREATE, ""),
+        Operation(OperationKind.READ, "what was never stored"),
+    ]
+    cut = dialect.write(Operation(OperationKind.CREATE, "This was cut"))
+    return "".join(map(dialect.write, operations)) + "\x00\ud800" + cut[: len(cut) * 2 // 3]
+
+
+async def _play(player: Any, env: Any, seed: int, *, instead: str | None = None) -> list[str]:
+    """The replies of an episode in which the policy's reply, or `instead` of each, is carried out."""
+    task = env.source.task(seed % len(env.source), seed)
+    episode = Episode(task, env.settings, seed)
+    with doing(f"begin({seed}, …)"):
+        act = player.begin(seed, task if player.privileged else None)
+    require(callable(act), f"begin() must return a function observation -> reply, got {act!r}.")
+    replies = []
+    while episode.stop_reason is None:
+        observation = episode.observe()
+        given = observation.copy()
+        where = f"the reply to step {observation['step']} (phase {observation['phase']!r}, seed {seed})"
+        with doing(f"Asking for {where}"):
+            reply = await reply_to(act, given)
+        require(given == observation, f"The policy changed the observation that it was given for {where}.")
+        require(isinstance(reply.text, str), f"Reply.text must be a text, for {where} it is {reply.text!r}.")
+        require(
+            len(reply.logprobs) in (0, len(reply.completion_ids)),
+            f"A Reply must have one of logprobs for each of completion_ids, or none; for {where} there are "
+            f"{len(reply.logprobs)} for {len(reply.completion_ids)}.",
+        )
+        replies.append(reply.text)
+        episode.resolve(embed(env.embedder, episode.submit(reply.text if instead is None else instead)))
+        await asyncio.sleep(0)  # another episode's turn
+    return replies

@@ -1,0 +1,1 @@
+"""What episodes kept: LanceDB, as a durable store in front of which each episode has its working memory."""

@@ -1,0 +1,1 @@
+"""Figures of training's speed, each against a peer in the same run."""
