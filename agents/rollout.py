@@ -27,7 +27,7 @@ from atommem_env.types import EmbeddingRequest, EpisodeSettings, Rollout, TaskSo
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _PAUSE = 0.5  # seconds before an episode is played anew, doubled each time
-_NOT_MENDED_BY_RETRYING = (SettingError, DataError, PromptTooLong, MissingDependency, EngineDied)
+NON_RETRYABLE_ERRORS = (SettingError, DataError, PromptTooLong, MissingDependency, EngineDied)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class Driver:
         rollouts = await self._each(specs, policy, in_flight, finished, replied, retries=None, begun=begun)
         return [rollout for rollout in rollouts if rollout is not None]  # all of them: a failure was raised
 
-    async def run_tolerant(
+    async def run_with_retries(
         self,
         specs: Sequence[EpisodeSpec],
         policy: Policy | Act,
@@ -138,7 +138,7 @@ class Driver:
                 if retries is None:
                     played = await self.play(spec, policy, replied=replied)
                 else:
-                    played = await self.play_tolerant(spec, policy, retries=retries, replied=replied)
+                    played = await self.play_with_retries(spec, policy, retries=retries, replied=replied)
                 if isinstance(played, Exception):
                     return None
                 finished(position, played)
@@ -152,17 +152,17 @@ class Driver:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def play_tolerant(
+    async def play_with_retries(
         self, spec: EpisodeSpec, policy: Policy, *, retries: int, replied: Callable[[], None] = lambda: None
     ) -> Rollout | Exception:
-        """One episode of `run_tolerant`, for a caller that has an event loop of its own; a lost one is the last error."""
+        """One episode of `run_with_retries`, for a caller that has an event loop of its own; a lost one is the last error."""
         lost: Exception | None = None
         for attempt in range(retries + 1):
             if attempt:
                 await asyncio.sleep(_PAUSE * 2 ** (attempt - 1))  # an outage may pass
             try:
                 return await self.play(spec, policy, replied=replied)
-            except _NOT_MENDED_BY_RETRYING:
+            except NON_RETRYABLE_ERRORS:
                 raise
             except Exception as error:
                 _log.warning("Attempt %d at %s failed: %r", attempt + 1, spec, error)

@@ -27,7 +27,7 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text.casefold())
 
 
-class LexicalIndex:
+class BM25Index:
     r"""Texts by number, found by the words they share with a query; rests on the texts alone, not on how they came here.
 
     A text's score is a sum over the words w of the query, repeated ones each time,
@@ -37,7 +37,7 @@ class LexicalIndex:
     where w occurs tf times in the text, which has `length` words, and in n of the N texts. That is BM25 of Robertson and
     Zaragoza (2009); the 1 within the logarithm keeps a word that more than half of the texts share from counting against them.
 
-    >>> index = LexicalIndex()
+    >>> index = BM25Index()
     >>> for number, text in enumerate(["Ada lives in Turin.", "Ben lives in Oslo.", "Oslo, Oslo!"], start=1):
     ...     index.add(number, text)
     >>> index.ranking("Who lives in Oslo?")

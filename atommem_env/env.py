@@ -18,7 +18,7 @@ from atommem_env.paths import data_folder
 from atommem_env.spaces import Text
 from atommem_env.store.memory_store import MemoryStore
 from atommem_env.store.recorder import INTERRUPTED, Recorder
-from atommem_env.store.replay import first_moment, replay
+from atommem_env.store.replay import initial_episode, replay
 from atommem_env.tasks import make_source, source_options
 from atommem_env.types import (
     ABLATIONS,
@@ -249,7 +249,7 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
             raise SettingError(
                 f"Episode {episode_id} is over ({record.status}); only an interrupted one can be resumed."
             )
-        self.episode = first_moment(record, self.source, self.settings)
+        self.episode = initial_episode(record, self.source, self.settings)
         for _ in replay(self.episode, self.store, episode_id):
             pass
         self._recorder = self.store.resume(episode_id)
@@ -295,7 +295,7 @@ def count_results(results: tuple[OperationResult, ...]) -> dict[str, dict[str, i
     >>> count_results((OperationResult(OperationKind.CREATE), OperationResult(OperationKind.READ, Fault.EMPTY)))
     {'operations': {'create': 1}, 'faults': {'empty': 1}}
     """
-    done = Counter(str(result.kind) for result in results if result.kind and result.fault in (None, Fault.CUT))
+    done = Counter(str(result.kind) for result in results if result.kind and result.fault in (None, Fault.TRUNCATED))
     faults = Counter(str(result.fault) for result in results if result.fault is not None)
     return {"operations": dict(done), "faults": dict(faults)}
 

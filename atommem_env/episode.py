@@ -25,7 +25,7 @@ from atommem_env.errors import EmbeddingError, EpisodeStateError, SettingError
 from atommem_env.memory import WorkingMemory, unit
 from atommem_env.rewards import final_reward
 from atommem_env.scoring import holds, score
-from atommem_env.tokens import cut, get_tokenizer
+from atommem_env.tokens import get_tokenizer, truncate
 from atommem_env.types import (
     EmbeddingKind,
     EmbeddingRequest,
@@ -266,14 +266,14 @@ class Episode:
                     f"Only the first {len(operations)} operations of a turn are carried out; the {item.kind} was not."
                 )
             if item.kind is OperationKind.SCRATCHPAD and fault is None:
-                shorter = cut(item.text, self.settings.scratchpad_tokens, get_tokenizer(self.settings.tokenizer))
+                shorter = truncate(item.text, self.settings.scratchpad_tokens, get_tokenizer(self.settings.tokenizer))
                 if shorter != item.text:
                     item = replace(item, text=shorter)
-                    fault = Fault.CUT
+                    fault = Fault.TRUNCATED
                     detail = f"The scratchpad was cut to its first {self.settings.scratchpad_tokens} tokens."
             known = item.target if fault is None else ""
             results.append(OperationResult(item.kind, fault, detail, known))
-            if fault in (None, Fault.CUT):
+            if fault in (None, Fault.TRUNCATED):
                 operations.append(item)
                 created += item.kind is OperationKind.CREATE
                 if item.kind is OperationKind.DELETE:
@@ -462,7 +462,7 @@ class Episode:
         limit = self.settings.memory_tokens
         if not shown:  # better the start of the best entry than nothing
             best = self.memory.get(found[0])
-            shown.append(Entry(best.id, cut(best.text, limit, tokenizer)))
+            shown.append(Entry(best.id, truncate(best.text, limit, tokenizer)))
             return tuple(shown), f"Of {len(found)} entries found only the first {limit} tokens of {best.id} are shown."
         return tuple(shown), f"Of {len(found)} entries found only {len(shown)} are shown: more exceed {limit} tokens."
 

@@ -41,6 +41,10 @@ class EmbeddingError(AtomMemError, RuntimeError):
     """An embedder failed or returned vectors of the wrong shape; an infrastructure failure, never a reward."""
 
 
+class PluginError(AtomMemError, ImportError):
+    """A part of one's own, named as `module:attribute`, cannot be found."""
+
+
 class PolicyError(AtomMemError, RuntimeError):
     """A policy raised or returned something that is not a reply; an infrastructure failure, never a reward."""
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from atommem_env.bm25 import LexicalIndex, fuse
+from atommem_env.bm25 import BM25Index, fuse
 from atommem_env.errors import EmbeddingError, EpisodeStateError, SettingError
 from atommem_env.types import Entry, Vector
 
@@ -77,7 +77,7 @@ class WorkingMemory:
         self._rows: dict[str, int] = {}  # the row of each id; the first len(self) rows are in use, in any order
         self._matrix: Vector | None = None
         self._ids: list[str] = []  # of the entry in each row in use
-        self._lexical: LexicalIndex | None = None  # kept from the first search by words on; a copy makes its own anew
+        self._lexical: BM25Index | None = None  # kept from the first search by words on; a copy makes its own anew
 
     @property
     def dimension(self) -> int | None:
@@ -258,7 +258,7 @@ class WorkingMemory:
 
     def _by_words(self, query: str) -> list[int]:
         if self._lexical is None:
-            self._lexical = LexicalIndex()
+            self._lexical = BM25Index()
             for entry in self._entries.values():
                 self._lexical.add(_number(entry.id), entry.text)
         return self._lexical.ranking(query)

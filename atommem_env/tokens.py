@@ -85,10 +85,10 @@ def get_tokenizer(name: str) -> Tokenizer:
     raise SettingError(f"tokenizer must be 'builtin' or the path of an existing tokenizer.json, got {name!r}.")
 
 
-def cut(text: str, limit: int, tokenizer: Tokenizer) -> str:
+def truncate(text: str, limit: int, tokenizer: Tokenizer) -> str:
     """The longest prefix of `text` with at most `limit` tokens, `text` itself where it fits.
 
-    >>> cut("one two three", 2, BuiltinTokenizer())
+    >>> truncate("one two three", 2, BuiltinTokenizer())
     'one two'
     """
     if len(text) <= limit:  # a token has at least one character

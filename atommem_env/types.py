@@ -210,7 +210,7 @@ class Fault(StrEnum):
     SUPERSEDED = "superseded"  # a later Read, or answer, of the same reply counts
     TOO_MANY = "too_many"  # one more operation than a reply may have carried out
     FULL = "full"  # a Create when the memory holds as many entries as its capacity
-    CUT = "cut"  # carried out, but the text was too long and lost its end
+    TRUNCATED = "truncated"  # carried out, but the text was too long and lost its end
     ILLEGAL_TEXT = "illegal_text"  # carried out, with lone surrogates and NUL characters replaced by U+FFFD
     NO_ANSWER = "no_answer"  # a question was asked, and the reply neither answered nor sent a Read
 

@@ -26,7 +26,7 @@ from rich.table import Table
 from atommem_env.env import AtomMemEnv
 from atommem_env.errors import SettingError
 from eval.metrics import SCHEMA_VERSION, bootstrap_ci95
-from eval.run_folder import read_episodes, replace_file
+from eval.run_folder import read_jsonl, write_atomic
 
 _FLIPS = 10_000
 _SAME_ANYWAY = ("durability",)  # options that change nothing of what is played
@@ -90,7 +90,7 @@ def read_run(folder: Path) -> Run:
             f"{folder} was written in schema {config.get('schema_version')}, and this version reads {SCHEMA_VERSION}. "
             "Run `atommem eval` again, into another folder."
         )
-    records = sorted(read_episodes(lines_path), key=lambda record: record["episode"])
+    records = sorted(read_jsonl(lines_path), key=lambda record: record["episode"])
     if not records:
         raise SettingError(
             f"No episode in {folder} is finished yet; wait, or go on with it by `atommem eval --resume`."
@@ -280,5 +280,5 @@ def main(config: CompareConfig) -> None:
             console.print(f"Left out: {count:,} episodes that only {run} has finished.", highlight=False)
     if config.out is not None:
         config.out.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(config.out, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        write_atomic(config.out, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
         console.print(f"Written to [bold]{escape(str(config.out))}[/].")

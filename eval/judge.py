@@ -36,7 +36,7 @@ from atommem_env.types import Message, Question
 from eval.compare import Run, read_run
 from eval.metrics import bootstrap_ci95
 from eval.progress import step_progress
-from eval.run_folder import json_line, read_episodes, replace_file
+from eval.run_folder import read_jsonl, to_jsonl, write_atomic
 
 PROMPT_VERSION = 1  # goes up with any change of _PROMPT: judgements of another prompt are not those of this one
 _PROMPT = """\
@@ -116,7 +116,7 @@ def judge(config: JudgeConfig, console: Console | None = None) -> dict[str, Any]
     answers = _answers(run, config.model)
     verdicts = _ask_missing(config, answers, console or Console(stderr=True))
     result = _result(config.model, answers, verdicts)
-    replace_file(config.run / "judge.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(config.run / "judge.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     return result
 
 
@@ -151,14 +151,14 @@ def _answers(run: Run, model: str) -> list[_Answer]:
 def _ask_missing(config: JudgeConfig, answers: Sequence[_Answer], console: Console) -> dict[str, Verdict]:
     """Key → verdict of every answer that was given; new ones are kept in `judgements.jsonl` as they come."""
     path = config.run / "judgements.jsonl"
-    kept = read_episodes(path)
+    kept = read_jsonl(path)
     verdicts: dict[str, Verdict] = {line["key"]: verdict_of(line["replies"][-1]) for line in kept}
     given = {answer.key: answer for answer in answers if answer.record["prediction"] is not None}
     missing = [answer for key, answer in given.items() if key not in verdicts]
     if not missing:
         return verdicts
     model = load_model(config.model)
-    replace_file(path, "".join(map(json_line, kept)))  # without the half line that a killed judge leaves
+    write_atomic(path, "".join(map(to_jsonl, kept)))  # without the half line that a killed judge leaves
     with path.open("a", encoding="utf-8", newline="\n") as file, step_progress(console) as progress:
         bar = progress.add_task(
             f"{config.model} judges", total=len(given), completed=len(given) - len(missing), told=""
@@ -170,7 +170,7 @@ def _ask_missing(config: JudgeConfig, answers: Sequence[_Answer], console: Conso
             verdicts[answer.key] = verdict = verdict_of(replies[-1])
             line = {"key": answer.key, "question": answer.question.id, "prediction": answer.record["prediction"]}
             asked = {"temperature": _TEMPERATURES[len(replies) - 1], "replies": replies}  # the last reply's temperature
-            file.write(json_line({**line, "verdict": verdict, **asked}))
+            file.write(to_jsonl({**line, "verdict": verdict, **asked}))
             file.flush()
             progress.advance(bar)
 

@@ -15,7 +15,7 @@ from atommem_env.errors import SettingError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EnvOptions:
+class EnvConfig:
     """The environment, and how a language model plays it. Options left out are the environment's own."""
 
     env_id: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ENV_ID")]
@@ -64,7 +64,7 @@ class EnvOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EnvConfig(EnvOptions):
+class PlayConfig(EnvConfig):
     """Which episodes a policy plays, and where what comes of them is kept."""
 
     policy: str = "oracle"
@@ -80,7 +80,7 @@ class EnvConfig(EnvOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvalConfig(EnvConfig):
+class EvalConfig(PlayConfig):
     """What an evaluation is. Options left out are the environment's own."""
 
     out: Path = Path("runs/eval")

@@ -52,18 +52,18 @@ from rich.table import Table
 from agents.rollout import episode_specs
 from atommem_env.errors import AtomMemError, EmbeddingError, EngineDied, ModelError, SettingError
 from eval.metrics import summarise
-from eval.options import EnvConfig, EvalConfig
+from eval.options import EvalConfig, PlayConfig
 from eval.progress import step_progress
 from eval.report.tables import results_table
 from eval.run import evaluate, prepare_evaluation
-from eval.run_folder import check_unchanged, read_episodes
+from eval.run_folder import read_jsonl, require_same_config
 from eval.toml_tables import fields_of, read_table, read_toml
 from eval.workers import Workers
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs" / "eval"
 _OPTIONS = {
     name: kind
-    for name, kind in fields_of(EnvConfig).items()
+    for name, kind in fields_of(PlayConfig).items()
     if name not in ("env_id", "policy", "out", "episodes", "seed")
 }
 _OF_TASKS = ("split", "data", "corpus", "num_docs", "questions", "files")
@@ -104,7 +104,7 @@ class Run:
     @property
     def finished(self) -> int:
         """Episodes that its folder holds."""
-        return len(read_episodes(self.config.out / "episodes.jsonl"))
+        return len(read_jsonl(self.config.out / "episodes.jsonl"))
 
     @property
     def done(self) -> bool:
@@ -228,7 +228,7 @@ def check(runs: Sequence[Run]) -> dict[Run, str]:
         try:
             if config.embedder in outages:
                 raise outages[config.embedder]
-            env, _, identity = prepare_evaluation(config)
+            env, _, resolved_config = prepare_evaluation(config)
             with closing(env):
                 if run.environment not in tried:
                     tried.add(run.environment)
@@ -243,7 +243,7 @@ def check(runs: Sequence[Run]) -> dict[Run, str]:
         else:
             try:
                 if run.finished:
-                    check_unchanged(config.out / "config.json", identity)
+                    require_same_config(config.out / "config.json", resolved_config)
             except SettingError as error:
                 troubles[run] = f"{_told(error)} Move that folder away, or choose another --out."
     if wrong:
@@ -308,7 +308,7 @@ def tables(runs: Sequence[Run], failures: dict[Run, str]) -> list[Table]:
             seeds = [run for run in ours if run.policy == policy]
             there = [run for run in seeds if run not in failures]
             if there:
-                records = [record for run in there for record in read_episodes(run.config.out / "episodes.jsonl")]
+                records = [record for run in there for record in read_jsonl(run.config.out / "episodes.jsonl")]
                 privileged = json.loads((there[0].config.out / "summary.json").read_text(encoding="utf-8"))[
                     "privileged"
                 ]

@@ -35,10 +35,10 @@ from atommem_env.tasks import source_options
 from atommem_env.tokens import get_tokenizer
 from atommem_env.types import Rollout
 from eval.metrics import SCHEMA_VERSION, episode_cost, episode_record, summarise, summarise_costs
-from eval.options import EnvConfig, EvalConfig
+from eval.options import EvalConfig, PlayConfig
 from eval.progress import _episode_bar
 from eval.report.tables import results_table
-from eval.run_folder import _open_run, json_line, replace_file
+from eval.run_folder import _open_run, to_jsonl, write_atomic
 from eval.workers import Workers
 
 
@@ -62,10 +62,10 @@ def evaluate(
         Exception: what the policy, the embedder or the store raised. Finished episodes are kept for `resume`.
     """
     if workers:
-        identity, privileged, length = workers.open(prepare_evaluation, config)
+        resolved_config, privileged, length = workers.open(prepare_evaluation, config)
 
         def play_there(specs: Mapping[int, EpisodeSpec], rewards: Sequence[float], finished: _Finished) -> None:
-            name = f"{identity['label']} on {config.env_id}"
+            name = f"{resolved_config['label']} on {config.env_id}"
             with _episode_bar(console, progress, name, len(specs), rewards) as bar:
 
                 def ended(record: dict[str, Any], cost: dict[str, Any]) -> None:
@@ -75,11 +75,11 @@ def evaluate(
 
                 workers.play(specs, config.in_flight, ended)
 
-        return _evaluate(config, identity, privileged, length, play_there)
+        return _evaluate(config, resolved_config, privileged, length, play_there)
     if config.workers:
         with Workers(config.workers) as started:
             return evaluate(config, console, progress=progress, workers=started)
-    env, policy, identity = prepare_evaluation(config)
+    env, policy, resolved_config = prepare_evaluation(config)
     tokenizer = get_tokenizer(env.settings.tokenizer)
 
     def play_here(specs: Mapping[int, EpisodeSpec], rewards: Sequence[float], finished: _Finished) -> None:
@@ -100,14 +100,14 @@ def evaluate(
             list(specs.values()),
             console,
             progress=progress,
-            label=identity["label"],
+            label=resolved_config["label"],
             rewards_before=rewards,
             begun=begin,
             finished=ended,
         )
 
     with closing(env):
-        return _evaluate(config, identity, policy.privileged, len(env.source), play_here)
+        return _evaluate(config, resolved_config, policy.privileged, len(env.source), play_here)
 
 
 _Finished = Callable[[dict[str, Any], dict[str, Any]], None]  # told of each episode: its record, and its cost
@@ -115,7 +115,7 @@ _Finished = Callable[[dict[str, Any], dict[str, Any]], None]  # told of each epi
 
 def _evaluate(
     config: EvalConfig,
-    identity: dict[str, Any],
+    resolved_config: dict[str, Any],
     privileged: bool,
     length: int,
     play_missing: Callable[[Mapping[int, EpisodeSpec], Sequence[float], _Finished], None],
@@ -127,7 +127,7 @@ def _evaluate(
         length: how many tasks there are.
         play_missing: plays episodes by their position; it is also given the rewards of those that were played before.
     """
-    finished, costs = _open_run(config, identity)
+    finished, costs = _open_run(config, resolved_config)
     specs = dict(enumerate(episode_specs(length, config.episodes, config.seed)))
     missing = {position: spec for position, spec in specs.items() if position not in finished}
     before = max((cost["elapsed"] for cost in costs.values()), default=0.0)
@@ -144,49 +144,49 @@ def _evaluate(
             costs[position] = cost | {"elapsed": round(before + time.perf_counter() - started, 3)}
             # A kill between the two leaves a cost without its episode, which does no harm.
             for written, to in ((costs[position], cost_file), (record, file)):
-                to.write(json_line(written))
+                to.write(to_jsonl(written))
                 to.flush()
 
         play_missing(missing, [record["reward"] for record in finished.values()], keep)
     records, spent = ([kept[position] for position in specs] for kept in (finished, costs))
-    replace_file(lines, "".join(map(json_line, records)))
-    replace_file(cost_lines, "".join(map(json_line, spent)))
+    write_atomic(lines, "".join(map(to_jsonl, records)))
+    write_atomic(cost_lines, "".join(map(to_jsonl, spent)))
     summary = {
         "env_id": config.env_id,
-        "environment": config.environment or _environment(identity),
-        "label": identity["label"],
-        "policy": identity["policy"],
+        "environment": config.environment or _environment(resolved_config),
+        "label": resolved_config["label"],
+        "policy": resolved_config["policy"],
         "privileged": privileged,
         **summarise(records),
         **summarise_costs(spent, sum(record["steps"] for record in records)),
         "settings": {
-            **{name: identity[name] for name in ("seed", "layout", "sampling")},
-            **identity["options"],
-            **identity["settings"],
+            **{name: resolved_config[name] for name in ("seed", "layout", "sampling")},
+            **resolved_config["options"],
+            **resolved_config["settings"],
         },
         "schema_version": SCHEMA_VERSION,
     }
-    replace_file(config.out / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(config.out / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     return summary
 
 
-def _environment(identity: dict[str, Any]) -> str:
+def _environment(resolved_config: dict[str, Any]) -> str:
     """What tables call it.
 
     >>> _environment({"env_id": "AtomMem-HotpotQA", "options": {"num_docs": 200}})
     'AtomMem-HotpotQA, 200 documents'
     """
-    documents = identity["options"].get("num_docs")
-    return identity["env_id"] + (f", {documents} documents" if documents else "")
+    documents = resolved_config["options"].get("num_docs")
+    return resolved_config["env_id"] + (f", {documents} documents" if documents else "")
 
 
 def prepare_evaluation(config: EvalConfig) -> tuple[AtomMemEnv, Policy, dict[str, Any]]:
     """`prepare`, with the run's label."""
-    env, policy, identity = prepare(config)
-    return env, policy, {**identity, "label": config.label or policy.name}
+    env, policy, resolved_config = prepare(config)
+    return env, policy, {**resolved_config, "label": config.label or policy.name}
 
 
-def prepare(config: EnvConfig) -> tuple[AtomMemEnv, Policy, dict[str, Any]]:
+def prepare(config: PlayConfig) -> tuple[AtomMemEnv, Policy, dict[str, Any]]:
     """The environment, the policy, and what tells the run from every other, as `config.json` says it; nothing is written.
 
     Raises:
@@ -200,7 +200,7 @@ def prepare(config: EnvConfig) -> tuple[AtomMemEnv, Policy, dict[str, Any]]:
     sampling = Sampling(config.temperature, config.max_new_tokens, config.thinking)
     policy = load_policy(config.policy, env.settings, sampling, config.layout)
     defaults = {name: option.default for name, option in source_options(env.source.dataset).items()}
-    identity = {
+    resolved_config = {
         "env_id": config.env_id,
         "policy": policy.name,
         "episodes": config.episodes,
@@ -211,11 +211,11 @@ def prepare(config: EnvConfig) -> tuple[AtomMemEnv, Policy, dict[str, Any]]:
         "settings": dataclasses.asdict(env.settings),
         "schema_version": SCHEMA_VERSION,
     }
-    return env, policy, json.loads(json.dumps(identity))
+    return env, policy, json.loads(json.dumps(resolved_config))
 
 
 def play(
-    config: EnvConfig,
+    config: PlayConfig,
     env: AtomMemEnv,
     policy: Policy,
     specs: Sequence[EpisodeSpec],

@@ -18,26 +18,26 @@ _ABSENT = object()
 _Records = dict[int, dict[str, Any]]  # by episode
 
 
-def _open_run(config: EvalConfig, identity: dict[str, Any]) -> tuple[_Records, _Records]:
+def _open_run(config: EvalConfig, resolved_config: dict[str, Any]) -> tuple[_Records, _Records]:
     """Writes the run's configuration, or checks it against the one that is there; finished episodes and their costs."""
     path, lines, cost_lines = (config.out / name for name in ("config.json", "episodes.jsonl", "costs.jsonl"))
     if not config.resume:
         if lines.exists() and lines.stat().st_size:
             raise SettingError(f"{config.out} holds a run. Go on with it by --resume, or choose another --out.")
         config.out.mkdir(parents=True, exist_ok=True)
-        replace_file(cost_lines, "")  # of one that was stopped before its first episode ended
-        replace_file(path, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
+        write_atomic(cost_lines, "")  # of one that was stopped before its first episode ended
+        write_atomic(path, json.dumps(resolved_config, indent=2, ensure_ascii=False) + "\n")
         return {}, {}
-    check_unchanged(path, identity)
-    costs = {cost["episode"]: cost for cost in read_episodes(cost_lines)}
-    records = {record["episode"]: record for record in read_episodes(lines) if record["episode"] in costs}
+    require_same_config(path, resolved_config)
+    costs = {cost["episode"]: cost for cost in read_jsonl(cost_lines)}
+    records = {record["episode"]: record for record in read_jsonl(lines) if record["episode"] in costs}
     costs = {position: costs[position] for position in records}
     for file, kept in ((lines, records), (cost_lines, costs)):
-        replace_file(file, "".join(map(json_line, kept.values())))
+        write_atomic(file, "".join(map(to_jsonl, kept.values())))
     return records, costs
 
 
-def check_new(folder: Path, otherwise: str = "") -> None:
+def require_empty_dir(folder: Path, otherwise: str = "") -> None:
     """Whether a run can begin in `folder`; `otherwise` is what to do besides choosing another.
 
     Raises:
@@ -47,7 +47,7 @@ def check_new(folder: Path, otherwise: str = "") -> None:
         raise SettingError(f"{folder} must be a new or empty folder, and is not. Choose another --out{otherwise}.")
 
 
-def check_unchanged(path: Path, identity: dict[str, Any]) -> None:
+def require_same_config(path: Path, resolved_config: dict[str, Any]) -> None:
     """Whether the run that is to be resumed is the one that `config.json` at `path` describes.
 
     Raises:
@@ -56,7 +56,7 @@ def check_unchanged(path: Path, identity: dict[str, Any]) -> None:
     if not path.is_file():
         raise SettingError(f"Nothing to resume: {path} does not exist. Leave --resume out to start.")
     before = json.loads(path.read_text(encoding="utf-8"))
-    told = "; ".join(_differences({name: before.get(name) for name in identity}, identity))
+    told = "; ".join(_differences({name: before.get(name) for name in resolved_config}, resolved_config))
     if told:
         raise SettingError(f"{path.parent} holds a run of another configuration: {told}.")
 
@@ -76,7 +76,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
             yield f"{name} was {was}, is {is_}"
 
 
-def read_episodes(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The finished episodes of an `episodes.jsonl`, in its order; none where there is no file.
 
     The last line may be half a line, left by a run that was killed. Lines end with "\\n" alone: a prediction can hold other
@@ -86,12 +86,12 @@ def read_episodes(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].split("\n") if line]
 
 
-def json_line(record: dict[str, Any]) -> str:
+def to_jsonl(record: dict[str, Any]) -> str:
     """A record as a line of a JSON lines file."""
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def replace_file(path: Path, text: str) -> None:
+def write_atomic(path: Path, text: str) -> None:
     """Writes a whole file at once: a reader sees the old or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8", newline="\n")

@@ -60,10 +60,10 @@ class Player:
     async def open(self, prepare: Prepare, config: Any) -> tuple[Record, bool, int]:
         """Gets ready for a run, after leaving the one before: see `Workers.open`."""
         await self.close()
-        env, self._policy, identity = await self.call(prepare, config)
+        env, self._policy, resolved_config = await self.call(prepare, config)
         self._leave, self._driver = env.close, Driver.of(env)
         self._tokenizer = get_tokenizer(env.settings.tokenizer)
-        return identity, self._policy.privileged, len(env.source)
+        return resolved_config, self._policy.privileged, len(env.source)
 
     async def play(self, position: int, spec: EpisodeSpec) -> tuple[Record, Record]:
         """An episode's record, and its cost."""

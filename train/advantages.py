@@ -31,12 +31,12 @@ class GroupAdvantages:
         return ~(self.failed_P | self.flat_P)
 
     @property
-    def live_groups(self) -> int:
-        """How many groups are trained on; with `flat_groups` and `failed_groups` it adds up to P."""
+    def active_groups(self) -> int:
+        """How many groups are trained on; with `zero_variance_groups` and `failed_groups` it adds up to P."""
         return int(self.live_P.sum())
 
     @property
-    def flat_groups(self) -> int:
+    def zero_variance_groups(self) -> int:
         """How many complete groups were skipped for want of variance."""
         return int(self.flat_P.sum())
 
@@ -68,7 +68,7 @@ def group_advantages(rewards_P_G: Sequence[Sequence[float | None]], *, divide_by
     >>> groups = group_advantages([[1.0, 0.0], [1.0, 1.0], [None, 1.0]])
     >>> groups.advantages_P_G.tolist()
     [[0.5, -0.5], [0.0, 0.0], [0.0, 0.0]]
-    >>> groups.live_groups, groups.flat_groups, groups.failed_groups
+    >>> groups.active_groups, groups.zero_variance_groups, groups.failed_groups
     (1, 1, 1)
 
     Args:

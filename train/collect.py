@@ -26,9 +26,9 @@ from atommem_env.episode import legal_text
 from atommem_env.errors import SettingError
 from atommem_env.prompts import get_layout
 from atommem_env.types import Message, Rollout, Turn
-from eval.options import EnvConfig
+from eval.options import PlayConfig
 from eval.run import play, prepare
-from eval.run_folder import check_new, json_line, replace_file
+from eval.run_folder import require_empty_dir, to_jsonl, write_atomic
 
 _CHAT = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 SCHEMA = pa.schema(
@@ -45,7 +45,7 @@ SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CollectConfig(EnvConfig):
+class CollectConfig(PlayConfig):
     """Whose trajectories, and which of them. Options left out are the environment's own."""
 
     out: Path = Path("runs/collect")
@@ -72,8 +72,8 @@ def collect(config: CollectConfig, console: Console | None = None) -> dict[str, 
     layout = get_layout(config.layout)
     if not 0 <= config.min_reward <= 1:
         raise SettingError(f"min_reward must be between 0 and 1, got {config.min_reward}.")
-    check_new(config.out)
-    env, policy, identity = prepare(config)
+    require_empty_dir(config.out)
+    env, policy, resolved_config = prepare(config)
     config.out.mkdir(parents=True, exist_ok=True)
     rollouts = play(config, env, policy, episode_specs(len(env.source), config.episodes, config.seed), console)
     env.close()
@@ -107,7 +107,7 @@ def collect(config: CollectConfig, console: Console | None = None) -> dict[str, 
         "turns_with_faults": sum(_has_fault(turn) for _, rollout in kept for turn in rollout.turns),
         "samples": len(rows),
         "reward": round(fmean(rollout.reward for rollout in rollouts), 4),  # mean over all episodes played
-        "schema_version": identity["schema_version"],
+        "schema_version": resolved_config["schema_version"],
     }
     if not rows:
         best = max(rollout.reward for rollout in rollouts)
@@ -119,10 +119,10 @@ def collect(config: CollectConfig, console: Console | None = None) -> dict[str, 
             + " choose a better --policy."
         )
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), config.out / "samples.parquet")
-    replace_file(config.out / "samples.jsonl", "".join(map(json_line, rows)))
+    write_atomic(config.out / "samples.jsonl", "".join(map(to_jsonl, rows)))
     asked = {name: getattr(config, name) for name in ("min_reward", "drop_guesses", "drop_faults")}
-    for name, record in (("config", {**identity, **asked}), ("summary", summary)):
-        replace_file(config.out / f"{name}.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    for name, record in (("config", {**resolved_config, **asked}), ("summary", summary)):
+        write_atomic(config.out / f"{name}.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     return summary
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from atommem_env.errors import DataError, MissingDependency
-from eval.run_folder import read_episodes
+from eval.run_folder import read_jsonl
 
 _KINDS = ("create", "read", "update", "delete", "scratchpad", "answer")
 
@@ -21,7 +21,7 @@ def draw_curve(metrics: Path, picture: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingDependency(f"A picture needs {error.name!r}: pip install 'atommem[train]'.") from error
-    lines = read_episodes(metrics)
+    lines = read_jsonl(metrics)
     steps = [line for line in lines if "reward" in line]
     if not steps:
         raise DataError(f"Expected the metrics of at least one step in {metrics}, found none.")

@@ -27,10 +27,10 @@ from atommem_env.errors import MissingDependency, SettingError
 from atommem_env.tasks import source_options
 from atommem_env.tasks.haystack import MOST_QUESTIONS
 from atommem_env.types import EpisodeSettings
-from eval.options import EnvOptions
+from eval.options import EnvConfig
 
 if TYPE_CHECKING:
-    from train.settings import GRPORun, SFTRun
+    from train.settings import LocalGRPOConfig, SFTConfig
 
 SHORT = 64  # tokens of a usual entry or reply: a sentence or two
 # Of a usual document, title included: the means over the paragraphs of each dataset.
@@ -89,7 +89,7 @@ class ModelSize:
         )
 
 
-def check_memory(run: SFTRun | GRPORun, model: dict[str, Any] | None = None) -> None:
+def check_memory(run: SFTConfig | LocalGRPOConfig, model: dict[str, Any] | None = None) -> None:
     """Refuses a run that cannot fit into the memory that is free now, of the GPU where there is one.
 
     Args:
@@ -133,7 +133,7 @@ def model_size(name: str, fields: dict[str, Any] | None = None) -> ModelSize:
         raise MissingDependency(f"Training needs {error.name!r}: pip install 'atommem[train]'.") from error
 
 
-def refuse_too_large(run: SFTRun | GRPORun, size: ModelSize, free: int, *, gpu: bool) -> None:
+def refuse_too_large(run: SFTConfig | LocalGRPOConfig, size: ModelSize, free: int, *, gpu: bool) -> None:
     """Compares the sum with `free` bytes.
 
     Raises:
@@ -164,14 +164,14 @@ def written_sum(items: Sequence[Item]) -> str:
     return "\n".join([*lines, f"  {'sum':<{width}} {sum(item.size for item in items) / 1e9:8.1f} GB"])
 
 
-def memory_needed(run: SFTRun | GRPORun, size: ModelSize, *, gpu: bool) -> dict[str, list[Item]]:
+def memory_needed(run: SFTConfig | LocalGRPOConfig, size: ModelSize, *, gpu: bool) -> dict[str, list[Item]]:
     """The sum for each phase of a run; what it needs is the larger one."""
-    from train.settings import SFTRun
+    from train.settings import SFTConfig
 
-    return _sft_memory(run, size, gpu=gpu) if isinstance(run, SFTRun) else _grpo_memory(run, size, gpu=gpu)
+    return _sft_memory(run, size, gpu=gpu) if isinstance(run, SFTConfig) else _grpo_memory(run, size, gpu=gpu)
 
 
-def _sft_memory(run: SFTRun, size: ModelSize, *, gpu: bool) -> dict[str, list[Item]]:
+def _sft_memory(run: SFTConfig, size: ModelSize, *, gpu: bool) -> dict[str, list[Item]]:
     weight = 2 if run.dtype == "bfloat16" else 4
     tokens = run.micro_batch_size * min(_longest_sample(run.samples), run.max_tokens, size.window)
     computed = 2 if gpu else weight
@@ -186,7 +186,7 @@ def _sft_memory(run: SFTRun, size: ModelSize, *, gpu: bool) -> dict[str, list[It
     }
 
 
-def _grpo_memory(run: GRPORun, size: ModelSize, *, gpu: bool) -> dict[str, list[Item]]:
+def _grpo_memory(run: LocalGRPOConfig, size: ModelSize, *, gpu: bool) -> dict[str, list[Item]]:
     computed = 2 if run.dtype == "bfloat16" else 4
     weight = computed if run.lora_rank else 4
     always: list[Item] = []
@@ -264,7 +264,7 @@ def _trained(size: ModelSize, lora_rank: int, weight: int, *, gradients: bool) -
     return [*lines, product("Adam's moments", (count, "trained"), (2 * of_trained, "bytes"))]
 
 
-def _residual(run: SFTRun | GRPORun, computed: int) -> int:
+def _residual(run: SFTConfig | LocalGRPOConfig, computed: int) -> int:
     return computed if run.lora_rank else 4  # weights in float32 make it float32, whatever layers compute in
 
 
@@ -317,7 +317,7 @@ class Turn:
         return self.entries + self.reply
 
     @classmethod
-    def of(cls, run: EnvOptions) -> Turn:
+    def of(cls, run: EnvConfig) -> Turn:
         """Turns in the environment of a run."""
         dataset, settings, source = environment_of(run)
         document = _DOCUMENT_TOKENS.get(dataset, 100)
@@ -339,7 +339,7 @@ def most_questions(source: Mapping[str, Any]) -> int:
     return MOST_QUESTIONS if questions == "sampled" else int(questions)
 
 
-def environment_of(run: EnvOptions) -> tuple[str, EpisodeSettings, dict[str, Any]]:
+def environment_of(run: EnvConfig) -> tuple[str, EpisodeSettings, dict[str, Any]]:
     """Dataset, settings and source options of a run's environment, which is not made: it needs no data.
 
     Raises:
@@ -366,7 +366,7 @@ def _longest_sample(folder: Path) -> int:
     return int(characters.max(initial=0)) // _CHARACTERS_A_TOKEN
 
 
-def _remedies(run: SFTRun | GRPORun, phase: str) -> list[str]:
+def _remedies(run: SFTConfig | LocalGRPOConfig, phase: str) -> list[str]:
     """Options that would make the phase's sum smaller, those first that change least of what is learned."""
     names = {"plays": ["in_flight"], "updates": ["micro_batch_tokens"], "trains": ["micro_batch_size"]}[phase]
     values = dataclasses.asdict(run)

@@ -38,12 +38,12 @@ from atommem_env.tokens import get_tokenizer
 from atommem_env.types import Rollout
 from eval.metrics import episode_record, summarise
 from eval.progress import step_progress
-from eval.run_folder import json_line, read_episodes, replace_file
+from eval.run_folder import read_jsonl, to_jsonl, write_atomic
 from train.advantages import group_advantages
 from train.estimate import check_memory
-from train.rollouts import behaviour, training_rewards
+from train.rollouts import policy_metrics, training_rewards
 from train.samples import Sample, check_all_trained, make_samples
-from train.settings import GRPORun, GRPOSettings, make_env, open_run
+from train.settings import GRPOConfig, LocalGRPOConfig, make_env, open_run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,14 +56,14 @@ _RETRIES = 2  # of an episode that the infrastructure failed
 class Trainer:
     """The state of a run: a model, its optimiser, how many steps were made, and the best model so far."""
 
-    def __init__(self, run: GRPORun, console: Console | None = None) -> None:
+    def __init__(self, run: LocalGRPOConfig, console: Console | None = None) -> None:
         try:
             import torch
             from torch.utils.tensorboard import SummaryWriter
             from transformers.utils.logging import disable_progress_bar
         except ImportError as error:
             raise MissingDependency(f"Training needs {error.name!r}: pip install 'atommem[train]'.") from error
-        from train.losses import LossSettings
+        from train.losses import LossConfig
         from train.packing import use_packed_attention
 
         disable_progress_bar()  # of loading and saving: ours tells of more
@@ -72,11 +72,11 @@ class Trainer:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.step = 0
         self.best: dict[str, Any] = {"em": -1.0, "step": 0, "weights": None}
-        self.loss = LossSettings(
+        self.loss = LossConfig(
             clip_low=run.clip_low, clip_high=run.clip_high, kl_coef=run.kl_coef, importance_cap=run.importance_cap
         )
         check_memory(run)
-        identity = open_run(run)
+        resolved_config = open_run(run)
         self.driver = Driver.of(make_env(run, run.split))
         self.held_out = Driver.of(make_env(run, run.eval_split)) if run.eval_every else None
         for driver in filter(None, (self.driver, self.held_out)):
@@ -103,7 +103,7 @@ class Trainer:
             self._resume()
         else:
             _check_disk(run.out, 4 * sum(weight.numel() * 4 for weight in trained))  # weights, two moments, the best
-            replace_file(run.out / "config.json", identity)
+            write_atomic(run.out / "config.json", resolved_config)
         self.tensorboard = SummaryWriter(str(run.out / "tensorboard"), purge_step=self.step + 1)
 
     # ------------------------------------------------------------------------------------------------------------ the loop
@@ -126,7 +126,7 @@ class Trainer:
                 progress.update(bar, completed=self.step, told=told)
         self.tensorboard.close()
         self.export()
-        return read_episodes(run.out / METRICS)[-1]
+        return read_jsonl(run.out / METRICS)[-1]
 
     def train_step(self) -> dict[str, Any]:
         """Plays one step's groups and makes one update; returns its metrics."""
@@ -148,10 +148,10 @@ class Trainer:
         return {
             "step": self.step,
             "reward": fmean(reward for group in rewards for reward in group if reward is not None),
-            "groups_live": advantages.live_groups,
-            "groups_flat": advantages.flat_groups,
+            "groups_active": advantages.active_groups,
+            "groups_zero_variance": advantages.zero_variance_groups,
             "groups_failed": advantages.failed_groups,
-            **behaviour([rollout for group in groups for rollout in group if rollout]),
+            **policy_metrics([rollout for group in groups for rollout in group if rollout]),
             **update,
             "seconds_rollouts": played - started,
             "seconds_update": time.perf_counter() - played,
@@ -167,7 +167,7 @@ class Trainer:
             for seed in np.random.default_rng(task.seed).integers(2**31, size=run.group_size).tolist()
         ]
         policy = self._policy(run.temperature)
-        rollouts = run_blocking(self.driver.run_tolerant(specs, policy, in_flight=run.in_flight, retries=_RETRIES))
+        rollouts = run_blocking(self.driver.run_with_retries(specs, policy, in_flight=run.in_flight, retries=_RETRIES))
         return [rollouts[start : start + run.group_size] for start in range(0, len(rollouts), run.group_size)]
 
     def update(self, samples: Sequence[Sample]) -> dict[str, float]:
@@ -289,8 +289,8 @@ class Trainer:
             self.step, self.best = state["step"], state["best"]
             self._sync()
             # What was logged after the checkpoint will be logged again.
-            lines = [line for line in read_episodes(self.run.out / METRICS) if line["step"] <= self.step]
-        replace_file(self.run.out / METRICS, "".join(map(json_line, lines)))
+            lines = [line for line in read_jsonl(self.run.out / METRICS) if line["step"] <= self.step]
+        write_atomic(self.run.out / METRICS, "".join(map(to_jsonl, lines)))
 
     def export(self) -> None:
         """Writes the best model in the form of Hugging Face to `model/`, and the curve."""
@@ -314,7 +314,7 @@ class Trainer:
         rounded = {name: round(value, 6) if isinstance(value, float) else value for name, value in line.items()}
         try:
             with (self.run.out / METRICS).open("a", encoding="utf-8", newline="\n") as file:
-                file.write(json_line(rounded))
+                file.write(to_jsonl(rounded))
             for name, value in _numbers(line):
                 self.tensorboard.add_scalar(name, value, line["step"])
         except OSError as error:
@@ -400,15 +400,15 @@ def _numbers(line: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, floa
             yield prefix + name, value
 
 
-def main(run: GRPORun) -> None:
+def main(run: LocalGRPOConfig) -> None:
     """Train a model by reinforcement learning (GRPO) on an environment."""
     Trainer(run).train()
     tell_end(run, Console())
 
 
-def tell_end(run: GRPOSettings, console: Console) -> None:
+def tell_end(run: GRPOConfig, console: Console) -> None:
     """Says what a run that has come to its end leaves, and how to evaluate it."""
-    evaluated = [line for line in read_episodes(run.out / METRICS) if "eval_em" in line]
+    evaluated = [line for line in read_jsonl(run.out / METRICS) if "eval_em" in line]
     if evaluated:
         best = max(evaluated, key=lambda line: line["eval_em"])  # the first of equals, as the trainers keep it
         console.print(

@@ -19,7 +19,7 @@ _MAX_LOG_RATIO = 20.0  # exp(89) overflows float32, and an infinite ratio times 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LossSettings:
+class LossConfig:
     """The constants of the loss; the defaults are the AtomMem paper's (arXiv 2601.08323), but for `importance_cap`."""
 
     clip_low: float = 0.2  # a token made less likely than 1 - clip_low times its old probability is left there
@@ -166,7 +166,7 @@ def grpo_loss(
     *,
     total_tokens: int,
     reference_N: Tensor | None = None,
-    settings: LossSettings = LossSettings(),
+    settings: LossConfig = LossConfig(),
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What a micro-batch adds to the loss of the whole batch: token_mean(w · clipped policy loss + kl_coef · k3).
 

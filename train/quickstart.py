@@ -28,14 +28,14 @@ from eval.metrics import bootstrap_ci95
 from eval.options import EvalConfig
 from eval.report.tables import results_table
 from eval.run import evaluate
-from eval.run_folder import read_episodes, replace_file
+from eval.run_folder import read_jsonl, write_atomic
 from train.collect import CollectConfig, collect
 from train.grpo import Trainer
-from train.recipes import load_preset
-from train.settings import GRPORun, SFTRun
+from train.recipes import load_recipe
+from train.settings import LocalGRPOConfig, SFTConfig
 from train.sft import train
 
-PRESET = "tiny"
+RECIPE = "tiny"
 _RESULT = "quickstart.json"
 _POLICIES = ("constant=unknown", "random", "spam", "perfect-rag", "first-link", "chain-match", "oracle")
 
@@ -46,11 +46,11 @@ What next?
   be the policy yourself, on the same tasks
       atommem play AtomMem-Synthetic
   train longer, or with settings of your own
-      atommem grpo --preset tiny --model {out}/sft/model --steps 600 --out runs/longer
+      atommem grpo --recipe tiny --model {out}/sft/model --steps 600 --out runs/longer
   evaluate a function of your own: def policy(observation)
       atommem eval AtomMem-Synthetic --policy my_module:policy --out runs/mine
   a larger model, real questions
-      atommem grpo --preset smollm2 --help"""
+      atommem grpo --recipe smollm2 --help"""
 
 
 def main(*, out: Path = Path("runs/quickstart"), seed: int = 0, smoke: bool = False) -> None:
@@ -127,9 +127,9 @@ def main(*, out: Path = Path("runs/quickstart"), seed: int = 0, smoke: bool = Fa
         "seed": seed,
         "smoke": smoke,
         "seconds": {**seconds, "total": round(time.perf_counter() - started, 1)},
-        "preset": PRESET,
+        "recipe": RECIPE,
     }
-    replace_file(out / _RESULT, json.dumps(record, indent=2) + "\n")
+    write_atomic(out / _RESULT, json.dumps(record, indent=2) + "\n")
     console.print(f"Every number is in {out}, the curve in {out / 'curve.png'}.\n", markup=False, highlight=False)
     console.print(_NEXT.format(out=out), markup=False, highlight=False)
 
@@ -141,15 +141,17 @@ def _open(out: Path) -> None:
             raise SettingError(f"{out} holds something other than a quick start; choose another --out.")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
-    replace_file(out / _RESULT, "{}\n")
+    write_atomic(out / _RESULT, "{}\n")
 
 
-def _configurations(out: Path, seed: int, smoke: bool) -> tuple[CollectConfig, SFTRun, GRPORun]:
-    """Those of the preset, in the folder of this quick start."""
-    collecting = dataclasses.replace(load_preset(PRESET, CollectConfig), out=out / "samples", seed=seed)
-    fine_tuning = dataclasses.replace(load_preset(PRESET, SFTRun), samples=out / "samples", out=out / "sft", seed=seed)
+def _configurations(out: Path, seed: int, smoke: bool) -> tuple[CollectConfig, SFTConfig, LocalGRPOConfig]:
+    """Those of the recipe, in the folder of this quick start."""
+    collecting = dataclasses.replace(load_recipe(RECIPE, CollectConfig), out=out / "samples", seed=seed)
+    fine_tuning = dataclasses.replace(
+        load_recipe(RECIPE, SFTConfig), samples=out / "samples", out=out / "sft", seed=seed
+    )
     training = dataclasses.replace(
-        load_preset(PRESET, GRPORun), model=str(out / "sft" / "model"), out=out / "grpo", seed=seed
+        load_recipe(RECIPE, LocalGRPOConfig), model=str(out / "sft" / "model"), out=out / "grpo", seed=seed
     )
     if smoke:
         collecting = dataclasses.replace(collecting, episodes=300)
@@ -159,7 +161,7 @@ def _configurations(out: Path, seed: int, smoke: bool) -> tuple[CollectConfig, S
 
 def _paired(before: Path, after: Path) -> tuple[float, float, float]:
     """How much more the second evaluation earned on the same episodes, with a 95 % interval."""
-    rewards = [[record["reward"] for record in read_episodes(folder / "episodes.jsonl")] for folder in (before, after)]
+    rewards = [[record["reward"] for record in read_jsonl(folder / "episodes.jsonl")] for folder in (before, after)]
     differences = np.subtract(rewards[1], rewards[0])
     low, high = bootstrap_ci95(differences.tolist(), [1] * len(differences))
     return float(differences.mean()), low, high

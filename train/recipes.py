@@ -1,10 +1,10 @@
-"""One dial: `atommem collect | sft | grpo --preset NAME` sets every option that the command line does not give.
+"""One dial: `atommem collect | sft | grpo --recipe NAME` sets every option that the command line does not give.
 
-A preset is a TOML file, `configs/NAME.toml` or one of the user's own, and complete: from an empty folder its three commands,
+A recipe is a TOML file, `configs/train/NAME.toml` or one of your own, and complete: from an empty folder its three commands,
 one after the other, make the model. Its tables:
 
-    [env]                       the environment, of collect and grpo: fields of `eval.run.EnvOptions`
-    [collect] [sft] [grpo]      fields of `CollectConfig`, `SFTRun` and `GRPORun`
+    [env]                       the environment, of collect and grpo: fields of `eval.options.EnvConfig`
+    [collect] [sft] [grpo]      fields of `CollectConfig`, `SFTConfig` and `LocalGRPOConfig`
     [model]                     the model's `config.json` as far as its size follows from it; with it a run that cannot fit
                                 is refused before anyone has fetched the weights
 """
@@ -24,16 +24,16 @@ import tyro
 
 from agents.models.find import find_model
 from atommem_env.errors import ModelNotFound, SettingError
-from eval.options import EnvOptions
+from eval.options import EnvConfig
 from eval.toml_tables import fields_of, read_table, read_toml
 from train.collect import CollectConfig
 from train.estimate import check_memory
-from train.settings import GRPORun, SFTRun
+from train.settings import LocalGRPOConfig, SFTConfig
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs" / "train"
 NAMES = ("tiny", "smollm2", "qwen3-0.6b", "qwen3-8b-lora")  # from the smallest machine to the largest
-_Config = TypeVar("_Config", CollectConfig, SFTRun, GRPORun)
-_COMMANDS: dict[str, type[Any]] = {"collect": CollectConfig, "sft": SFTRun, "grpo": GRPORun}
+_Config = TypeVar("_Config", CollectConfig, SFTConfig, LocalGRPOConfig)
+_COMMANDS: dict[str, type[Any]] = {"collect": CollectConfig, "sft": SFTConfig, "grpo": LocalGRPOConfig}
 _MODEL_FIELDS = {
     "model_type": str,
     "hidden_size": int,
@@ -49,7 +49,7 @@ _MODEL_FIELDS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Preset:
+class Recipe:
     """A saved configuration of the training commands."""
 
     path: Path
@@ -57,35 +57,35 @@ class Preset:
     model: dict[str, Any]  # of a `config.json`; {}: the file has no [model]
 
 
-def load_preset(name: str, made: type[_Config]) -> _Config:
-    """The configuration of one command in a preset.
+def load_recipe(name: str, made: type[_Config]) -> _Config:
+    """The configuration of one command in a recipe.
 
     Raises:
-        SettingError: as in `read_preset`.
+        SettingError: as in `read_recipe`.
     """
-    config: _Config = read_preset(name).configs[made]
+    config: _Config = read_recipe(name).configs[made]
     return config
 
 
-def read_preset(name: str) -> Preset:
-    """The preset of that name, or the one in that TOML file.
+def read_recipe(name: str) -> Recipe:
+    """The recipe of that name, or the one in that TOML file.
 
     Raises:
         SettingError: there is none, or something in it is not as it must be; the message lists what there is.
     """
     path = FOLDER / f"{name}.toml" if name in NAMES else Path(name)
     if not path.is_file():
-        raise SettingError(f"--preset takes {', '.join(NAMES)}, or the path of a TOML file; got {name!r}.")
+        raise SettingError(f"--recipe takes {', '.join(NAMES)}, or the path of a TOML file; got {name!r}.")
     tables = read_toml(path)
     known = ("env", *_COMMANDS, "model")
     for table, values in tables.items():
         if table not in known or not isinstance(values, dict):
             raise SettingError(f"{path}: there is no table [{table}]. There are: {', '.join(known)}.")
-    env = read_table(path, "env", tables.get("env", {}), fields_of(EnvOptions))
+    env = read_table(path, "env", tables.get("env", {}), fields_of(EnvConfig))
     configs: dict[type, Any] = {}
     for command, made in _COMMANDS.items():
         own = read_table(path, command, tables.get(command, {}), fields_of(made))
-        shared = env if issubclass(made, EnvOptions) else {}
+        shared = env if issubclass(made, EnvConfig) else {}
         missing = {
             field.name: tyro.MISSING
             for field in dataclasses.fields(made)
@@ -99,22 +99,22 @@ def read_preset(name: str) -> Preset:
     model = read_table(path, "model", tables.get("model", {}), _MODEL_FIELDS)
     if model and len(model) < len(_MODEL_FIELDS):
         raise SettingError(f"{path}: [model] must have all of {', '.join(_MODEL_FIELDS)}; it has {', '.join(model)}.")
-    return Preset(path, configs, model)
+    return Recipe(path, configs, model)
 
 
 def call(command: str, function: Callable[[Any], None], words: Sequence[str]) -> None:
-    """Runs a training command with its arguments, those of the command line before those of `--preset`.
+    """Runs a training command with its arguments, those of the command line before those of `--recipe`.
 
     Raises:
-        SettingError: as in `read_preset`, or the preset's model, not on this machine yet, cannot fit.
+        SettingError: as in `read_recipe`, or the recipe's model, not on this machine yet, cannot fit.
     """
-    preset_argument = argparse.ArgumentParser(prog=f"atommem {command}", add_help=False, allow_abbrev=False)
-    preset_argument.add_argument("--preset")
-    given, rest = preset_argument.parse_known_args(words)
+    recipe_argument = argparse.ArgumentParser(prog=f"atommem {command}", add_help=False, allow_abbrev=False)
+    recipe_argument.add_argument("--recipe", "--preset", dest="recipe")
+    given, rest = recipe_argument.parse_known_args(words)
     made = _COMMANDS[command]
-    told = f"--preset NAME sets every option that is not given:\n{', '.join(NAMES)}, or a TOML file of yours."
-    if issubclass(made, EnvOptions):
-        told += "\nWhat --set names is added to the preset's."
+    told = f"--recipe NAME sets every option that is not given:\n{', '.join(NAMES)}, or a TOML file of yours."
+    if issubclass(made, EnvConfig):
+        told += "\nWhat --set names is added to the recipe's."
     parse = partial(
         tyro.cli,
         made,
@@ -123,17 +123,17 @@ def call(command: str, function: Callable[[Any], None], words: Sequence[str]) ->
         args=rest,
         config=(tyro.conf.OmitArgPrefixes,),
     )
-    if given.preset is None:
+    if given.recipe is None:
         function(parse())
         return
-    preset = read_preset(given.preset)
-    default = preset.configs[made]
+    recipe = read_recipe(given.recipe)
+    default = recipe.configs[made]
     config = parse(default=default)
-    if isinstance(config, EnvOptions) and config.set != default.set:
+    if isinstance(config, EnvConfig) and config.set != default.set:
         config = dataclasses.replace(config, set=(*default.set, *config.set))  # of two values the later one counts
-    if isinstance(config, SFTRun | GRPORun) and preset.model and config.model == default.model:
+    if isinstance(config, SFTConfig | LocalGRPOConfig) and recipe.model and config.model == default.model:
         try:
             find_model(config.model)
         except ModelNotFound:
-            check_memory(config, preset.model)  # first: nobody shall fetch what cannot run here
+            check_memory(config, recipe.model)  # first: nobody shall fetch what cannot run here
     function(config)

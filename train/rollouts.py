@@ -26,7 +26,7 @@ def training_rewards(
     ]
 
 
-def behaviour(rollouts: Sequence[Rollout]) -> dict[str, Any]:
+def policy_metrics(rollouts: Sequence[Rollout]) -> dict[str, Any]:
     """What the policy did: operations carried out a turn, by kind; faults and turns an episode; tokens and cuts a reply."""
     turns = [turn for rollout in rollouts for turn in rollout.turns]
     done: Counter[str] = Counter()
@@ -38,5 +38,5 @@ def behaviour(rollouts: Sequence[Rollout]) -> dict[str, Any]:
         "turns": len(turns) / len(rollouts),
         "prompt_tokens": fmean(len(turn.reply.prompt_ids) for turn in turns),
         "reply_tokens": fmean(len(turn.reply.completion_ids) for turn in turns),
-        "replies_cut": sum(turn.reply.stop == "length" for turn in turns) / len(turns),
+        "replies_truncated": sum(turn.reply.stop == "length" for turn in turns) / len(turns),
     }

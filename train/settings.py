@@ -13,15 +13,15 @@ import gymnasium as gym
 import tyro
 
 from atommem_env.errors import SettingError
-from eval.options import EnvOptions
-from eval.run_folder import check_new, check_unchanged
+from eval.options import EnvConfig
+from eval.run_folder import require_empty_dir, require_same_config
 
 if TYPE_CHECKING:
     pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GRPOSettings(EnvOptions):
+class GRPOConfig(EnvConfig):
     """What is trained on what. The defaults are the paper's, for a model of some billion parameters."""
 
     model: str = "smollm2"
@@ -101,13 +101,13 @@ class GRPOSettings(EnvOptions):
             raise SettingError(f"{name} must be {expected}, got {getattr(self, name)!r}.")
 
 
-def make_env(run: GRPOSettings, split: str | None) -> gym.Env[Any, Any]:
+def make_env(run: GRPOConfig, split: str | None) -> gym.Env[Any, Any]:
     """The environment of a run, with the tasks of one split."""
     options = {**run.env_options(), "store": str(run.out / "memory")}
     return gym.make(run.env_id, **options | ({"split": split} if split else {}))
 
 
-def open_run(run: GRPOSettings) -> str:
+def open_run(run: GRPOConfig) -> str:
     """Checks that the run's folder fits; returns the text of its `config.json`.
 
     Raises:
@@ -115,17 +115,17 @@ def open_run(run: GRPOSettings) -> str:
     """
     path = run.out / "config.json"
     asked = {name: value for name, value in dataclasses.asdict(run).items() if name not in ("out", "resume")}
-    identity = json.loads(json.dumps(asked, default=str))
+    resolved_config = json.loads(json.dumps(asked, default=str))
     if run.resume:
-        check_unchanged(path, identity)
+        require_same_config(path, resolved_config)
     else:
-        check_new(run.out, ", or --resume")
+        require_empty_dir(run.out, ", or --resume")
     run.out.mkdir(parents=True, exist_ok=True)
-    return json.dumps(identity, indent=2) + "\n"
+    return json.dumps(resolved_config, indent=2) + "\n"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GRPORun(GRPOSettings):
+class LocalGRPOConfig(GRPOConfig):
     """A training run on one machine."""
 
     lora_rank: int = 0
@@ -138,12 +138,12 @@ class GRPORun(GRPOSettings):
     """Compute activations twice instead of keeping them: less memory, more time."""
 
     def __post_init__(self) -> None:
-        GRPOSettings.__post_init__(self)  # super() does not work in a class with slots
+        GRPOConfig.__post_init__(self)  # super() does not work in a class with slots
         self._check("lora_rank", self.lora_rank >= 0, "at least 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SFTRun:
+class SFTConfig:
     """What is to be learned from what. The defaults are those of AtomMem's public code, but for the learning rate."""
 
     samples: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SAMPLES")]

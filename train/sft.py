@@ -25,9 +25,9 @@ from agents.models.chat_tokenizer import ChatTokenizer
 from agents.models.find import find_model
 from atommem_env.errors import DataError, MissingDependency, PromptTooLong, SettingError
 from eval.progress import step_progress
-from eval.run_folder import check_new, json_line, replace_file
+from eval.run_folder import require_empty_dir, to_jsonl, write_atomic
 from train.estimate import check_memory
-from train.settings import SFTRun
+from train.settings import SFTConfig
 
 _IGNORED = -100  # PyTorch's label of a token without loss
 
@@ -53,14 +53,14 @@ def read_samples(folder: Path, chat: ChatTokenizer, max_tokens: int) -> Iterator
         yield {"input_ids": prompt + completion, "labels": [_IGNORED] * len(prompt) + completion}
 
 
-def train(run: SFTRun) -> dict[str, Any]:
+def train(run: SFTConfig) -> dict[str, Any]:
     """Trains, writes the model, and returns the numbers of the last line of `metrics.jsonl`.
 
     Raises:
         SettingError: the folder is not empty, or the batch cannot be split.
         MissingDependency: the extra `train` is not installed.
     """
-    check_new(run.out)
+    require_empty_dir(run.out)
     if run.micro_batch_size < 1 or run.batch_size % run.micro_batch_size:
         raise SettingError(
             f"batch_size must be a multiple of micro_batch_size, got {run.batch_size} and {run.micro_batch_size}."
@@ -71,7 +71,8 @@ def train(run: SFTRun) -> dict[str, Any]:
         from peft import LoraConfig
         from transformers import AutoModelForCausalLM, ProgressCallback, TrainerCallback
         from transformers.utils.logging import disable_progress_bar
-        from trl import SFTConfig, SFTTrainer
+        from trl import SFTConfig as TRLConfig
+        from trl import SFTTrainer
     except ImportError as error:
         raise MissingDependency(f"Training needs {error.name!r}: pip install 'atommem[train]'.") from error
     check_memory(run)
@@ -81,7 +82,7 @@ def train(run: SFTRun) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, run.dtype), local_files_only=True)
     window = model.config.get_text_config().max_position_embeddings
     samples = list(read_samples(run.samples, chat, min(run.max_tokens, window)))
-    settings = SFTConfig(
+    arguments = TRLConfig(
         output_dir=str(run.out / "trainer"),
         num_train_epochs=run.epochs,
         per_device_train_batch_size=run.micro_batch_size,
@@ -101,7 +102,7 @@ def train(run: SFTRun) -> dict[str, Any]:
     lora = LoraConfig(r=run.lora_rank, lora_alpha=2 * run.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = SFTTrainer(
         model=model,
-        args=settings,
+        args=arguments,
         train_dataset=Dataset.from_list(samples),
         processing_class=chat.backend,
         peft_config=lora if run.lora_rank else None,
@@ -120,12 +121,12 @@ def train(run: SFTRun) -> dict[str, Any]:
     trained = trainer.model.merge_and_unload() if run.lora_rank else trainer.model
     trained.to(getattr(torch, run.dtype)).save_pretrained(run.out / "model")
     chat.backend.save_pretrained(run.out / "model")
-    replace_file(run.out / "config.json", json.dumps(dataclasses.asdict(run), indent=2, default=str) + "\n")
-    replace_file(run.out / "metrics.jsonl", "".join(map(json_line, trainer.state.log_history)))
+    write_atomic(run.out / "config.json", json.dumps(dataclasses.asdict(run), indent=2, default=str) + "\n")
+    write_atomic(run.out / "metrics.jsonl", "".join(map(to_jsonl, trainer.state.log_history)))
     return dict(trainer.state.log_history[-1])
 
 
-def main(run: SFTRun) -> None:
+def main(run: SFTConfig) -> None:
     """Fine-tune a chat model on collected samples; the loss is on the replies alone."""
     metrics = train(run)
     Console().print(

@@ -41,7 +41,7 @@ from atommem_env.tasks.synthetic_world import (
     vocabulary,
 )
 from atommem_env.types import Entry, EpisodeSettings, Observation, Operation, OperationKind
-from eval.run_folder import json_line, read_episodes, replace_file
+from eval.run_folder import read_jsonl, to_jsonl, write_atomic
 
 _SPECIAL = ("<|pad|>", "<|unknown|>", "<|user|>", "<|assistant|>", "<|end|>")
 _TEMPLATE = (
@@ -62,7 +62,7 @@ _IGNORED = -100  # PyTorch's label of a token without loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TinyBaseRun:
+class TinyBaseConfig:
     """How the base is trained. The defaults made the one that is shipped."""
 
     out: Path = Path("runs/tiny-base")
@@ -354,7 +354,7 @@ def exact_replies(model: Any, batch: list[Example], pad_id: int) -> dict[str, fl
     return {kind: sum(hits) / len(hits) for kind, hits in sorted(by_kind.items())}
 
 
-def train(run: TinyBaseRun, console: Console | None = None) -> None:
+def train(run: TinyBaseConfig, console: Console | None = None) -> None:
     """Trains the base and writes it."""
     run.out.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
@@ -403,7 +403,7 @@ def train(run: TinyBaseRun, console: Console | None = None) -> None:
             }
             lines.append(line)
             losses.clear()
-            replace_file(run.out / "metrics.jsonl", "".join(map(json_line, lines)))
+            write_atomic(run.out / "metrics.jsonl", "".join(map(to_jsonl, lines)))
     model.save_pretrained(run.out)
     draw_lessons(run.out / "metrics.jsonl", run.out / "curve.png")
 
@@ -412,7 +412,7 @@ def draw_lessons(metrics: Path, picture: Path) -> None:
     """Draws how many replies to exercises on held-out names were exact, by kind, over the updates."""
     from matplotlib.figure import Figure
 
-    lines = read_episodes(metrics)
+    lines = read_jsonl(metrics)
     figure = Figure(figsize=(7.0, 3.5), layout="constrained")
     axes = figure.subplots()
     for kind in _KINDS:
@@ -427,4 +427,4 @@ def draw_lessons(metrics: Path, picture: Path) -> None:
 
 
 if __name__ == "__main__":
-    train(tyro.cli(TinyBaseRun, config=(tyro.conf.OmitArgPrefixes,)))
+    train(tyro.cli(TinyBaseConfig, config=(tyro.conf.OmitArgPrefixes,)))

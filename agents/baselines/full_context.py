@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from agents.baselines.answering import answer, check_settings
 from agents.policy import Act
-from agents.prompting import Ask, written
+from agents.prompting import Ask, render_reply
 from atommem_env.errors import PromptTooLong
 from atommem_env.tokens import get_tokenizer
 from atommem_env.types import EpisodeSettings, Observation, Operation, OperationKind, Phase, Reply, Usage
@@ -51,7 +51,7 @@ def full_context(settings: EpisodeSettings, ask: Ask) -> Act:
                 if kept == 0:
                     raise
                 kept = fewer(kept, error)
-        text = written(settings, Operation(OperationKind.ANSWER, said)) if said else ""
+        text = render_reply(settings, Operation(OperationKind.ANSWER, said)) if said else ""
         return Reply(text, usage=Usage(dropped_tokens=len(spans) - kept))
 
     return act

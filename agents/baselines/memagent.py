@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from agents.baselines.answering import answer, check_settings
 from agents.policy import Act
-from agents.prompting import Ask, written
+from agents.prompting import Ask, render_reply
 from atommem_env.types import EpisodeSettings, Message, Observation, Operation, OperationKind, Phase
 
 _UPDATE = """\
@@ -47,6 +47,6 @@ def memagent(settings: EpisodeSettings, ask: Ask) -> Act:
         else:
             text = await answer(ask, settings, observation["question"], memory)
             kind = OperationKind.ANSWER
-        return written(settings, Operation(kind, text)) if text.strip() else ""
+        return render_reply(settings, Operation(kind, text)) if text.strip() else ""
 
     return act

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from agents.baselines.answering import answer, check_settings
 from agents.policy import Act
-from agents.prompting import Ask, written
+from agents.prompting import Ask, render_reply
 from atommem_env.types import EpisodeSettings, Observation, Operation, OperationKind, Phase
 
 
@@ -20,6 +20,6 @@ def no_memory(settings: EpisodeSettings, ask: Ask) -> Act:
         if observation["phase"] == Phase.READ:
             return ""
         said = await answer(ask, settings, observation["question"])
-        return written(settings, Operation(OperationKind.ANSWER, said)) if said else ""
+        return render_reply(settings, Operation(OperationKind.ANSWER, said)) if said else ""
 
     return act

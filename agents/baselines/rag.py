@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from agents.baselines.answering import answer, check_settings
 from agents.policy import Act
-from agents.prompting import Ask, written
+from agents.prompting import Ask, render_reply
 from atommem_env.tokens import get_tokenizer
 from atommem_env.types import EpisodeSettings, Observation, Operation, OperationKind, Phase
 
@@ -49,14 +49,14 @@ def store_and_search(name: str, settings: EpisodeSettings, ask: Ask, entries: Ca
         if reading or creates or query != question:
             reads = [] if reading and query else [Operation(OperationKind.READ, question)]
             query = question
-            return written(settings, *creates, *reads)
+            return render_reply(settings, *creates, *reads)
         said = await answer(ask, settings, question, observation["retrieved"])
         if not said:
             return ""
         following = questions[questions.index(question) + 1 :][:1] if question in questions else []
         query = "".join(following)
         reads = [Operation(OperationKind.READ, text) for text in following]
-        return written(settings, Operation(OperationKind.ANSWER, said), *reads)
+        return render_reply(settings, Operation(OperationKind.ANSWER, said), *reads)
 
     return act
 

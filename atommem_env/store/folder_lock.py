@@ -17,7 +17,7 @@ _NAME = ".in_use"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # a network file system that was mounted without them
 
 
-class SharedFolder:
+class FolderLock:
     """A folder and this user's mark in it, which the system removes with the process, however that ends.
 
     Where the system has no file locks nobody is ever known to be alone.
@@ -28,7 +28,7 @@ class SharedFolder:
         self._mark: int | None = None  # a file descriptor
         self._close: Callable[[], object] = lambda: None
 
-    def enter(self, *, make: bool) -> None:
+    def acquire_shared(self, *, make: bool) -> None:
         """Leaves a mark, once; `make` makes folder and file where they are not there, else there is no mark then.
 
         Raises:
@@ -52,7 +52,7 @@ class SharedFolder:
             self._mark, self._close = mark, close
 
     @contextmanager
-    def alone(self, *, leaving: bool = False) -> Iterator[bool]:
+    def acquire_exclusive(self, *, leaving: bool = False) -> Iterator[bool]:
         """Whether nobody else has a mark here; if so, whoever comes waits until the block is over.
 
         With `leaving` this user's own mark is gone afterwards. Of those who leave at the same time the last one is alone.

@@ -34,7 +34,7 @@ from numpy.typing import ArrayLike
 
 from atommem_env.errors import MissingDependency, SettingError, StoreError
 from atommem_env.memory import WorkingMemory, unit
-from atommem_env.store.folder_lock import SharedFolder
+from atommem_env.store.folder_lock import FolderLock
 from atommem_env.store.recorder import INTERRUPTED, Commit, EpisodeRecord, Recorder, batches_of, dimensions_of
 from atommem_env.store.tables import (
     SCHEMA_VERSION,
@@ -98,7 +98,7 @@ class MemoryStore:
             raise SettingError(f"durability must be one of {', '.join(DURABILITIES)}, got {durability!r}.")
         self.folder = Path(folder).expanduser()
         self.durability = durability
-        self._shared = SharedFolder(self.folder)
+        self._folder_lock = FolderLock(self.folder)
         self._lock = threading.RLock()  # of writing and joining
         self._connection: Any = None
         self._tables: dict[str, Any] = {}
@@ -189,7 +189,7 @@ class MemoryStore:
                 recorder.succeeded(commit)
             self._commits += 1
             if self._commits % _OPTIMIZE_EVERY == 0:
-                with self._shared.alone() as alone:
+                with self._folder_lock.acquire_exclusive() as alone:
                     for table in self._tables.values():
                         if self._grown(table):
                             self._optimize(table, alone)
@@ -202,7 +202,7 @@ class MemoryStore:
             StoreError: the disk failed.
         """
         with self._lock, self._reporting("write"):
-            self._shared.sync()
+            self._folder_lock.sync()
 
     def optimize(self) -> None:
         """Joins the small files that commits leave, and removes what only older versions of the tables need.
@@ -213,7 +213,7 @@ class MemoryStore:
             StoreError: the folder cannot be written.
         """
         tables = [table for name in TABLES if (table := self._table(name)) is not None]
-        with self._lock, self._shared.alone() as alone:
+        with self._lock, self._folder_lock.acquire_exclusive() as alone:
             for table in tables:
                 self._optimize(table, alone)
 
@@ -221,7 +221,7 @@ class MemoryStore:
         """Joins files where it wrote and they are many, and lets go of the folder; a later call opens it again."""
         with self._lock:
             if not _forked_after_lancedb:
-                with self._shared.alone(leaving=True) as alone:
+                with self._folder_lock.acquire_exclusive(leaving=True) as alone:
                     for name in TABLES if self._commits else ():
                         table = self._table(name)
                         if table is not None and (self._files(name) > _MOST_FILES if alone else self._grown(table)):
@@ -253,7 +253,7 @@ class MemoryStore:
             self._table(name)
         dimension = self._agreed_dimension(dimensions_of(commits))
         with self._reporting("write"):
-            self._shared.enter(make=True)
+            self._folder_lock.acquire_shared(make=True)
             for names in (("journal", "entries"), ("turns",), ("episodes",)):
                 pending = []
                 for name in names:
@@ -483,7 +483,7 @@ class MemoryStore:
 
     def _connect(self) -> Any:
         if self._connection is None:
-            self._shared.enter(make=False)
+            self._folder_lock.acquire_shared(make=False)
             try:
                 import lancedb
             except ImportError as error:

@@ -12,7 +12,7 @@ from atommem_env.store.recorder import EpisodeRecord
 from atommem_env.types import EpisodeSettings, StepResult, TaskSource
 
 
-def first_moment(record: EpisodeRecord, source: TaskSource, settings: EpisodeSettings) -> Episode:
+def initial_episode(record: EpisodeRecord, source: TaskSource, settings: EpisodeSettings) -> Episode:
     """The episode of `record` before its first reply.
 
     Raises:

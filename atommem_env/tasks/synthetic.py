@@ -129,16 +129,16 @@ class SyntheticSource:
             value = world.new(relation.object)
             old = world.new(relation.object, other_than=value) if link == corrected else None
             evidence.append(Evidence(subject, world.state(subject, relation, value, old)))
-            world.lures.append(_Lure(relation=relation, near=subject, first=link == 0))
+            world.lures.append(_Distractor(relation=relation, near=subject, first=link == 0))
             if old and link + 1 < hops:  # who misses the correction finds a way on
-                world.lures.append(_Lure(relation=chain[link + 1], of=old, first=True))
+                world.lures.append(_Distractor(relation=chain[link + 1], of=old, first=True))
             subject = value
         if stated < hops:
             world.leave_out(subject, chain[stated])
-            world.lures.append(_Lure(relation=chain[stated], near=subject, first=True))
+            world.lures.append(_Distractor(relation=chain[stated], near=subject, first=True))
         # How often the documents state a relation that is asked for must not tell whether there is an answer, nor which.
         world.lures += [
-            _Lure(relation=relation) for relation in (*chain[stated:], *chain[stated + 1 :], *[chain[-1]] * 3)
+            _Distractor(relation=relation) for relation in (*chain[stated:], *chain[stated + 1 :], *[chain[-1]] * 3)
         ]
         return Question(
             id=name,
@@ -151,7 +151,7 @@ class SyntheticSource:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Lure:
+class _Distractor:
     """A fact that may mislead: about `of`, or a new thing whose name is close to `near`, or anything."""
 
     relation: Relation
@@ -175,7 +175,7 @@ class _World:
 
     def __init__(self, split: str, rng: np.random.Generator) -> None:
         self.rng = rng
-        self.lures: list[_Lure] = []
+        self.lures: list[_Distractor] = []
         self._facts: set[tuple[str, str]] = set()  # (subject, relation) that are settled, stated or to be left out
         self._sealed: set[str] = set()  # subjects of gaps: no further fact points to them and hints at what is missing
         self._pools = name_pools(split)
@@ -245,7 +245,7 @@ class _World:
         """Adds documents outside the chains up to `num_docs`, a share of their facts corrected, and asides to all."""
         lures = sorted(self.lures, key=lambda lure: not lure.first)[::-1]
         while (room := num_docs - len(self._drafts)) > 0:
-            lure = lures.pop() if lures else _Lure(relation=self.pick(RELATIONS))
+            lure = lures.pop() if lures else _Distractor(relation=self.pick(RELATIONS))
             relation = lure.relation
             subject = lure.of or (self._near(lure.near, relation.subject) if lure.near else self._subject(relation))
             value = self._object(subject, relation)

@@ -36,7 +36,7 @@ from atommem_env.episode import Episode
 from atommem_env.errors import StoreError
 from atommem_env.store.memory_store import MemoryStore
 from atommem_env.store.recorder import INTERRUPTED, Recorder
-from atommem_env.store.replay import first_moment, replay
+from atommem_env.store.replay import initial_episode, replay
 from atommem_env.store.tables import TABLES
 from atommem_env.tasks import make_source
 from atommem_env.types import EpisodeSettings
@@ -148,7 +148,7 @@ def inspect(folder: Path, acknowledged: dict[str, tuple[int, bool]], after: floa
     new = [record for record in records.values() if record.committed_at.timestamp() >= after]
     over = [record for record in new if record.status != INTERRUPTED]
     for record in over[-_REPLAYED:] + [record for record in new if record.status == INTERRUPTED]:
-        episode = first_moment(record, source, _SETTINGS)
+        episode = initial_episode(record, source, _SETTINGS)
         try:
             for _ in replay(episode, store, record.episode_id):
                 pass

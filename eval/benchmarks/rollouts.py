@@ -35,7 +35,7 @@ from agents.models.vllm_model import VLLMModel
 from atommem_env.errors import SettingError
 from atommem_env.types import Reply
 from eval.benchmarks import write_figures
-from eval.run_folder import read_episodes
+from eval.run_folder import read_jsonl
 
 _WORDS = [f"w{index}" for index in range(250)]
 _TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
@@ -90,7 +90,7 @@ def recorded_lengths(run: Path) -> list[Lengths]:
         SettingError: no model was called in that run.
     """
     episodes = []
-    for record in read_episodes(run / "episodes.jsonl"):
+    for record in read_jsonl(run / "episodes.jsonl"):
         turns = zip(record["by_step"]["prompt_tokens"], record["by_step"]["completion_tokens"], strict=True)
         episodes.append(tuple((prompt, reply) for prompt, reply in turns if prompt and reply))
     if not any(episodes):

@@ -33,7 +33,7 @@ from eval.compare import Run, read_run
 from eval.report.plots import draw
 from eval.report.rows import Environment, Published, Row, plain
 from eval.report.tables import csv_text, latex, markdown, results
-from eval.run_folder import replace_file
+from eval.run_folder import write_atomic
 
 # Settings in which rows of one table may differ: how a policy is asked, and what its memory is.
 _OF_A_ROW = {
@@ -186,10 +186,10 @@ def report(folders: Sequence[Path], out: Path) -> list[Environment]:
     (out / "plots").mkdir(parents=True, exist_ok=True)
     for plot in plots:
         plot.figure.savefig(out / "plots" / f"{plot.name}.png")
-        replace_file(out / "plots" / f"{plot.name}.csv", csv_text(plot.drawn))
-    replace_file(out / "report.md", markdown(environments, [shown(folder) for folder in unfinished], plots))
-    replace_file(out / "results.csv", csv_text(results(environments, shown)))
-    replace_file(out / "results.tex", latex(environments))
+        write_atomic(out / "plots" / f"{plot.name}.csv", csv_text(plot.drawn))
+    write_atomic(out / "report.md", markdown(environments, [shown(folder) for folder in unfinished], plots))
+    write_atomic(out / "results.csv", csv_text(results(environments, shown)))
+    write_atomic(out / "results.tex", latex(environments))
     return environments
 
 

@@ -30,7 +30,7 @@ from atommem_env.errors import SettingError, StoreError
 from atommem_env.scoring import holds
 from atommem_env.store.memory_store import MemoryStore
 from atommem_env.store.recorder import INTERRUPTED, EpisodeRecord
-from atommem_env.store.replay import first_moment, replay
+from atommem_env.store.replay import initial_episode, replay
 from atommem_env.types import (
     Evidence,
     Fault,
@@ -105,7 +105,7 @@ def trace_page(run: Path, episode: int | None = None) -> str:
                 f"The memory of episode {record['episode']} is not in {env.store.folder}; run `atommem eval` again, "
                 "with durability on and into another folder."
             )
-        story = _Story(record["episode"], first_moment(row, env.source, env.settings), env.store, row)
+        story = _Story(record["episode"], initial_episode(row, env.source, env.settings), env.store, row)
         story.check(record)
         items.append(_list_item(record, story))
         articles.append(_episode(record, story))
@@ -388,7 +388,7 @@ def _reply(story: _Story, place: int, texts: dict[str, str]) -> list[Element]:
     mutations = iter(result.mutations)
     operations = []
     for item, outcome in zip(written, result.results[first:], strict=False):
-        done = outcome.fault in (None, Fault.CUT)
+        done = outcome.fault in (None, Fault.TRUNCATED)
         content: list[Element] = []
         if done and item.kind in (*_CHANGES, OperationKind.READ):
             mutation = next(mutations)

@@ -179,7 +179,7 @@ def test_a_policy_of_ones_own_is_found_in_the_working_folder(tmp_path: Path, mon
 def test_a_method_of_ones_own_has_any_model_behind_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
     lines = prompting.__doc__.partition("    def notes")[2] if prompting.__doc__ else ""
-    imports = "from agents.prompting import written\nfrom atommem_env.types import Operation, OperationKind\n"
+    imports = "from agents.prompting import render_reply\nfrom atommem_env.types import Operation, OperationKind\n"
     (tmp_path / "notes.py").write_text(imports + textwrap.dedent("    def notes" + lines))
     (tmp_path / "no_method.py").write_text("notes = 3")
     monkeypatch.chdir(tmp_path)
@@ -267,14 +267,14 @@ def test_for_training_a_failed_episode_is_played_anew_and_one_that_fails_each_ti
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     drive, specs = driver(), SPECS[:6]
-    whole = asyncio.run(drive.run_tolerant(specs, Frail(drive, {})))
+    whole = asyncio.run(drive.run_with_retries(specs, Frail(drive, {})))
     assert whole == asyncio.run(drive.run(specs, Frail(drive, {})))
     assert not caplog.records
     policy = Frail(drive, {specs[1].seed: 1, specs[2].seed: 2, specs[4].seed: 3})
     told: list[int] = []
     replies = itertools.count()
     rollouts = asyncio.run(
-        drive.run_tolerant(
+        drive.run_with_retries(
             specs, policy, retries=2, finished=lambda place, rollout: told.append(place), replied=lambda: next(replies)
         )
     )
@@ -291,7 +291,7 @@ def test_what_playing_anew_cannot_mend_is_raised_at_once(error: type[Exception])
     drive = driver()
     policy = Frail(drive, {SPECS[3].seed: 1}, error)
     with pytest.raises(error, match="gone") as failure:
-        asyncio.run(drive.run_tolerant(SPECS[:6], policy, retries=5))
+        asyncio.run(drive.run_with_retries(SPECS[:6], policy, retries=5))
     assert f"seed={SPECS[3].seed}" in failure.value.__notes__[0]
     assert policy.begun[SPECS[3].seed] == 1
 

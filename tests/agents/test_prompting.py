@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from agents.chat_policy import Sampling
 from agents.policy import Act
-from agents.prompting import Ask, Method, PromptedPolicy, written
+from agents.prompting import Ask, Method, PromptedPolicy, render_reply
 from atommem_env.dialects import get_dialect
 from atommem_env.errors import SettingError
 from atommem_env.types import EpisodeSettings, Message, Observation, Operation, OperationKind, Reply, Usage
@@ -144,7 +144,7 @@ free = st.sampled_from([OperationKind.CREATE, OperationKind.READ, OperationKind.
 @settings(max_examples=150, deadline=None)
 @given(operations=st.lists(st.builds(Operation, free, texts), max_size=4))
 def test_no_text_breaks_out_of_its_operation(dialect: str, operations: list[Operation]) -> None:
-    reply = written(EpisodeSettings(dialect=dialect), *operations)
+    reply = render_reply(EpisodeSettings(dialect=dialect), *operations)
     carried_out = get_dialect(dialect).parse(reply)
     assert [item.kind for item in carried_out if isinstance(item, Operation)] == [item.kind for item in operations]
     assert len(carried_out) == len(operations)
@@ -156,5 +156,5 @@ def test_no_text_breaks_out_of_its_operation(dialect: str, operations: list[Oper
 
 def test_harmless_texts_stay_as_they_are() -> None:
     text = "1 < 2 <b>bold</b> & <think>hm</think> <createmory>"
-    assert written(SETTINGS, Operation(OperationKind.CREATE, text)) == f"<create_memory>{text}</create_memory>"
-    assert written(SETTINGS) == ""
+    assert render_reply(SETTINGS, Operation(OperationKind.CREATE, text)) == f"<create_memory>{text}</create_memory>"
+    assert render_reply(SETTINGS) == ""

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atommem_env.bm25 import LexicalIndex, fuse, words
+from atommem_env.bm25 import BM25Index, fuse, words
 
 texts = st.lists(st.sampled_from(["ada", "Rome", "rome,", "lives", "in", "the"]), max_size=6).map(" ".join)
 
@@ -29,7 +29,7 @@ def bm25(query: str, text: str, collection: list[str]) -> float:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(texts, min_size=1, max_size=12), texts)
 def test_the_ranking_is_that_of_the_formula_and_equals_go_by_age(collection: list[str], query: str) -> None:
-    index = LexicalIndex()
+    index = BM25Index()
     for number, text in enumerate(collection):
         index.add(number, text)
     found = index.ranking(query)
@@ -46,7 +46,7 @@ def test_the_ranking_is_that_of_the_formula_and_equals_go_by_age(collection: lis
 @settings(max_examples=60, deadline=None)
 @given(st.lists(texts, max_size=8), st.lists(texts, max_size=8), texts)
 def test_what_was_added_and_removed_leaves_no_trace(kept: list[str], removed: list[str], query: str) -> None:
-    index, fresh = LexicalIndex(), LexicalIndex()
+    index, fresh = BM25Index(), BM25Index()
     for number, text in enumerate(removed):
         index.add(100 + number, text)
     for number, text in reversed(list(enumerate(kept))):
@@ -60,7 +60,7 @@ def test_what_was_added_and_removed_leaves_no_trace(kept: list[str], removed: li
 
 
 def test_rare_words_weigh_more_and_long_texts_less() -> None:
-    index = LexicalIndex()
+    index = BM25Index()
     for number, text in enumerate(["the boat", "the house", "the garden", "the boat " + "and so on " * 9, "Zoë"]):
         index.add(number, text)
     assert index.ranking("the boat") == [0, 3, 1, 2]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from atommem_env.bm25 import LexicalIndex, fuse
+from atommem_env.bm25 import BM25Index, fuse
 from atommem_env.errors import EmbeddingError, EpisodeStateError, SettingError
 from atommem_env.memory import WorkingMemory, unit
 from atommem_env.types import Entry, Vector
@@ -34,7 +34,7 @@ class NaiveMemory:
         return [f"m{number}" for _, number in sorted(scored)[:k]]
 
     def by_words(self, query: str) -> list[int]:
-        index = LexicalIndex()
+        index = BM25Index()
         for name, text, _ in self.rows:
             index.add(int(name[1:]), text)
         return index.ranking(query)

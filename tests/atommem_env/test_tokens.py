@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atommem_env.tokens import BuiltinTokenizer, cut
+from atommem_env.tokens import BuiltinTokenizer, truncate
 
 _TOKENIZER = BuiltinTokenizer()
 _mixed = st.text(st.sampled_from("ab_0 .,-é·–中、\t\n\x1c\x85\xa0\u2028\u3000\ud800²ªµ"), max_size=12)
@@ -29,6 +29,6 @@ def test_every_character_of_latin_1_is_counted_as_it_is_found(neighbour: str) ->
 
 @given(_mixed, st.integers(0, 12))
 def test_cut_keeps_as_many_tokens_as_fit(text: str, limit: int) -> None:
-    kept = cut(text, limit, _TOKENIZER)
+    kept = truncate(text, limit, _TOKENIZER)
     assert text.startswith(kept)
     assert _TOKENIZER.count(kept) == min(limit, _TOKENIZER.count(text))

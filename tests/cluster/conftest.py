@@ -13,8 +13,8 @@ import pytest
 from processes import started_ray
 
 from agents.models.find import find_model
-from eval.run_folder import read_episodes
-from train.cluster.recipe import ClusterRun, read_recipe
+from eval.run_folder import read_jsonl
+from train.cluster.recipe import ClusterGRPOConfig, read_recipe
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENT = {
@@ -77,12 +77,12 @@ def finish(
         said, _ = job.communicate(timeout=900)
         log = out / "job.log"
         assert job.returncode == 0, said + (log.read_text()[-8000:] if log.exists() else "")
-        return out, read_episodes(out / "metrics.jsonl")
+        return out, read_jsonl(out / "metrics.jsonl")
 
     return run
 
 
 @pytest.fixture
-def recipe() -> ClusterRun:
+def recipe() -> ClusterGRPOConfig:
     """The run of `tiny.toml`."""
     return read_recipe(str(HERE / "tiny.toml"))

@@ -21,10 +21,10 @@ from agents.models.find import find_model
 from atommem_env.types import Message, Reply
 from train.cluster import extension
 from train.cluster.executor import response
-from train.cluster.recipe import ClusterRun, Prompt, openrlhf_flags, read_recipe
+from train.cluster.recipe import ClusterGRPOConfig, Prompt, openrlhf_flags, read_recipe
 from train.grpo import Trainer
 from train.samples import make_samples
-from train.settings import GRPORun, GRPOSettings
+from train.settings import GRPOConfig, LocalGRPOConfig
 
 
 class Told(Exception):
@@ -83,9 +83,9 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
 def main(folder: Path, zero_stage: int) -> None:
     recipe = read_recipe(str(Path(__file__).with_name("tiny.toml")))
     changes = {"out": folder / "cluster", "gpus_per_node": 2, "zero_stage": zero_stage, "eval_every": 0}
-    run: ClusterRun = dataclasses.replace(recipe, **changes)  # its micro_batch_tokens make three micro-batches
-    shared = {field.name: getattr(run, field.name) for field in dataclasses.fields(GRPOSettings)}
-    trainer = Trainer(GRPORun(**shared | {"out": folder / "local"}))
+    run: ClusterGRPOConfig = dataclasses.replace(recipe, **changes)  # its micro_batch_tokens make three micro-batches
+    shared = {field.name: getattr(run, field.name) for field in dataclasses.fields(GRPOConfig)}
+    trainer = Trainer(LocalGRPOConfig(**shared | {"out": folder / "local"}))
     trainer.sampler = PlainModel(AutoModelForCausalLM.from_pretrained(find_model(run.model)), trainer.chat)
     before = weights(trainer.model)
 

@@ -15,7 +15,7 @@ from atommem_env.store.memory_store import MemoryStore
 from eval.options import EvalConfig
 from eval.recipe import play_recipe, read_recipe
 from eval.run import evaluate
-from eval.run_folder import read_episodes
+from eval.run_folder import read_jsonl
 from eval.workers import Workers
 
 POLICIES = """
@@ -103,7 +103,7 @@ def test_workers_write_what_one_process_writes(options: dict[str, Any], workers:
     for clock in ("seconds", "steps_per_second"):
         del alone[clock], together[clock]
     assert together == alone
-    costs = read_episodes(tmp_path / "together" / "costs.jsonl")
+    costs = read_jsonl(tmp_path / "together" / "costs.jsonl")
     assert [cost["episode"] for cost in costs] == list(range(8))
     assert all(0 < cost["seconds"] <= cost["elapsed"] for cost in costs)
     if options.get("durability"):
@@ -117,7 +117,7 @@ def test_a_worker_has_its_share_of_gpus_the_commands_variables_and_episodes_in_f
     workers: Workers, tmp_path: Path
 ) -> None:
     evaluate(config(tmp_path, "playing:telling", episodes=16, in_flight=3, questions=1), workers=workers)
-    told = {record["questions"][0]["prediction"] for record in read_episodes(tmp_path / "episodes.jsonl")}
+    told = {record["questions"][0]["prediction"] for record in read_jsonl(tmp_path / "episodes.jsonl")}
     assert told == {str((3, gpus, "this", "secret")) for gpus in ("0,1", "2,3")}
 
 
@@ -145,12 +145,12 @@ def test_the_episodes_of_a_worker_that_is_killed_are_played_by_another(workers: 
 def test_an_episode_that_kills_every_worker_ends_the_run_and_resume_goes_on(workers: Workers, tmp_path: Path) -> None:
     Path("victim").write_text("no such question")
     evaluate(config(tmp_path / "a", "playing:always"), workers=workers)
-    question = read_episodes(tmp_path / "a" / "episodes.jsonl")[3]["questions"][0]["prediction"]
+    question = read_jsonl(tmp_path / "a" / "episodes.jsonl")[3]["questions"][0]["prediction"]
     Path("victim").write_text(question)
     with pytest.raises(JobFailed, match="--resume goes on") as raised:
         evaluate(config(tmp_path / "b", "playing:always", in_flight=1), workers=workers)
     assert raised.value.__notes__ == ["at episode 3, as one before it"]
-    kept = {record["episode"] for record in read_episodes(tmp_path / "b" / "episodes.jsonl")}
+    kept = {record["episode"] for record in read_jsonl(tmp_path / "b" / "episodes.jsonl")}
     assert 3 not in kept
     assert len(kept) >= 6, "all others but one that the second worker may have been playing"
     Path("victim").write_text("no such question")

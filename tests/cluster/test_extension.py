@@ -18,12 +18,12 @@ from openrlhf.trainer.ppo_utils.experience import balance_experiences  # noqa: E
 from agents.rollout import EpisodeSpec  # noqa: E402
 from atommem_env.errors import SamplesMismatch  # noqa: E402
 from atommem_env.types import Reply, Rollout, StopReason, Turn  # noqa: E402
-from eval.run_folder import json_line, read_episodes, replace_file
+from eval.run_folder import read_jsonl, to_jsonl, write_atomic  # noqa: E402
 from train.advantages import group_advantages  # noqa: E402
 from train.cluster import extension  # noqa: E402
 from train.cluster.executor import response  # noqa: E402
 from train.cluster.extension import ExperienceMaker, Generator, MetricsLogger, trained_keys  # noqa: E402
-from train.cluster.recipe import ClusterRun, Prompt, write_prompts  # noqa: E402
+from train.cluster.recipe import ClusterGRPOConfig, Prompt, write_prompts  # noqa: E402
 from train.samples import check_all_trained  # noqa: E402
 
 REWARDS = [[1.0, 0.0, 0.0], [0.25, 1.0, 0.5], [1.0, 1.0, 1.0]]  # the last group is flat
@@ -31,7 +31,7 @@ TURNS = [[3, 1, 2], [5, 1, 4], [2, 2, 2]]
 
 
 @pytest.fixture
-def run(recipe: ClusterRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ClusterRun:
+def run(recipe: ClusterGRPOConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ClusterGRPOConfig:
     made = dataclasses.replace(recipe, out=tmp_path, groups=3, group_size=3, fault_penalty=0.0)
     monkeypatch.setattr(extension, "running", lambda: made)
     return made
@@ -57,7 +57,7 @@ def arguments(ranks: int) -> SimpleNamespace:
     )
 
 
-def rollout_experiences(run: ClusterRun) -> list[Any]:
+def rollout_experiences(run: ClusterGRPOConfig) -> list[Any]:
     generator = Generator.__new__(Generator)
     options = {"max_len": 64}
     return [
@@ -67,7 +67,7 @@ def rollout_experiences(run: ClusterRun) -> list[Any]:
     ]
 
 
-def made(run: ClusterRun, ranks: int) -> tuple[ExperienceMaker, list[Any]]:
+def made(run: ClusterGRPOConfig, ranks: int) -> tuple[ExperienceMaker, list[Any]]:
     maker = ExperienceMaker(
         None, None, None, None, SimpleNamespace(value=0.0), SimpleNamespace(args=arguments(ranks)), None
     )
@@ -87,7 +87,7 @@ def made(run: ClusterRun, ranks: int) -> tuple[ExperienceMaker, list[Any]]:
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_every_turn_of_a_live_group_is_trained_on_once_with_its_rollout_s_advantage(
-    run: ClusterRun, ranks: int
+    run: ClusterGRPOConfig, ranks: int
 ) -> None:
     maker, experiences = made(run, ranks)
     expected = group_advantages(REWARDS).advantages_P_G
@@ -114,25 +114,25 @@ def test_every_turn_of_a_live_group_is_trained_on_once_with_its_rollout_s_advant
             np.testing.assert_allclose(batch.rollout_log_probs[row][mask], -0.1 * (turn + 1), atol=1e-6)
 
 
-def test_a_sample_that_a_rank_left_out_is_noticed(run: ClusterRun) -> None:
+def test_a_sample_that_a_rank_left_out_is_noticed(run: ClusterGRPOConfig) -> None:
     maker, experiences = made(run, 2)
     labels = [label for experience in experiences for label in experience.labels]
     with pytest.raises(SamplesMismatch, match="1 left out"):
         check_all_trained(maker.samples, trained_keys(labels[1:]))
 
 
-def test_the_stats_of_a_step(run: ClusterRun) -> None:
+def test_the_stats_of_a_step(run: ClusterGRPOConfig) -> None:
     maker, _ = made(run, 2)
-    assert maker.stats["groups_live"] == 2
-    assert maker.stats["groups_flat"] == 1
+    assert maker.stats["groups_active"] == 2
+    assert maker.stats["groups_zero_variance"] == 1
     assert maker.stats["turns"] == pytest.approx(sum(map(sum, TURNS)) / 9)
     assert maker.stats["reward"] == pytest.approx(np.mean(REWARDS))
 
 
-def test_each_prompt_has_spares_of_its_own(run: ClusterRun) -> None:
+def test_each_prompt_has_spares_of_its_own(run: ClusterGRPOConfig) -> None:
     write_prompts(run, 1000, 1000)
     generator = Generator.__new__(Generator)
-    prompts = [line["prompt"] for line in read_episodes(run.out / "prompts.jsonl")]
+    prompts = [line["prompt"] for line in read_jsonl(run.out / "prompts.jsonl")]
     assert len(prompts) == run.steps * run.groups
     chains = []
     for prompt in prompts:
@@ -149,14 +149,14 @@ def test_metrics_are_those_of_one_machine_and_are_cut_when_a_run_goes_on(tmp_pat
     told: list[Any] = []
     board = SimpleNamespace(log_train=lambda *given: told.append(given), log_eval=lambda *given: told.append(given))
     logger = MetricsLogger(tmp_path / "metrics.jsonl", board)
-    replace_file(tmp_path / "metrics.jsonl", json_line({"step": 1}) + json_line({"step": 2}))
+    write_atomic(tmp_path / "metrics.jsonl", to_jsonl({"step": 1}) + to_jsonl({"step": 2}))
     logger.cut(1)
     logger.places = [4, 5]
     logger.log_train(
         2, {"vllm_kl": 0.5, "rollout/turns": 3.0, "rollout/operations/create": 0.25, "generated_samples": ["", 1]}
     )
     logger.log_eval(2, {"eval_held_out_pass1": 0.5, "eval_num_samples": 100.0})
-    lines = read_episodes(tmp_path / "metrics.jsonl")
+    lines = read_jsonl(tmp_path / "metrics.jsonl")
     assert lines == [
         {"step": 1},
         {"step": 2, "places": [4, 5], "sampler_kl": 0.5, "turns": 3.0, "operations": {"create": 0.25}},

@@ -22,8 +22,8 @@ from processes import session, wait_until
 
 from agents.rollout import Driver
 from atommem_env.embedders.hashing import HashingEmbedder
-from eval.run_folder import read_episodes
-from train.cluster.recipe import ClusterRun, Prompt, write_prompts
+from eval.run_folder import read_jsonl
+from train.cluster.recipe import ClusterGRPOConfig, Prompt, write_prompts
 from train.settings import make_env
 
 pytestmark = [
@@ -48,7 +48,7 @@ def test_sampling_beside_training_with_partial_rollouts_and_dynamic_filtering(fi
     steps = [line for line in lines if "reward" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
     for line in steps:
-        assert line["groups_flat"] == 0
+        assert line["groups_zero_variance"] == 0
         assert abs(line["sampler_kl"]) < 0.5  # weights change under the rollouts
         assert 0 < line["grad_norm"] < 100
     assert sum(line["groups_filtered"] for line in steps) == sum(line["groups_replaced"] for line in steps)
@@ -84,7 +84,7 @@ def test_a_ray_of_the_run_s_own(tmp_path: Path) -> None:
         timeout=15 * MINUTE,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = read_episodes(out / "metrics.jsonl")
+    lines = read_jsonl(out / "metrics.jsonl")
     assert trained_places(lines) == list(range(8))
     assert (out / "model" / "model.safetensors").is_file()
     assert f"vllm serve {out / 'model'}" in done.stdout
@@ -109,7 +109,7 @@ def read(path: Path) -> bytes:
 
 
 def after_step(out: Path, step: int) -> Callable[[], bool]:
-    return lambda: any(line["step"] >= step and "reward" in line for line in read_episodes(out / "metrics.jsonl"))
+    return lambda: any(line["step"] >= step and "reward" in line for line in read_jsonl(out / "metrics.jsonl"))
 
 
 def ended_within_a_minute(job: subprocess.Popen[str]) -> str:
@@ -196,13 +196,13 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
 
 
 def test_an_episode_that_always_fails_costs_its_group_which_is_replaced_and_counted(
-    service: Service, finish: Finish, recipe: ClusterRun, tmp_path: Path
+    service: Service, finish: Finish, recipe: ClusterGRPOConfig, tmp_path: Path
 ) -> None:
     # The service refuses all texts about the person whom the first task asks about: that episode cannot be played.
     source = Driver.of(make_env(recipe, "train")).source
     (tmp_path / "plan").mkdir()
     write_prompts(dataclasses.replace(recipe, out=tmp_path / "plan"), len(source), len(source))
-    first = Prompt.of(read_episodes(tmp_path / "plan" / "prompts.jsonl")[0]["prompt"])
+    first = Prompt.of(read_jsonl(tmp_path / "plan" / "prompts.jsonl")[0]["prompt"])
     question = source.task(first.spec.index, first.spec.task_seed).questions[0].text
     name = re.findall(r"[A-Z]\w+ [A-Z]\w+", question)[0]
     service.refuses = lambda text: name in text

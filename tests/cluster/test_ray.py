@@ -18,7 +18,7 @@ from rich.console import Console
 from atommem_env.errors import JobFailed, SettingError
 from train.cluster import launch as launcher
 from train.cluster.launch import LocalJob, RayJob, follow, machines
-from train.cluster.recipe import ClusterRun
+from train.cluster.recipe import ClusterGRPOConfig
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def run(recipe: ClusterRun, tmp_path: Path) -> ClusterRun:
+def run(recipe: ClusterGRPOConfig, tmp_path: Path) -> ClusterGRPOConfig:
     return dataclasses.replace(recipe, out=tmp_path / "run")
 
 
@@ -36,7 +36,7 @@ def ray_job(dashboard: str, tmp_path: Path, code: str, **environment: str) -> Ra
 
 
 def test_a_job_of_ray_is_told_its_variables_and_ends_well(
-    dashboard: str, tmp_path: Path, run: ClusterRun, monkeypatch: pytest.MonkeyPatch
+    dashboard: str, tmp_path: Path, run: ClusterGRPOConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # to Ray's own client this would count more
     job = ray_job(dashboard, tmp_path, "import os; print('told', os.environ['A'])", A="a 'b' \"c\"")
@@ -47,7 +47,7 @@ def test_a_job_of_ray_is_told_its_variables_and_ends_well(
 
 
 def test_a_job_of_ray_that_fails_is_told_with_the_exception_of_the_actor(
-    dashboard: str, tmp_path: Path, run: ClusterRun
+    dashboard: str, tmp_path: Path, run: ClusterGRPOConfig
 ) -> None:
     code = """
         import ray
@@ -108,9 +108,9 @@ def test_a_job_of_this_machine_has_a_ray_of_its_own_that_ends_with_it(
     """
     job = LocalJob([sys.executable, "-c", textwrap.dedent(code)], {"RAY_ADDRESS": "local"}, tmp_path / "job.log")
     try:
-        wait_until(lambda: job.poll() is not None or re.search(r"actor \d+\n", job.written()))
-        found = re.search(r"gpus (\d) actor (\d+)", job.written())
-        assert found, job.written()
+        wait_until(lambda: job.poll() is not None or re.search(r"actor \d+\n", job.output()))
+        found = re.search(r"gpus (\d) actor (\d+)", job.output())
+        assert found, job.output()
         assert found[1] == "2"
         actor, driver = int(found[2]), job.process.pid
         processes = {pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if session(pid) == driver}
@@ -130,7 +130,7 @@ def test_machines_of_ray_are_counted(dashboard: str) -> None:
     assert node.gpus == 4
 
 
-def test_a_head_that_dies_ends_the_run(tmp_path: Path, run: ClusterRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_that_dies_ends_the_run(tmp_path: Path, run: ClusterGRPOConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "_SILENCE", 2.0)
     with started_ray() as address:
         job = ray_job(address, tmp_path, "import time; time.sleep(99)")

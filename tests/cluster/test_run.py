@@ -23,8 +23,8 @@ def test_a_run_as_a_user_starts_it(finish: Finish, tiny: Path) -> None:
     assert sorted(place for line in steps for place in line["places"]) == list(range(8))
     for line in steps:
         assert line["groups_failed"] == 0
-        assert line["groups_live"] + line["groups_flat"] == 4
-        if not line["groups_live"]:
+        assert line["groups_active"] + line["groups_zero_variance"] == 4
+        if not line["groups_active"]:
             continue
         # bfloat16 on both sides; garbage weights in the engine would give 1 and more
         assert math.isfinite(line["sampler_kl"])

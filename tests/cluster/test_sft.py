@@ -15,8 +15,8 @@ import pytest
 from rich.console import Console
 
 from agents.models.chat_tokenizer import ChatTokenizer
-from eval.run_folder import read_episodes
-from train.cluster.sft import ClusterSFT, sft_flags, train, write_tokens
+from eval.run_folder import read_jsonl
+from train.cluster.sft import ClusterSFTConfig, sft_flags, train, write_tokens
 from train.collect import CollectConfig, collect
 from train.sft import read_samples
 
@@ -31,11 +31,11 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(samples: Path, tmp_path: Path) -> ClusterSFT:
-    return ClusterSFT(samples=samples, model="tiny", out=tmp_path / "sft", gpus_per_node=2, batch_size=8)
+def run(samples: Path, tmp_path: Path) -> ClusterSFTConfig:
+    return ClusterSFTConfig(samples=samples, model="tiny", out=tmp_path / "sft", gpus_per_node=2, batch_size=8)
 
 
-def test_openrlhf_knows_every_flag(run: ClusterSFT) -> None:
+def test_openrlhf_knows_every_flag(run: ClusterSFTConfig) -> None:
     root = importlib.util.find_spec("openrlhf")
     assert root is not None
     assert root.origin is not None
@@ -58,7 +58,7 @@ print(json.dumps([list(part.shape) for part in batch]))
 """
 
 
-def test_openrlhf_gets_these_tokens_and_the_loss_is_on_the_replies_alone(run: ClusterSFT, tiny: Path) -> None:
+def test_openrlhf_gets_these_tokens_and_the_loss_is_on_the_replies_alone(run: ClusterSFTConfig, tiny: Path) -> None:
     write_tokens(run, tiny)
     done = subprocess.run(
         [sys.executable, "-c", _ITEMS, str(run.out / "tokens")], capture_output=True, text=True, check=True
@@ -76,12 +76,12 @@ def test_openrlhf_gets_these_tokens_and_the_loss_is_on_the_replies_alone(run: Cl
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])
-def test_a_run_learns_and_its_model_is_loaded(zero_stage: int, run: ClusterSFT, tiny: Path) -> None:
+def test_a_run_learns_and_its_model_is_loaded(zero_stage: int, run: ClusterSFTConfig, tiny: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     run = replace(run, zero_stage=zero_stage, learning_rate=1e-3, epochs=4)
     last = train(run, Console(quiet=True))
-    lines = read_episodes(run.out / "metrics.jsonl")
+    lines = read_jsonl(run.out / "metrics.jsonl")
     assert last == lines[-1]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)

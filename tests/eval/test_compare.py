@@ -13,7 +13,7 @@ from atommem_env.errors import SettingError
 from eval.compare import compare, read_run, sign_flip_p
 from eval.options import EvalConfig
 from eval.run import evaluate
-from eval.run_folder import json_line, read_episodes
+from eval.run_folder import read_jsonl, to_jsonl
 
 
 def run(folder: Path, policy: str, **changes: Any) -> Path:
@@ -31,11 +31,11 @@ def run(folder: Path, policy: str, **changes: Any) -> Path:
 
 def outcomes(folder: Path, right: list[list[int]]) -> None:
     """Rewrites which questions of a run were answered correctly, episode by episode."""
-    records = read_episodes(folder / "episodes.jsonl")
+    records = read_jsonl(folder / "episodes.jsonl")
     for record, ems in zip(records, right, strict=True):
         for question, em in zip(record["questions"], ems, strict=True):
             question["em"] = float(em)
-    (folder / "episodes.jsonl").write_text("".join(map(json_line, records)), encoding="utf-8")
+    (folder / "episodes.jsonl").write_text("".join(map(to_jsonl, records)), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +96,9 @@ def test_episodes_of_one_task_are_one_unit(tmp_path: Path) -> None:
     outcomes(a, [[0, 0, 0]] * 8)
     outcomes(b, [[1, 1, 1]] * 4 + [[0, 0, 0]] * 4)
     for folder in (a, b):
-        records = read_episodes(folder / "episodes.jsonl")
+        records = read_jsonl(folder / "episodes.jsonl")
         records = [{**record, "task_id": "first" if record["episode"] < 4 else "second"} for record in records]
-        (folder / "episodes.jsonl").write_text("".join(map(json_line, records)), encoding="utf-8")
+        (folder / "episodes.jsonl").write_text("".join(map(to_jsonl, records)), encoding="utf-8")
     result = compare(read_run(a), read_run(b))
     assert (result["episodes"], result["tasks"]) == (8, 2)
     assert result["all"]["ci95"] == [0.0, 1.0]

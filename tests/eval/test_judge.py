@@ -19,7 +19,7 @@ from eval import judge as module
 from eval.judge import JudgeConfig, cohens_kappa, judge, verdict_of
 from eval.options import EvalConfig
 from eval.run import evaluate
-from eval.run_folder import read_episodes
+from eval.run_folder import read_jsonl
 
 # Question by question: the gold; the gold in a sentence (EM 0); something else; an evasion; no answer at all.
 POLICY = """
@@ -155,7 +155,7 @@ def test_every_question_is_asked_as_it_was_played(run: Path, grader: Grader) -> 
     assert len(prompts) == 3 * 4 + 2 * 4, "nothing is asked of the unanswered, and twice where no verdict came"
     assert len(set(prompts)) == 4 * 4
     assert len(set(unclear)) == 2, "the second time by another seed, and not greedily: the reply would be the same"
-    for line in read_episodes(run / "judgements.jsonl"):
+    for line in read_jsonl(run / "judgements.jsonl"):
         assert line["verdict"] == verdict_of(line["replies"][-1])
         assert line["temperature"] == (0.3 if line["prediction"] == "unclear" else 0.0)
 
@@ -175,14 +175,14 @@ def test_an_interrupted_judge_goes_on(run: Path, grader: Grader) -> None:
     one_by_one = JudgeConfig(run=run, model=config(run, grader).model, in_flight=1)
     with pytest.raises(ModelError, match="no more of this"):
         judge(one_by_one)
-    kept = read_episodes(run / "judgements.jsonl")
+    kept = read_jsonl(run / "judgements.jsonl")
     assert kept
     assert not (run / "judge.json").exists()
     with (run / "judgements.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"key": "half a li')  # as a kill leaves it
     grader.patience = 10**9
     judge(one_by_one)
-    lines = read_episodes(run / "judgements.jsonl")
+    lines = read_jsonl(run / "judgements.jsonl")
     assert lines[: len(kept)] == kept
     assert len(lines) == len({line["key"] for line in lines}) == 16
 

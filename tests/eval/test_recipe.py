@@ -17,7 +17,7 @@ from agents.registry import load_policy
 from atommem_env import cli
 from atommem_env.errors import SettingError
 from eval.recipe import FOLDER, Run, check, plan, play_recipe, read_recipe, tables
-from eval.run_folder import read_episodes
+from eval.run_folder import read_jsonl
 
 SMALL = """
 episodes = 3
@@ -310,7 +310,7 @@ def test_a_single_run_is_what_it_was(
     assert atommem(monkeypatch, "eval", *words, "--out", out) == 0
     assert "mine*" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "config.json").read_text())["sampling"]["thinking"] is True
-    assert len(read_episodes(tmp_path / "run" / "episodes.jsonl")) == 1
+    assert len(read_jsonl(tmp_path / "run" / "episodes.jsonl")) == 1
 
 
 # ------------------------------------------------------------------------------------------------------------------ those shipped

@@ -15,7 +15,7 @@ from atommem_env.errors import SettingError
 from eval.options import EvalConfig
 from eval.report.tables import results_table
 from eval.run import evaluate, prepare
-from eval.run_folder import read_episodes
+from eval.run_folder import read_jsonl
 
 FIELDS = [
     "env_id",
@@ -91,7 +91,7 @@ def test_whatever_was_answered_is_read_back(tmp_path: Path) -> None:
     odd = config(tmp_path, policy="constant=a\u2028b\x85c\x0bd", durability="off", episodes=3)
     evaluate(odd)
     before = (tmp_path / "episodes.jsonl").read_bytes()
-    assert read_episodes(tmp_path / "episodes.jsonl")[0]["questions"][0]["prediction"] == "a\u2028b\x85c\x0bd"
+    assert read_jsonl(tmp_path / "episodes.jsonl")[0]["questions"][0]["prediction"] == "a\u2028b\x85c\x0bd"
     evaluate(dataclasses.replace(odd, resume=True))
     assert (tmp_path / "episodes.jsonl").read_bytes() == before
 
@@ -127,14 +127,14 @@ def test_what_an_episode_took_is_kept_through_a_resume(tmp_path: Path) -> None:
     whole = config(tmp_path, durability="off", episodes=4)
     evaluate(whole)
     lines, costs = tmp_path / "episodes.jsonl", tmp_path / "costs.jsonl"
-    assert [cost["episode"] for cost in read_episodes(costs)] == [0, 1, 2, 3]
-    assert all(0 <= cost["seconds"] <= cost["elapsed"] for cost in read_episodes(costs))
-    kept = [cost | {"elapsed": 100.0, "seconds": 50.0} for cost in read_episodes(costs)[:2]]
+    assert [cost["episode"] for cost in read_jsonl(costs)] == [0, 1, 2, 3]
+    assert all(0 <= cost["seconds"] <= cost["elapsed"] for cost in read_jsonl(costs))
+    kept = [cost | {"elapsed": 100.0, "seconds": 50.0} for cost in read_jsonl(costs)[:2]]
     # killed between the cost of an episode and the episode
     costs.write_text("".join(json.dumps(cost) + "\n" for cost in [*kept, {**kept[0], "episode": 2}]))
     lines.write_text("".join(lines.read_text().splitlines(keepends=True)[:2]))
     summary = evaluate(dataclasses.replace(whole, resume=True))
-    again = read_episodes(costs)
+    again = read_jsonl(costs)
     assert again[:2] == kept
     assert [cost["episode"] for cost in again] == [0, 1, 2, 3]
     assert again[2]["seconds"] < 50  # played again
@@ -161,9 +161,9 @@ def test_a_label_is_what_tables_call_the_run(tmp_path: Path) -> None:
 
 
 def test_thinking_is_part_of_what_was_asked_for(tmp_path: Path) -> None:
-    env, _, identity = prepare(config(tmp_path, thinking=True))
+    env, _, resolved_config = prepare(config(tmp_path, thinking=True))
     env.close()
-    assert identity["sampling"]["thinking"] is True
+    assert resolved_config["sampling"]["thinking"] is True
     assert not list(tmp_path.iterdir())  # to look at a run writes nothing
 
 
@@ -191,6 +191,6 @@ evaluate(EvalConfig(
     assert [process.wait(timeout=240) for process in playing] == [0, 0]
     first, second = ((folder / "episodes.jsonl").read_bytes() for folder in folders)
     assert first == second
-    records = read_episodes(folders[0] / "episodes.jsonl")
+    records = read_jsonl(folders[0] / "episodes.jsonl")
     assert sum(record["calls"] for record in records) == sum(record["steps"] for record in records) > 0
     assert len({json.dumps(record["by_step"]) for record in records}) > 1  # there is something that could differ

@@ -37,8 +37,8 @@ def test_equals_plain_arithmetic(rewards_P_G: list[list[float | None]], divide_b
             continue
         scale = statistics.stdev(known) + 1e-6 if divide_by_std else 1.0
         assert row == pytest.approx([(reward - statistics.fmean(known)) / scale for reward in known], abs=1e-9)
-    assert groups.live_groups + groups.flat_groups + groups.failed_groups == len(rewards_P_G)
-    assert groups.live_groups == int(groups.live_P.sum())
+    assert groups.active_groups + groups.zero_variance_groups + groups.failed_groups == len(rewards_P_G)
+    assert groups.active_groups == int(groups.live_P.sum())
 
 
 @pytest.mark.parametrize("divide_by_std", [False, True])
@@ -48,20 +48,20 @@ def test_equal_rewards_give_exactly_zero_whatever_the_rounding_of_their_mean(
 ) -> None:
     for size in range(2, 20):
         groups = group_advantages([[reward] * size], divide_by_std=divide_by_std)
-        assert groups.flat_groups == 1
+        assert groups.zero_variance_groups == 1
         assert groups.advantages_P_G.tolist() == [[0.0] * size]
 
 
 def test_a_failure_is_not_a_reward_of_zero() -> None:
     lost = group_advantages([[None, 1.0, 0.0], [1.0, 1.0, 0.0]])
-    assert (lost.live_groups, lost.flat_groups, lost.failed_groups) == (1, 0, 1)
+    assert (lost.active_groups, lost.zero_variance_groups, lost.failed_groups) == (1, 0, 1)
     assert lost.advantages_P_G[0].tolist() == [0.0, 0.0, 0.0]
-    assert group_advantages([[0.0, 1.0, 0.0]]).live_groups == 1  # as a reward of 0 would have it
+    assert group_advantages([[0.0, 1.0, 0.0]]).active_groups == 1  # as a reward of 0 would have it
 
 
 def test_a_group_that_failed_is_not_counted_as_flat_too() -> None:
     groups = group_advantages([[None, 1.0, 1.0], [None, None, None]])
-    assert (groups.live_groups, groups.flat_groups, groups.failed_groups) == (0, 0, 2)
+    assert (groups.active_groups, groups.zero_variance_groups, groups.failed_groups) == (0, 0, 2)
 
 
 def test_the_baseline_is_a_rollouts_and_not_a_turns_by_hand() -> None:

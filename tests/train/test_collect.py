@@ -14,7 +14,7 @@ from agents.rollout import episode_specs, play_episode
 from atommem_env.errors import SettingError
 from eval.options import EvalConfig
 from eval.run import evaluate
-from eval.run_folder import read_episodes
+from eval.run_folder import read_jsonl
 from train.collect import SCHEMA, CollectConfig, collect
 
 POLICIES = '''
@@ -71,7 +71,7 @@ def test_rows_are_the_turns_of_the_episodes_that_an_evaluation_finds_good_enough
         durability="off",
     )
     evaluate(asked)
-    records = read_episodes(tmp_path / "eval" / "episodes.jsonl")
+    records = read_jsonl(tmp_path / "eval" / "episodes.jsonl")
     good = [record for record in records if record["reward"] >= 0.5]
     assert 6 < len(good) < 18
     rows = lines(tmp_path / "samples")
@@ -119,7 +119,7 @@ def test_episodes_won_by_a_guess_can_be_left_out(tmp_path: Path) -> None:
         out=tmp_path / "eval", durability="off",
     )  # fmt: skip
     evaluate(asked)
-    won = [record for record in read_episodes(tmp_path / "eval" / "episodes.jsonl") if record["reward"] == 1]
+    won = [record for record in read_jsonl(tmp_path / "eval" / "episodes.jsonl") if record["reward"] == 1]
     known = [record for record in won if all(one["stored"] == one["evidence"] for one in record["questions"])]
     assert kept == {False: len(won), True: len(known)}
     assert len(known) < len(won)

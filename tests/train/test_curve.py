@@ -11,7 +11,7 @@ import pytest
 matplotlib = pytest.importorskip("matplotlib")
 
 from atommem_env.errors import DataError  # noqa: E402
-from eval.run_folder import json_line
+from eval.run_folder import to_jsonl  # noqa: E402
 from train.curve import draw_curve  # noqa: E402
 
 STEP = {"reward": 0.25, "operations": {"create": 0.5, "answer": 0.1}, "faults": 1.5}
@@ -19,7 +19,7 @@ EVALUATION = {"eval_em": 0.3, "eval_em_ci95": [0.2, 0.4]}
 
 
 def write(path: Path, lines: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(map(json_line, lines)), encoding="utf-8")
+    path.write_text("".join(map(to_jsonl, lines)), encoding="utf-8")
     return path
 
 

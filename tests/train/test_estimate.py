@@ -16,8 +16,8 @@ from atommem_env.errors import ModelNotFound, SettingError  # noqa: E402
 from train.collect import SCHEMA  # noqa: E402
 from train.estimate import ModelSize, check_memory, memory_needed, refuse_too_large  # noqa: E402
 from train.grpo import Trainer  # noqa: E402
-from train.recipes import load_preset, read_preset  # noqa: E402
-from train.settings import GRPORun, SFTRun
+from train.recipes import load_recipe, read_recipe  # noqa: E402
+from train.settings import LocalGRPOConfig, SFTConfig  # noqa: E402
 from train.sft import train  # noqa: E402
 
 GB = 10**9
@@ -25,18 +25,18 @@ SIZE = ModelSize(
     parameters=1000, linear_width=50, layers=2, hidden=8, intermediate=16, heads=2, kv_heads=1, head_dim=4,
     normalised_heads=False, vocabulary=10, window=500,
 )  # fmt: skip
-RUN = GRPORun(
+RUN = LocalGRPOConfig(
     env_id="AtomMem-Synthetic", num_docs=8, set=("chunk_tokens=64", "top_k=3"), max_new_tokens=16,
     groups=2, group_size=4, in_flight=100, eval_every=0, micro_batch_tokens=100,
 )  # fmt: skip
 
 
-def sizes(run: SFTRun | GRPORun, phase: str, size: ModelSize = SIZE, *, gpu: bool = False) -> dict[str, int]:
+def sizes(run: SFTConfig | LocalGRPOConfig, phase: str, size: ModelSize = SIZE, *, gpu: bool = False) -> dict[str, int]:
     return {item.what: item.size for item in memory_needed(run, size, gpu=gpu)[phase]}
 
 
-def size_of(preset: str) -> ModelSize:
-    return ModelSize.of(transformers.AutoConfig.for_model(**read_preset(preset).model))
+def size_of(recipe: str) -> ModelSize:
+    return ModelSize.of(transformers.AutoConfig.for_model(**read_recipe(recipe).model))
 
 
 def test_a_small_case_by_hand() -> None:
@@ -95,7 +95,7 @@ def test_samples_are_counted_by_their_characters(tmp_path: Path) -> None:
         for prompt, reply in chats
     ]
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), tmp_path / "samples.parquet")
-    run = SFTRun(samples=tmp_path, micro_batch_size=3)
+    run = SFTConfig(samples=tmp_path, micro_batch_size=3)
     assert sizes(run, "trains") == {
         "weights": 4000,
         "gradients": 4000,
@@ -153,7 +153,7 @@ def test_activations_are_near_what_autograd_keeps() -> None:
 
 def test_the_refusal_has_the_sum_and_what_would_help() -> None:
     size = size_of("qwen3-8b-lora")
-    run = load_preset("qwen3-8b-lora", GRPORun)
+    run = load_recipe("qwen3-8b-lora", LocalGRPOConfig)
     with pytest.raises(SettingError) as refused:
         refuse_too_large(run, size, 24 * GB, gpu=True)
     told = str(refused.value)
@@ -171,10 +171,10 @@ def test_the_refusal_has_the_sum_and_what_would_help() -> None:
     assert "--gradient-checkpointing" not in str(refused.value)  # it is on
 
 
-@pytest.mark.parametrize(("preset", "memory"), [("qwen3-0.6b", 24), ("qwen3-8b-lora", 80)])
-def test_presets_fit_where_they_say(preset: str, memory: int) -> None:
-    for made in (SFTRun, GRPORun):
-        refuse_too_large(load_preset(preset, made), size_of(preset), int(0.95 * memory * GB), gpu=True)
+@pytest.mark.parametrize(("recipe", "memory"), [("qwen3-0.6b", 24), ("qwen3-8b-lora", 80)])
+def test_recipes_fit_where_they_say(recipe: str, memory: int) -> None:
+    for made in (SFTConfig, LocalGRPOConfig):
+        refuse_too_large(load_recipe(recipe, made), size_of(recipe), int(0.95 * memory * GB), gpu=True)
 
 
 def test_whoever_trains_is_asked_first(undecided: Path, tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_whoever_trains_is_asked_first(undecided: Path, tmp_path: Path) -> None:
     huge.save_pretrained(tmp_path / "huge")  # no weights, no tokenizer: nothing else can be said of it
     for refused in (
         lambda: Trainer(replace(run, model=str(tmp_path / "huge"))),
-        lambda: train(SFTRun(samples=tmp_path, model=str(tmp_path / "huge"), out=tmp_path / "run")),
+        lambda: train(SFTConfig(samples=tmp_path, model=str(tmp_path / "huge"), out=tmp_path / "run")),
     ):
         with pytest.raises(SettingError, match=r"huge needs about [\d.]+ GB"):
             refused()

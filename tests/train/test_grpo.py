@@ -43,7 +43,7 @@ from atommem_env.errors import (  # noqa: E402
 from atommem_env.types import Rollout  # noqa: E402
 from train import checkpoints, packing, samples  # noqa: E402
 from train.grpo import CHECKPOINT, METRICS, Trainer  # noqa: E402
-from train.settings import GRPORun
+from train.settings import LocalGRPOConfig  # noqa: E402
 from train.tiny_base import build_tokenizer  # noqa: E402
 
 TASKS = ("hops=[1]", "chunk_tokens=48", "replies_per_question=2")
@@ -51,7 +51,7 @@ UNANSWERABLE = "unanswerable=1"  # what the model may get right
 ANSWERABLE = "unanswerable=0"  # what it never does
 
 
-def configured(model: Path, out: Path, **changes: Any) -> GRPORun:
+def configured(model: Path, out: Path, **changes: Any) -> LocalGRPOConfig:
     """A run of six short steps without evaluation; what is given overrides."""
     options: dict[str, Any] = {
         "env_id": "AtomMem-Synthetic",
@@ -67,20 +67,20 @@ def configured(model: Path, out: Path, **changes: Any) -> GRPORun:
         "learning_rate": 2e-3,
         "eval_every": 0,
     }
-    return GRPORun(**(options | changes))
+    return LocalGRPOConfig(**(options | changes))
 
 
 @pytest.fixture
-def make_run(undecided: Path, tmp_path: Path) -> Callable[..., GRPORun]:
+def make_run(undecided: Path, tmp_path: Path) -> Callable[..., LocalGRPOConfig]:
     """`configured`, with the model and a folder of this test."""
     return lambda name="run", **changes: configured(**{"model": undecided, "out": tmp_path / name} | changes)
 
 
-def begin(run: GRPORun) -> Trainer:
+def begin(run: LocalGRPOConfig) -> Trainer:
     return Trainer(run, Console(file=io.StringIO()))
 
 
-def resumed(run: GRPORun) -> Trainer:
+def resumed(run: LocalGRPOConfig) -> Trainer:
     return begin(dataclasses.replace(run, resume=True))
 
 
@@ -93,7 +93,7 @@ def changed(before: dict[str, Any], model: Any) -> set[str]:
     return {name for name, weight in model.named_parameters() if not torch.equal(before[name], weight)}
 
 
-def metrics(run: GRPORun) -> list[dict[str, Any]]:
+def metrics(run: LocalGRPOConfig) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl`, but for the times that things took."""
     lines = [json.loads(line) for line in (run.out / METRICS).read_text(encoding="utf-8").splitlines()]
     return [{name: value for name, value in line.items() if not name.startswith("seconds")} for line in lines]
@@ -113,7 +113,7 @@ def live_step(trainer: Trainer) -> dict[str, Any]:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_sampler_and_trainer_agree_and_shared_prefixes_change_the_speed_alone(
-    temperature: float, make_run: Callable[..., GRPORun]
+    temperature: float, make_run: Callable[..., LocalGRPOConfig]
 ) -> None:
     after, moved = {}, 0.0
     for share in (True, False):
@@ -133,18 +133,18 @@ def test_sampler_and_trainer_agree_and_shared_prefixes_change_the_speed_alone(
     assert (after[True] - after[False]).norm() < 0.01 * moved
 
 
-def test_equal_rewards_change_no_bit_of_the_weights(make_run: Callable[..., GRPORun]) -> None:
+def test_equal_rewards_change_no_bit_of_the_weights(make_run: Callable[..., LocalGRPOConfig]) -> None:
     trainer = begin(make_run(set=(*TASKS, ANSWERABLE)))
     before = copied(trainer.model)
     line = trainer.train_step()
-    assert (line["groups_live"], line["groups_flat"], line["groups_failed"], line["samples"]) == (0, 2, 0, 0)
+    assert (line["groups_active"], line["groups_zero_variance"], line["groups_failed"], line["samples"]) == (0, 2, 0, 0)
     assert line["reward"] == 0
     assert not changed(before, trainer.model)
     assert not trainer.optimizer.state
 
 
 def test_a_gradient_of_equal_rewards_is_exactly_zero_even_where_it_is_computed(
-    make_run: Callable[..., GRPORun],
+    make_run: Callable[..., LocalGRPOConfig],
 ) -> None:
     trainer = begin(make_run())
     groups = trainer.play_groups()
@@ -160,7 +160,7 @@ def test_a_gradient_of_equal_rewards_is_exactly_zero_even_where_it_is_computed(
     assert not changed(before, trainer.model)
 
 
-def test_a_run_learns_what_is_rewarded(make_run: Callable[..., GRPORun], undecided: Path) -> None:
+def test_a_run_learns_what_is_rewarded(make_run: Callable[..., LocalGRPOConfig], undecided: Path) -> None:
     run = make_run(steps=12, groups=4, group_size=6, learning_rate=1e-2, warmup_steps=1, schedule="cosine")
     trainer = begin(run)
     trainer.train()
@@ -177,18 +177,20 @@ def test_a_run_learns_what_is_rewarded(make_run: Callable[..., GRPORun], undecid
     assert [play_episode(env, policy, seed=seed).reward for seed in range(3)] == [1.0, 1.0, 1.0]
 
 
-def test_a_penalty_on_faults_is_trained_on_and_is_no_part_of_the_reward(make_run: Callable[..., GRPORun]) -> None:
+def test_a_penalty_on_faults_is_trained_on_and_is_no_part_of_the_reward(
+    make_run: Callable[..., LocalGRPOConfig],
+) -> None:
     never_right = {"set": (*TASKS, ANSWERABLE)}
     without = begin(make_run("without", **never_right)).train_step()
     penalised = begin(make_run("penalised", fault_penalty=0.1, **never_right)).train_step()
     assert without["faults"] > 0
-    assert (without["groups_live"], without["samples"]) == (0, 0)
-    assert penalised["groups_live"] > 0
+    assert (without["groups_active"], without["samples"]) == (0, 0)
+    assert penalised["groups_active"] > 0
     assert penalised["reward"] == without["reward"] == 0
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
-def test_the_kl_term_is_zero_at_the_start_and_grows(lora_rank: int, make_run: Callable[..., GRPORun]) -> None:
+def test_the_kl_term_is_zero_at_the_start_and_grows(lora_rank: int, make_run: Callable[..., LocalGRPOConfig]) -> None:
     trainer = begin(make_run(kl_coef=0.1, lora_rank=lora_rank, learning_rate=1e-2))
     first, second = live_step(trainer), live_step(trainer)
     assert first["reference_kl"] == pytest.approx(0, abs=1e-9)
@@ -197,7 +199,7 @@ def test_the_kl_term_is_zero_at_the_start_and_grows(lora_rank: int, make_run: Ca
     assert second["approx_kl"] == 0
 
 
-def test_lora_trains_the_adapters_alone_and_leaves_a_plain_model(make_run: Callable[..., GRPORun]) -> None:
+def test_lora_trains_the_adapters_alone_and_leaves_a_plain_model(make_run: Callable[..., LocalGRPOConfig]) -> None:
     run = make_run(lora_rank=2, learning_rate=1e-2)
     trainer = begin(run)
     before = copied(trainer.model)
@@ -219,7 +221,7 @@ def test_lora_trains_the_adapters_alone_and_leaves_a_plain_model(make_run: Calla
     assert load_policy(str(run.out / "model"), trainer.driver.settings, layout="terse").name == "model"
 
 
-def test_in_bfloat16_the_sampler_follows_float32_weights(make_run: Callable[..., GRPORun]) -> None:
+def test_in_bfloat16_the_sampler_follows_float32_weights(make_run: Callable[..., LocalGRPOConfig]) -> None:
     run = make_run(dtype="bfloat16")
     trainer = begin(run)
     assert {weight.dtype for weight in trainer.model.parameters()} == {torch.float32}
@@ -257,7 +259,7 @@ class Flaky:
         return self.real.embed(texts, kind)
 
 
-def begin_with(embedder: Flaky, run: GRPORun) -> Trainer:
+def begin_with(embedder: Flaky, run: LocalGRPOConfig) -> Trainer:
     trainer = begin(run)
     trainer.driver = dataclasses.replace(trainer.driver, embedder=embedder)
     return trainer
@@ -276,7 +278,7 @@ def trained_on(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[list[A
     return steps
 
 
-def test_a_failure_is_played_anew_and_leaves_no_trace(make_run: Callable[..., GRPORun]) -> None:
+def test_a_failure_is_played_anew_and_leaves_no_trace(make_run: Callable[..., LocalGRPOConfig]) -> None:
     embedder = Flaky(lambda call: call in (1, 4, 9))
     whole, mended = begin(make_run("whole", in_flight=1)), begin_with(embedder, make_run("mended", in_flight=1))
     assert mended.play_groups() == whole.play_groups()
@@ -284,7 +286,7 @@ def test_a_failure_is_played_anew_and_leaves_no_trace(make_run: Callable[..., GR
 
 
 def test_samples_made_are_samples_trained_with_failures_injected(
-    make_run: Callable[..., GRPORun], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    make_run: Callable[..., LocalGRPOConfig], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     draws = random.Random(1)
     embedder = Flaky(lambda call: draws.random() < 0.35)
@@ -297,13 +299,13 @@ def test_samples_made_are_samples_trained_with_failures_injected(
     assert embedder.failures > 0
     assert "the server is gone" in caplog.text
     assert sum(line["groups_failed"] for line in lines) > 0
-    assert sum(line["groups_live"] for line in lines) > 0
+    assert sum(line["groups_active"] for line in lines) > 0
     for line, groups, step in zip(lines, played, made, strict=True):
         complete = [number for number, group in enumerate(groups) if None not in group]
         live = [number for number in complete if len({rollout.reward for rollout in groups[number] if rollout}) > 1]
         assert line["groups_failed"] == 6 - len(complete)
-        assert line["groups_live"] == len(live)
-        assert line["groups_flat"] == len(complete) - len(live)
+        assert line["groups_active"] == len(live)
+        assert line["groups_zero_variance"] == len(complete) - len(live)
         # Each turn of each rollout of a live group once, and nothing else.
         turns = [
             turn.reply.prompt_ids + turn.reply.completion_ids
@@ -319,7 +321,7 @@ def test_samples_made_are_samples_trained_with_failures_injected(
 
 
 def test_a_batch_that_loses_a_sample_is_noticed(
-    make_run: Callable[..., GRPORun], monkeypatch: pytest.MonkeyPatch
+    make_run: Callable[..., LocalGRPOConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = packing.pack_samples
     monkeypatch.setattr(packing, "pack_samples", lambda made, *args, **kwargs: real(made[1:], *args, **kwargs))
@@ -330,7 +332,7 @@ def test_a_batch_that_loses_a_sample_is_noticed(
     assert not changed(before, trainer.model)
 
 
-def test_when_all_is_lost_the_run_says_so(make_run: Callable[..., GRPORun]) -> None:
+def test_when_all_is_lost_the_run_says_so(make_run: Callable[..., LocalGRPOConfig]) -> None:
     run = make_run(steps=2, save_every=1)
     trainer = begin_with(Flaky(lambda call: True), run)
     before = copied(trainer.model)
@@ -345,7 +347,7 @@ def test_when_all_is_lost_the_run_says_so(make_run: Callable[..., GRPORun]) -> N
 
 @pytest.mark.parametrize("error", [SettingError, PromptTooLong])
 def test_what_playing_anew_cannot_mend_is_raised_at_once(
-    error: type[Exception], make_run: Callable[..., GRPORun]
+    error: type[Exception], make_run: Callable[..., LocalGRPOConfig]
 ) -> None:
     embedder = Flaky(lambda call: call > 1, error)
     with pytest.raises(error, match="gone") as caught:
@@ -354,13 +356,13 @@ def test_what_playing_anew_cannot_mend_is_raised_at_once(
     assert "in episode" in caught.value.__notes__[0]
 
 
-def test_a_prompt_beyond_the_window_is_raised_at_once(make_run: Callable[..., GRPORun]) -> None:
+def test_a_prompt_beyond_the_window_is_raised_at_once(make_run: Callable[..., LocalGRPOConfig]) -> None:
     with pytest.raises(PromptTooLong, match="1024"):
         begin(make_run(max_new_tokens=1000)).train_step()
 
 
 def test_a_reward_or_gradient_that_is_not_finite_changes_nothing(
-    make_run: Callable[..., GRPORun], monkeypatch: pytest.MonkeyPatch
+    make_run: Callable[..., LocalGRPOConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = begin(make_run())
     before = copied(trainer.model)
@@ -394,7 +396,7 @@ class Killed(BaseException):
 
 
 @pytest.fixture(scope="module")
-def never_killed(undecided: Path, tmp_path_factory: pytest.TempPathFactory) -> GRPORun:
+def never_killed(undecided: Path, tmp_path_factory: pytest.TempPathFactory) -> LocalGRPOConfig:
     """A finished run."""
     run = configured(undecided, tmp_path_factory.mktemp("never_killed"), **RESUMABLE)
     begin(run).train()
@@ -405,7 +407,7 @@ def never_killed(undecided: Path, tmp_path_factory: pytest.TempPathFactory) -> G
     return run
 
 
-def same_ends(run: GRPORun, other: GRPORun) -> bool:
+def same_ends(run: LocalGRPOConfig, other: LocalGRPOConfig) -> bool:
     """Whether two runs have logged, kept and exported the same, bit for bit."""
     assert metrics(run) == metrics(other)
     one, two = (checkpoints.load(each.out / CHECKPOINT) for each in (run, other))
@@ -456,7 +458,10 @@ MOMENTS = {
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_and_resumed_is_never_killed(
-    moment: str, make_run: Callable[..., GRPORun], never_killed: GRPORun, monkeypatch: pytest.MonkeyPatch
+    moment: str,
+    make_run: Callable[..., LocalGRPOConfig],
+    never_killed: LocalGRPOConfig,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = make_run(**RESUMABLE)
     target, call, after = MOMENTS[moment]
@@ -473,7 +478,7 @@ def test_killed_and_resumed_is_never_killed(
 
 
 def test_a_process_killed_in_the_middle_of_a_step_goes_on(
-    make_run: Callable[..., GRPORun], never_killed: GRPORun, tmp_path: Path
+    make_run: Callable[..., LocalGRPOConfig], never_killed: LocalGRPOConfig, tmp_path: Path
 ) -> None:
     run = make_run(**RESUMABLE)
     (tmp_path / "run.json").write_text(json.dumps(dataclasses.asdict(run), default=str))
@@ -482,7 +487,7 @@ def test_a_process_killed_in_the_middle_of_a_step_goes_on(
         from train import grpo
         options = json.loads(pathlib.Path(sys.argv[1]).read_text())
         options |= {"out": pathlib.Path(options["out"]), "set": tuple(options["set"])}
-        trainer, real = grpo.Trainer(grpo.GRPORun(**options)), grpo.check_all_trained
+        trainer, real = grpo.Trainer(grpo.LocalGRPOConfig(**options)), grpo.check_all_trained
         def check(*args):
             real(*args)
             if trainer.step == 3:  # of which the gradient is computed, and nothing kept
@@ -504,7 +509,7 @@ def test_a_process_killed_in_the_middle_of_a_step_goes_on(
 
 @pytest.mark.parametrize("changes", [{"lora_rank": 2}, {"dtype": "bfloat16", "kl_coef": 0.1, "in_flight": 2}])
 def test_other_kinds_of_runs_resume_as_well(
-    changes: dict[str, Any], make_run: Callable[..., GRPORun], monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], make_run: Callable[..., LocalGRPOConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, halved = (
         make_run(name, **RESUMABLE | {"steps": 3, "save_every": 1, "eval_every": 3} | changes)
@@ -541,14 +546,14 @@ def test_other_kinds_of_runs_resume_as_well(
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_anything_is_loaded(
-    changes: dict[str, Any], message: str, make_run: Callable[..., GRPORun]
+    changes: dict[str, Any], message: str, make_run: Callable[..., LocalGRPOConfig]
 ) -> None:
     with pytest.raises(SettingError, match=message):
         begin(make_run(**changes | {"model": "none"}))
 
 
 def test_a_model_without_chat_template_is_refused(
-    undecided: Path, tmp_path: Path, make_run: Callable[..., GRPORun]
+    undecided: Path, tmp_path: Path, make_run: Callable[..., LocalGRPOConfig]
 ) -> None:
     folder = shutil.copytree(undecided, tmp_path / "base")
     tokenizer = build_tokenizer()
@@ -560,7 +565,7 @@ def test_a_model_without_chat_template_is_refused(
 
 
 def test_a_tokenizer_without_pad_token_will_do(
-    undecided: Path, tmp_path: Path, make_run: Callable[..., GRPORun]
+    undecided: Path, tmp_path: Path, make_run: Callable[..., LocalGRPOConfig]
 ) -> None:
     folder = shutil.copytree(undecided, tmp_path / "no_pad")
     tokenizer = build_tokenizer()
@@ -576,14 +581,14 @@ def test_a_tokenizer_without_pad_token_will_do(
     assert not changed(copied(usual.model), trainer.model)
 
 
-def test_a_dataset_without_questions_is_refused(tmp_path: Path, make_run: Callable[..., GRPORun]) -> None:
+def test_a_dataset_without_questions_is_refused(tmp_path: Path, make_run: Callable[..., LocalGRPOConfig]) -> None:
     (tmp_path / "empty.json").write_text("[]")
     with pytest.raises(DataError, match=r"empty\.json|no tasks"):
         begin(make_run(env_id="AtomMem-HotpotQA", data=tmp_path / "empty.json", set=()))
 
 
 def test_only_the_same_run_is_resumed_and_no_folder_overwritten(
-    make_run: Callable[..., GRPORun], undecided: Path, tmp_path: Path
+    make_run: Callable[..., LocalGRPOConfig], undecided: Path, tmp_path: Path
 ) -> None:
     run = make_run(steps=1, save_every=1)
     with pytest.raises(SettingError, match="Nothing to resume"):
@@ -601,7 +606,7 @@ def test_only_the_same_run_is_resumed_and_no_folder_overwritten(
 
 
 def test_a_full_disk_at_a_checkpoint_leaves_the_one_before_and_the_run_goes_on(
-    make_run: Callable[..., GRPORun], never_killed: GRPORun, monkeypatch: pytest.MonkeyPatch
+    make_run: Callable[..., LocalGRPOConfig], never_killed: LocalGRPOConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resource = pytest.importorskip("resource")  # a limit on a file's size fails as a full disk does, in the write
     usual = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -626,7 +631,7 @@ def test_a_full_disk_at_a_checkpoint_leaves_the_one_before_and_the_run_goes_on(
     assert same_ends(run, never_killed)
 
 
-def test_metrics_that_cannot_be_written_end_the_run_with_a_word(make_run: Callable[..., GRPORun]) -> None:
+def test_metrics_that_cannot_be_written_end_the_run_with_a_word(make_run: Callable[..., LocalGRPOConfig]) -> None:
     trainer = begin(make_run())
     (trainer.run.out / METRICS).mkdir()
     with pytest.raises(CheckpointError, match="metrics of step 1 could not be written"):
@@ -634,7 +639,7 @@ def test_metrics_that_cannot_be_written_end_the_run_with_a_word(make_run: Callab
 
 
 def test_too_little_disk_is_noticed_before_the_first_step(
-    make_run: Callable[..., GRPORun], monkeypatch: pytest.MonkeyPatch
+    make_run: Callable[..., LocalGRPOConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
     with pytest.raises(SettingError, match=r"0\.0 GB are free"):

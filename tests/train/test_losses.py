@@ -16,7 +16,7 @@ from atommem_env.errors import SettingError
 from atommem_env.types import Reply, Rollout, StopReason, Turn
 from train.advantages import group_advantages
 from train.losses import (
-    LossSettings,
+    LossConfig,
     clipped_policy_loss,
     grpo_loss,
     importance_weights,
@@ -28,14 +28,12 @@ from train.losses import (
 )
 from train.samples import Batch, Sample, collate, make_samples
 
-NO_KL = LossSettings()
-WITH_KL = LossSettings(kl_coef=0.1)
+NO_KL = LossConfig()
+WITH_KL = LossConfig(kl_coef=0.1)
 LOGPROBS = st.lists(st.floats(-12, 0), min_size=1, max_size=8)
 
 
-def plain_loss(
-    logp: float, old: float, sampler: float, advantage: float, reference: float, loss: LossSettings
-) -> float:
+def plain_loss(logp: float, old: float, sampler: float, advantage: float, reference: float, loss: LossConfig) -> float:
     """One token's loss, written as the papers' cases instead of as minimum and clamp."""
     ratio = math.exp(logp) / math.exp(old)
     if advantage > 0:
@@ -61,7 +59,7 @@ def plain_loss(
 def test_the_loss_equals_a_loop_over_floats(
     rows: list[tuple[float, ...]], low: float, high: float, kl: float, cap: float | None
 ) -> None:
-    setting = LossSettings(clip_low=low, clip_high=high, kl_coef=kl, importance_cap=cap)
+    setting = LossConfig(clip_low=low, clip_high=high, kl_coef=kl, importance_cap=cap)
     logp, old, sampler, reference, advantages = torch.tensor(rows, dtype=torch.float64).unbind(1)
     loss, _ = grpo_loss(
         logp, old, sampler, advantages, reference_N=reference, total_tokens=len(rows) + 3, settings=setting
@@ -332,7 +330,7 @@ def test_equal_rewards_give_exactly_zero_gradient_and_leave_the_weights_as_they_
 )
 def test_settings_that_cannot_work_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(SettingError, match=next(iter(wrong))):
-        LossSettings(**wrong)
+        LossConfig(**wrong)
 
 
 def test_shapes_that_would_broadcast_are_refused() -> None:

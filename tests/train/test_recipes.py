@@ -1,4 +1,4 @@
-"""Presets: every one is whole, the command line comes first, and what is wrong is named."""
+"""Recipes: every one is whole, the command line comes first, and what is wrong is named."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from atommem_env.env import split_options
 from atommem_env.errors import SettingError
 from train import collect, grpo, recipes, sft
 from train.collect import CollectConfig
-from train.recipes import FOLDER, NAMES, load_preset, read_preset
-from train.settings import GRPORun, SFTRun
+from train.recipes import FOLDER, NAMES, load_recipe, read_recipe
+from train.settings import LocalGRPOConfig, SFTConfig
 
 
 def run(monkeypatch: pytest.MonkeyPatch, words: str) -> list[Any]:
@@ -35,8 +35,8 @@ def test_every_file_is_a_name_and_every_name_a_file() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_preset_is_whole_and_its_commands_follow_one_another(name: str) -> None:
-    collecting, tuning, training = (load_preset(name, made) for made in (CollectConfig, SFTRun, GRPORun))
+def test_a_recipe_is_whole_and_its_commands_follow_one_another(name: str) -> None:
+    collecting, tuning, training = (load_recipe(name, made) for made in (CollectConfig, SFTConfig, LocalGRPOConfig))
     assert collecting.out == tuning.samples
     assert training.model in (str(tuning.out / "model"), tuning.model)
     assert len({collecting.out, tuning.out, training.out}) == 3
@@ -48,42 +48,42 @@ def test_a_preset_is_whole_and_its_commands_follow_one_another(name: str) -> Non
     split_options(
         "synthetic" if "Synthetic" in training.env_id else "hotpotqa", dynamics
     )  # raises where one is unknown
-    assert re.match(r"# \w", read_preset(name).path.read_text(encoding="utf-8"))
+    assert re.match(r"# \w", read_recipe(name).path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("given", ["--preset tiny", "--preset=tiny", f"--preset {FOLDER / 'tiny.toml'}"])
-def test_the_command_line_overrides_the_preset(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("given", ["--recipe tiny", "--recipe=tiny", f"--recipe {FOLDER / 'tiny.toml'}"])
+def test_the_command_line_overrides_the_recipe(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words = f"grpo AtomMem-HotpotQA --steps 7 {given} --out elsewhere --set capacity=8"
     (config,) = run(monkeypatch, words)
-    preset = load_preset("tiny", GRPORun)
+    recipe = load_recipe("tiny", LocalGRPOConfig)
     assert (config.env_id, config.steps, config.out) == ("AtomMem-HotpotQA", 7, Path("elsewhere"))
-    assert (config.group_size, config.learning_rate) == (preset.group_size, preset.learning_rate)
-    assert config.env_options() == {**preset.env_options(), "capacity": 8}  # the preset's other options stay
+    assert (config.group_size, config.learning_rate) == (recipe.group_size, recipe.learning_rate)
+    assert config.env_options() == {**recipe.env_options(), "capacity": 8}  # the recipe's other options stay
 
 
-def test_required_arguments_come_from_the_preset_or_are_still_required(
+def test_required_arguments_come_from_the_recipe_or_are_still_required(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert run(monkeypatch, "sft --preset tiny") == [load_preset("tiny", SFTRun)]
-    assert run(monkeypatch, "collect --preset tiny") == [load_preset("tiny", CollectConfig)]
+    assert run(monkeypatch, "sft --recipe tiny") == [load_recipe("tiny", SFTConfig)]
+    assert run(monkeypatch, "collect --recipe tiny") == [load_recipe("tiny", CollectConfig)]
     (tmp_path / "mine.toml").write_text("[sft]\nepochs = 2\n")
     with pytest.raises(SystemExit):
-        run(monkeypatch, f"sft --preset {tmp_path / 'mine.toml'}")
+        run(monkeypatch, f"sft --recipe {tmp_path / 'mine.toml'}")
     assert "SAMPLES" in capsys.readouterr().err
-    (config,) = run(monkeypatch, f"sft there --preset {tmp_path / 'mine.toml'}")
+    (config,) = run(monkeypatch, f"sft there --recipe {tmp_path / 'mine.toml'}")
     assert (config.samples, config.epochs) == (Path("there"), 2.0)
     assert type(config.epochs) is float
 
 
 @pytest.mark.parametrize("command", ["collect", "sft", "grpo"])
-def test_help_names_the_presets_and_shows_the_values_of_the_one_chosen(
+def test_help_names_the_recipes_and_shows_the_values_of_the_one_chosen(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for words, shown in ((f"{command} --help", "runs/"), (f"{command} --preset tiny --help", "runs/tiny/")):
+    for words, shown in ((f"{command} --help", "runs/"), (f"{command} --recipe tiny --help", "runs/tiny/")):
         with pytest.raises(SystemExit, match="0"):
             run(monkeypatch, words)
         told = capsys.readouterr().out
-        assert "--preset NAME" in told
+        assert "--recipe NAME" in told
         assert all(name in told for name in NAMES)
         assert shown in told
 
@@ -111,12 +111,12 @@ def test_help_names_the_presets_and_shows_the_values_of_the_one_chosen(
 def test_what_is_wrong_in_a_file_is_named(text: str, told: str, tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(text)
     with pytest.raises(SettingError, match=told):
-        read_preset(str(tmp_path / "mine.toml"))
+        read_recipe(str(tmp_path / "mine.toml"))
 
 
-def test_an_unknown_preset_lists_those_that_exist() -> None:
+def test_an_unknown_recipe_lists_those_that_exist() -> None:
     with pytest.raises(SettingError, match=r"tiny, smollm2, qwen3-0\.6b, qwen3-8b-lora.*'nonsense'"):
-        read_preset("nonsense")
+        read_recipe("nonsense")
 
 
 def atommem(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -126,14 +126,14 @@ def atommem(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("command", ["sft", "grpo"])
-def test_an_impossible_preset_is_refused_at_once_before_its_model_is_asked_for(command: str, tmp_path: Path) -> None:
+def test_an_impossible_recipe_is_refused_at_once_before_its_model_is_asked_for(command: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("psutil")
     resource = pytest.importorskip("resource")
     text = (FOLDER / "qwen3-8b-lora.toml").read_text(encoding="utf-8")
     (tmp_path / "huge.toml").write_text(text.replace("hidden_size = 4096", "hidden_size = 1048576"))
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    refused = atommem(command, "--preset", "huge.toml", cwd=tmp_path)
+    refused = atommem(command, "--recipe", "huge.toml", cwd=tmp_path)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert refused.returncode == 1, refused.stderr
     assert "Qwen/Qwen3-8B needs about" in refused.stderr
@@ -143,18 +143,18 @@ def test_an_impossible_preset_is_refused_at_once_before_its_model_is_asked_for(c
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_preset_that_fits_asks_for_its_model(tmp_path: Path) -> None:
+def test_a_recipe_that_fits_asks_for_its_model(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     pytest.importorskip("tensorboard")
     text = (FOLDER / "qwen3-0.6b.toml").read_text(encoding="utf-8")
     (tmp_path / "small.toml").write_text(text.replace("num_hidden_layers = 28", "num_hidden_layers = 1"))
-    asked = atommem("grpo", "--preset", "small.toml", "--in-flight=1", "--micro-batch-tokens=2048", cwd=tmp_path)
+    asked = atommem("grpo", "--recipe", "small.toml", "--in-flight=1", "--micro-batch-tokens=2048", cwd=tmp_path)
     assert asked.returncode == 1
     assert "hf download Qwen/Qwen3-0.6B" in asked.stderr
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_model_of_the_command_line_is_not_judged_by_the_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_of_the_command_line_is_not_judged_by_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipes, "check_memory", lambda *given: pytest.fail("judged"))
-    (config,) = run(monkeypatch, "grpo --preset qwen3-8b-lora --model another")
+    (config,) = run(monkeypatch, "grpo --recipe qwen3-8b-lora --model another")
     assert config.model == "another"

@@ -115,7 +115,7 @@ def test_samples_made_are_samples_trained_with_failures_injected(data: st.DataOb
 
     live = [group for group in played if None not in group and len({one.reward for one in group if one}) > 1]
     turns = [turn for group in live for one in group if one for turn in one.turns]
-    assert groups.live_groups == len(live)
+    assert groups.active_groups == len(live)
     assert sum(len(sample.turns) for sample in made) == len(turns)
     assert sum(sample.trained_tokens for sample in made) == sum(len(turn.reply.completion_ids) for turn in turns)
     for sample in made:  # every token of every turn of a rollout has the rollout's advantage

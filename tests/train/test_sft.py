@@ -15,10 +15,10 @@ pytest.importorskip("trl")
 from agents.models.chat_tokenizer import ChatTokenizer  # noqa: E402
 from agents.models.transformers_model import TransformersModel  # noqa: E402
 from atommem_env.errors import DataError, PromptTooLong, SettingError  # noqa: E402
-from eval.options import EvalConfig
+from eval.options import EvalConfig  # noqa: E402
 from eval.run import evaluate  # noqa: E402
 from train.collect import CollectConfig, collect  # noqa: E402
-from train.settings import SFTRun
+from train.settings import SFTConfig  # noqa: E402
 from train.sft import read_samples, train  # noqa: E402
 
 TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
@@ -89,7 +89,7 @@ def test_training_lowers_the_loss_and_leaves_a_model_that_is_evaluated_by_its_fo
     lora_rank: int, model: Path, samples: Path, tmp_path: Path
 ) -> None:
     rows = list(read_samples(samples, ChatTokenizer(model), 4096))
-    run = SFTRun(
+    run = SFTConfig(
         samples=samples,
         model=str(model),
         out=tmp_path / "sft",
@@ -130,7 +130,7 @@ def test_training_lowers_the_loss_and_leaves_a_model_that_is_evaluated_by_its_fo
 
 
 def test_what_cannot_be_trained_on_is_refused(model: Path, samples: Path, tmp_path: Path) -> None:
-    run = SFTRun(samples=samples, model=str(model), out=tmp_path / "sft")
+    run = SFTConfig(samples=samples, model=str(model), out=tmp_path / "sft")
     with pytest.raises(SettingError, match="multiple"):
         train(replace(run, batch_size=3, micro_batch_size=2))
     with pytest.raises(PromptTooLong, match="max_tokens is 20"):

@@ -11,7 +11,7 @@ from agents.registry import load_policy
 from agents.rollout import play_episode
 from atommem_env.prompts import get_layout
 from atommem_env.tasks.synthetic import vocabulary
-from train.tiny_base import Exercises, TinyBaseRun, build_tokenizer, encode, exact_replies, train
+from train.tiny_base import Exercises, TinyBaseConfig, build_tokenizer, encode, exact_replies, train
 
 TASK = {"num_docs": 6, "chunk_tokens": 64, "capacity": 6, "scratchpad": False, "durability": "off"}
 
@@ -55,6 +55,6 @@ def test_the_shipped_base_reads_held_out_names() -> None:
 
 
 def test_the_recipe_runs_and_learns(tmp_path: Path) -> None:
-    train(TinyBaseRun(out=tmp_path / "base", steps=6, copy_steps=3, batch_size=4))
+    train(TinyBaseConfig(out=tmp_path / "base", steps=6, copy_steps=3, batch_size=4))
     assert (tmp_path / "base" / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert find_model(str(tmp_path / "base"))

@@ -52,7 +52,7 @@ from eval.benchmarks import write_figures
 from train.advantages import group_advantages
 from train.grpo import Trainer
 from train.samples import make_samples
-from train.settings import GRPORun
+from train.settings import LocalGRPOConfig
 from train.tiny_base import build_model, build_tokenizer
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -166,7 +166,7 @@ def measure_shares(
     """Makes a step to warm up, then measures `steps` of them."""
     with tempfile.TemporaryDirectory() as out:
         trainer = RewardedTrainer(
-            GRPORun(
+            LocalGRPOConfig(
                 env_id="AtomMem-Synthetic",
                 num_docs=num_docs,
                 set=_TASK,
@@ -322,7 +322,7 @@ def measure_against_trl(
     with tempfile.TemporaryDirectory() as out:
         endless = _never_ending(folder, Path(out) / "model")
         ours = Trainer(
-            GRPORun(
+            LocalGRPOConfig(
                 env_id="AtomMem-Synthetic",
                 max_new_tokens=reply_tokens,
                 model=str(endless),

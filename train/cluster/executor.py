@@ -104,7 +104,7 @@ class AgentExecutor(AgentExecutorBase):
             spec = dataclasses.replace(spec, seed=seeds[number % run.group_size])
         model = EngineModel(llm_engine, self.chat, sampling_params, max_length, Path(run.model).name)
         policy = ChatPolicy(model, driver.settings, Sampling(temperature, run.max_new_tokens), run.layout)
-        return response(prompt, await driver.play_tolerant(spec, policy, retries=run.retries))
+        return response(prompt, await driver.play_with_retries(spec, policy, retries=run.retries))
 
 
 def response(prompt: str, rollout: Rollout | Exception) -> dict[str, Any]:

@@ -46,10 +46,10 @@ from tqdm import tqdm
 
 from atommem_env.errors import EngineDied, JobFailed, SettingError
 from atommem_env.types import Rollout
-from eval.run_folder import json_line, read_episodes, replace_file
+from eval.run_folder import read_jsonl, to_jsonl, write_atomic
 from train.advantages import GroupAdvantages, group_advantages
-from train.cluster.recipe import SPARES, VERSION, ClusterRun, Prompt, running
-from train.rollouts import behaviour, training_rewards
+from train.cluster.recipe import SPARES, VERSION, ClusterGRPOConfig, Prompt, running
+from train.rollouts import policy_metrics, training_rewards
 from train.samples import Sample, SampleKey, check_all_trained, make_samples
 
 METRICS = "metrics.jsonl"
@@ -102,7 +102,7 @@ class Generator(SamplesGenerator):
             rollouts = [response["rollout"] for response in responses]
             advantages = self._advantages(rollouts) if len(rollouts) > 1 else None
             failed = None in rollouts
-            if not failed and not (dynamic_filtering and advantages and not advantages.live_groups):
+            if not failed and not (dynamic_filtering and advantages and not advantages.active_groups):
                 groups[Prompt.of(prompt).place] = [self._experience(response, options) for response in responses]
                 bar.update()
                 continue
@@ -142,7 +142,7 @@ class Generator(SamplesGenerator):
         return chain[after] if after < len(chain) else None
 
     @property
-    def _run(self) -> ClusterRun:
+    def _run(self) -> ClusterGRPOConfig:
         if not hasattr(self, "_running"):
             self._running = running()
         return self._running
@@ -150,11 +150,11 @@ class Generator(SamplesGenerator):
     @property
     def _spares(self) -> list[str]:
         if not hasattr(self, "_spare_prompts"):
-            self._spare_prompts = [line["prompt"] for line in read_episodes(self._run.out / "spares.jsonl")]
+            self._spare_prompts = [line["prompt"] for line in read_jsonl(self._run.out / "spares.jsonl")]
         return self._spare_prompts
 
 
-def step_advantages(rollouts_P_G: Sequence[Sequence[Rollout | None]], run: ClusterRun) -> GroupAdvantages:
+def step_advantages(rollouts_P_G: Sequence[Sequence[Rollout | None]], run: ClusterGRPOConfig) -> GroupAdvantages:
     """The advantages of a step, exactly as `train.grpo` has them."""
     return group_advantages(training_rewards(rollouts_P_G, run.fault_penalty), divide_by_std=run.divide_by_std)
 
@@ -215,10 +215,10 @@ class ExperienceMaker(RemoteExperienceMaker):
         }
         self.stats = {
             "reward": fmean(rollout.reward for rollout in rollouts),
-            "groups_live": advantages.live_groups,
-            "groups_flat": advantages.flat_groups,
+            "groups_active": advantages.active_groups,
+            "groups_zero_variance": advantages.zero_variance_groups,
             **getattr(rollout_samples[0], "generation", {}),
-            **behaviour(rollouts),
+            **policy_metrics(rollouts),
             "samples": len(self.samples),
             "trained_tokens": sum(sample.trained_tokens for sample in self.samples),
             "pads": -len(self.samples) % ranks(self.args),
@@ -354,7 +354,7 @@ class _Turns:
         self.tensorboard_logger.places = sorted(Prompt.of(start.prompts[0]).place for start in group_starts)
         samples = self.experience_maker.prepare(rollout_samples)
         if not samples:  # every group is flat: the gradient would be zero
-            return {**flat_stats(self.experience_maker.stats), "policy_loss": 0.0}, self._step
+            return {**zero_variance_stats(self.experience_maker.stats), "policy_loss": 0.0}, self._step
         status, step = super().train_step(rollout_samples, global_step)  # type: ignore[misc]
         group = self.actor_model_group
         labels = ray.get(group.async_run_method("trained_labels"))[:: group.duplicate_actors]
@@ -362,7 +362,7 @@ class _Turns:
         return status, step
 
     def _compute_rollout_stats(self: Any, experiences: list[Experience]) -> dict[str, Any]:
-        return flat_stats(self.experience_maker.stats)
+        return zero_variance_stats(self.experience_maker.stats)
 
     def save_best_checkpoint(
         self: Any, eval_metrics: dict[str, Any], global_step: int, client_states: dict[str, Any] | None = None
@@ -524,8 +524,8 @@ class MetricsLogger:
 
     def cut(self, step: int) -> None:
         """Forgets what was logged after the checkpoint that a run goes on from: it will be logged again."""
-        kept = [line for line in read_episodes(self.path) if line["step"] <= step]
-        replace_file(self.path, "".join(map(json_line, kept)))
+        kept = [line for line in read_jsonl(self.path) if line["step"] <= step]
+        write_atomic(self.path, "".join(map(to_jsonl, kept)))
 
     def log_train(self, step: int, status: dict[str, Any]) -> None:
         """The numbers of an update, and of the rollouts that it was made on."""
@@ -554,7 +554,7 @@ class MetricsLogger:
 
     def _keep(self, line: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8", newline="\n") as file:
-            file.write(json_line(line))
+            file.write(to_jsonl(line))
 
 
 def trained_keys(labels: Iterable[str]) -> list[SampleKey]:
@@ -566,10 +566,10 @@ def trained_keys(labels: Iterable[str]) -> list[SampleKey]:
     return [tuple(json.loads(label)) for label in labels if label != _PAD]
 
 
-def flat_stats(stats: dict[str, Any]) -> dict[str, float]:
+def zero_variance_stats(stats: dict[str, Any]) -> dict[str, float]:
     """A step's numbers under names for TensorBoard and wandb.
 
-    >>> flat_stats({"turns": 3.0, "operations": {"create": 0.5}})
+    >>> zero_variance_stats({"turns": 3.0, "operations": {"create": 0.5}})
     {'rollout/turns': 3.0, 'rollout/operations/create': 0.5}
     """
     flat: dict[str, float] = {}

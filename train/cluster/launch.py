@@ -44,7 +44,7 @@ from agents.models.find import find_model
 from agents.rollout import Driver
 from atommem_env.errors import DataError, JobFailed, MissingDependency, ModelNotFound, SettingError
 from eval.progress import step_progress
-from eval.run_folder import read_episodes, replace_file
+from eval.run_folder import read_jsonl, write_atomic
 from train.cluster.preflight import (
     Machines,
     Node,
@@ -54,7 +54,14 @@ from train.cluster.preflight import (
     check_services,
     estimate_table,
 )
-from train.cluster.recipe import RUN_VARIABLE, ClusterRun, openrlhf_flags, read_recipe, recipe_names, write_prompts
+from train.cluster.recipe import (
+    RUN_VARIABLE,
+    ClusterGRPOConfig,
+    openrlhf_flags,
+    read_recipe,
+    recipe_names,
+    write_prompts,
+)
 from train.curve import draw_curve
 from train.grpo import METRICS, tell_end
 from train.settings import make_env, open_run
@@ -70,10 +77,10 @@ _PASSED_ON = ("OPENAI_BASE_URL", "OPENAI_EMBEDDING_BASE_URL", "ATOMMEM_DATA", *_
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Launch:
+class LaunchConfig:
     """A run, and how it is started."""
 
-    run: ClusterRun
+    run: ClusterGRPOConfig
     ray_address: str | None = None
     """Dashboard of the Ray to join, for example http://head:8265; else one is started on this machine, for this run alone."""
     dry_run: bool = False
@@ -83,7 +90,7 @@ class Launch:
 
 
 def call(command: str, function: Any, words: Sequence[str]) -> None:
-    """Parses `RECIPE [options] [-- flags of OpenRLHF]` and hands the `Launch` to `function`.
+    """Parses `RECIPE [options] [-- flags of OpenRLHF]` and hands the `LaunchConfig` to `function`.
 
     Raises:
         SettingError: as in `read_recipe`.
@@ -94,10 +101,10 @@ def call(command: str, function: Any, words: Sequence[str]) -> None:
     name = words[0] if words and not words[0].startswith("-") else None
     if name is None and not {"-h", "--help"} & set(words):
         raise SettingError(f"RECIPE comes first: atommem {command} RECIPE [options]. {told}")
-    recipe = ClusterRun(env_id="ENV_ID") if name is None else read_recipe(name)
-    launched: Launch = tyro.cli(
-        Launch,
-        default=Launch(run=recipe),
+    recipe = ClusterGRPOConfig(env_id="ENV_ID") if name is None else read_recipe(name)
+    launched: LaunchConfig = tyro.cli(
+        LaunchConfig,
+        default=LaunchConfig(run=recipe),
         prog=f"atommem {command} {name or 'RECIPE'}",
         description=f"{inspect.getdoc(function)}\n\n{told}",
         args=words[1:] if name else words,
@@ -124,12 +131,12 @@ def _split(words: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
     return list(words[:end]), tuple(words[end + 1 :])
 
 
-def main(launched: Launch) -> None:
+def main(launched: LaunchConfig) -> None:
     """Train a model on a cluster: checks, Ray, the embedding service, the job, its progress and its end."""
     launch(launched, Console(), Console(stderr=True))
 
 
-def launch(launched: Launch, out: Console, err: Console) -> None:
+def launch(launched: LaunchConfig, out: Console, err: Console) -> None:
     """Carries out a launch.
 
     Args:
@@ -165,7 +172,7 @@ def launch(launched: Launch, out: Console, err: Console) -> None:
     out.print(f"Serve it:\n  {serve}", soft_wrap=True, markup=False, highlight=False)
 
 
-def carry_out(run: ClusterRun, address: str | None, console: Console) -> None:
+def carry_out(run: ClusterGRPOConfig, address: str | None, console: Console) -> None:
     """Starts what a run in a written folder needs, follows its job, and stops all of it, whatever happens.
 
     Raises:
@@ -190,14 +197,14 @@ def carry_out(run: ClusterRun, address: str | None, console: Console) -> None:
         follow(run, job, service, console)
 
 
-def _anywhere(run: ClusterRun) -> ClusterRun:
+def _anywhere(run: ClusterGRPOConfig) -> ClusterGRPOConfig:
     """The run with paths that mean the same in any folder: its job does not run in this one."""
     paths = {name: path.resolve() for name in ("out", "data", "corpus") if (path := getattr(run, name)) is not None}
     folder = Path(run.model)
     return dataclasses.replace(run, **paths, model=str(folder.resolve()) if folder.is_dir() else run.model)
 
 
-def write_folder(run: ClusterRun) -> None:
+def write_folder(run: ClusterGRPOConfig) -> None:
     """Writes all that the job reads: `config.json` and the prompts.
 
     Raises:
@@ -207,10 +214,10 @@ def write_folder(run: ClusterRun) -> None:
     config = open_run(run)
     counts = [_count_tasks(run, split) for split in (run.split, run.eval_split)[: 2 if run.eval_every else 1]]
     write_prompts(run, counts[0], counts[-1])
-    replace_file(run.out / "config.json", config)
+    write_atomic(run.out / "config.json", config)
 
 
-def _count_tasks(run: ClusterRun, split: str | None) -> int:
+def _count_tasks(run: ClusterGRPOConfig, split: str | None) -> int:
     # Counting needs no embedder, and the run's own may be a service that is yet to be started.
     env = make_env(dataclasses.replace(run, embedder="hashing", durability="off"), split)
     source = Driver.of(env).source
@@ -220,7 +227,7 @@ def _count_tasks(run: ClusterRun, split: str | None) -> int:
     return len(source)
 
 
-def job_environment(run: ClusterRun) -> dict[str, str]:
+def job_environment(run: ClusterGRPOConfig) -> dict[str, str]:
     """The variables that every process of the job must have."""
     return {RUN_VARIABLE: str(run.out)} | {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
 
@@ -228,7 +235,7 @@ def job_environment(run: ClusterRun) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------------------ what is typed
 
 
-def commands(run: ClusterRun, address: str | None) -> Iterator[str]:
+def commands(run: ClusterGRPOConfig, address: str | None) -> Iterator[str]:
     """What a launch would run, as lines for a shell; secrets are named, not shown.
 
     A run of several machines without an address is shown with the placeholder HEAD.
@@ -294,7 +301,7 @@ class Job(Protocol):
         """Ends it and all that it started; nothing happens where it has ended."""
         ...
 
-    def written(self) -> str:
+    def output(self) -> str:
         """What it printed since it was started."""
         ...
 
@@ -338,7 +345,7 @@ class LocalJob:
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
-    def written(self) -> str:
+    def output(self) -> str:
         with self.log.open("rb") as file:
             file.seek(self._begin)
             return file.read().decode("utf-8", "replace")
@@ -396,7 +403,7 @@ class RayJob:
                 time.sleep(0.2)
             self._copy_log()
 
-    def written(self) -> str:
+    def output(self) -> str:
         return self._text
 
     def _copy_log(self) -> None:
@@ -409,7 +416,7 @@ class RayJob:
 class EmbeddingService(LocalJob):
     """`vllm serve` of the run's embedding model; its URL is the job's OPENAI_EMBEDDING_BASE_URL."""
 
-    def __init__(self, run: ClusterRun, host: str) -> None:
+    def __init__(self, run: ClusterGRPOConfig, host: str) -> None:
         with socket.create_server((host, 0)) as free:
             port = free.getsockname()[1]
         self.url = f"http://{host}:{port}/v1"
@@ -424,7 +431,7 @@ class EmbeddingService(LocalJob):
             return False
 
 
-def _embedding_command(run: ClusterRun, host: str, port: int) -> list[str]:
+def _embedding_command(run: ClusterGRPOConfig, host: str, port: int) -> list[str]:
     assert run.embedding_model is not None
     share = str(run.embedding_gpu_memory)
     where = ["--host", host, "--port", str(port)]
@@ -495,7 +502,7 @@ def machines(address: str | None) -> Machines:
     finally:
         job.stop()
     Path(log).unlink()  # else the error has named it
-    return Machines(tuple(Node(*fields) for fields in json.loads(job.written().splitlines()[-1])))
+    return Machines(tuple(Node(*fields) for fields in json.loads(job.output().splitlines()[-1])))
 
 
 # ---------------------------------------------------------------------------------------------------------- the way to the end
@@ -521,7 +528,7 @@ def check_running(name: str, job: Job) -> bool:
     """
     ended = job.poll()
     if ended:
-        cause = root_cause(job.written())
+        cause = root_cause(job.output())
         raise JobFailed(f"{name} {ended}{f': {cause}' if cause else ''}\nIts log is {job.log}.")
     return ended is None
 
@@ -545,7 +552,7 @@ def ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def follow(run: ClusterRun, job: Job, service: EmbeddingService | None, console: Console) -> None:
+def follow(run: ClusterGRPOConfig, job: Job, service: EmbeddingService | None, console: Console) -> None:
     """Shows the job's progress until it has ended.
 
     Raises:
@@ -568,9 +575,9 @@ def follow(run: ClusterRun, job: Job, service: EmbeddingService | None, console:
                 time.sleep(_POLL)
 
 
-def _progress(run: ClusterRun) -> tuple[int, str]:
+def _progress(run: ClusterGRPOConfig) -> tuple[int, str]:
     """The last step that was logged, and what to tell of it."""
-    lines = read_episodes(run.out / METRICS)
+    lines = read_jsonl(run.out / METRICS)
     steps = [line for line in lines if "reward" in line]
     if not steps:
         return 0, "starting"

@@ -31,7 +31,7 @@ from atommem_env.errors import AtomMemError, ModelNotFound, SettingError
 from atommem_env.prompts import get_layout
 from atommem_env.tokens import BuiltinTokenizer
 from atommem_env.types import Observation
-from train.cluster.recipe import VERSION, ClusterRun, derived_flags
+from train.cluster.recipe import VERSION, ClusterGRPOConfig, derived_flags
 from train.estimate import (
     SHORT,
     Item,
@@ -44,8 +44,8 @@ from train.estimate import (
     product,
     written_sum,
 )
-from train.recipes import NAMES, read_preset
-from train.settings import GRPORun, make_env
+from train.recipes import NAMES, read_recipe
+from train.settings import LocalGRPOConfig, make_env
 
 # A model's tokens for one of the tokenizer `builtin`. Over 200-document contexts of the three datasets SmolLM2's tokenizer has a
 # mean of 1.26 (MuSiQue) to 1.36 (2WikiMultiHopQA), and 1.65 in the chunk with the most foreign names.
@@ -150,7 +150,7 @@ def _gpu_memory() -> list[int]:
 # ---------------------------------------------------------------------------------------------------------------- checks
 
 
-def check_recipe(run: ClusterRun, size: ModelSize | None = None) -> None:
+def check_recipe(run: ClusterGRPOConfig, size: ModelSize | None = None) -> None:
     """Checks what is arithmetic alone.
 
     Args:
@@ -162,7 +162,7 @@ def check_recipe(run: ClusterRun, size: ModelSize | None = None) -> None:
     _refuse(run, _recipe_problems(run, size or known_size(run.model)))
 
 
-def check_machines(run: ClusterRun, machines: Machines, size: ModelSize | None = None) -> None:
+def check_machines(run: ClusterGRPOConfig, machines: Machines, size: ModelSize | None = None) -> None:
     """Checks that the run fits on the machines, by the number of their GPUs and by the memory that these have.
 
     Raises:
@@ -171,7 +171,7 @@ def check_machines(run: ClusterRun, machines: Machines, size: ModelSize | None =
     _refuse(run, _machine_problems(run, machines, size or known_size(run.model)))
 
 
-def check_services(run: ClusterRun) -> None:
+def check_services(run: ClusterGRPOConfig) -> None:
     """Checks what the run needs besides machines: packages, model, data, embedder and the key of wandb.
 
     An embedder that the run serves itself is left out: it does not stand yet. `check_embedder` is for when it does.
@@ -183,7 +183,7 @@ def check_services(run: ClusterRun) -> None:
     _refuse(run, (*_package_problems(), *_model_problems(run), *_data_problems(run), *embedder, *_key_problems(run)))
 
 
-def check_embedder(run: ClusterRun) -> None:
+def check_embedder(run: ClusterGRPOConfig) -> None:
     """Checks that the embedder embeds a text.
 
     Raises:
@@ -193,7 +193,7 @@ def check_embedder(run: ClusterRun) -> None:
 
 
 def known_size(model: str) -> ModelSize | None:
-    """The size of a model on this machine, or of one that a preset describes; None: of no other.
+    """The size of a model on this machine, or of one that a recipe describes; None: of no other.
 
     Raises:
         MissingDependency: the packages that read a model's configuration are not installed.
@@ -201,18 +201,18 @@ def known_size(model: str) -> ModelSize | None:
     try:
         return model_size(model)
     except ModelNotFound:
-        presets = map(read_preset, NAMES)
-        fields = (one.model for one in presets if one.model and one.configs[GRPORun].model == model)
+        recipes = map(read_recipe, NAMES)
+        fields = (one.model for one in recipes if one.model and one.configs[LocalGRPOConfig].model == model)
         return next((model_size(model, described) for described in fields), None)
 
 
-def _refuse(run: ClusterRun, problems: Iterable[str]) -> None:
+def _refuse(run: ClusterGRPOConfig, problems: Iterable[str]) -> None:
     listed = list(problems)
     if listed:
         raise SettingError(f"{run.model} on {run.env_id} cannot be trained like this:\n- " + "\n- ".join(listed))
 
 
-def _recipe_problems(run: ClusterRun, size: ModelSize | None) -> Iterator[str]:
+def _recipe_problems(run: ClusterGRPOConfig, size: ModelSize | None) -> Iterator[str]:
     yield from _placement_problems(run, size)
     ranks = run.training_gpus
     rollouts = run.groups * run.group_size
@@ -243,7 +243,7 @@ def _recipe_problems(run: ClusterRun, size: ModelSize | None) -> Iterator[str]:
     yield from _flag_problems(run)
 
 
-def _placement_problems(run: ClusterRun, size: ModelSize | None) -> Iterator[str]:
+def _placement_problems(run: ClusterGRPOConfig, size: ModelSize | None) -> Iterator[str]:
     width, per_node = run.tensor_parallel, run.gpus_per_node
     used, all_gpus = f"engines × tensor_parallel = {run.engines} × {width} = {run.engines * width}", run.gpus
     if width > per_node or (run.colocate and per_node % width):
@@ -271,7 +271,7 @@ def _placement_problems(run: ClusterRun, size: ModelSize | None) -> Iterator[str
         yield f"tensor_parallel must divide the model's {size.kv_heads} heads of keys and values; got {width}. Lower it."
 
 
-def _budget_problems(run: ClusterRun) -> Iterator[str]:
+def _budget_problems(run: ClusterGRPOConfig) -> Iterator[str]:
     """Whether the longest prompt and a reply fit into `max_tokens`.
 
     The environment counts chunks and entries with a tokenizer of its own, of which the model's may need `_MOST` for one. What
@@ -304,7 +304,7 @@ def _budget_problems(run: ClusterRun) -> Iterator[str]:
         )
 
 
-def _layout_tokens(run: ClusterRun) -> int:
+def _layout_tokens(run: ClusterGRPOConfig) -> int:
     """Tokens of a prompt in which nothing stands yet, as the environment counts them."""
     _, settings, _ = environment_of(run)
     empty: Any = {name: "" if kind is str else 0 for name, kind in get_type_hints(Observation).items()}
@@ -312,7 +312,7 @@ def _layout_tokens(run: ClusterRun) -> int:
     return sum(BuiltinTokenizer().count(message["content"]) for message in chat)
 
 
-def _flag_problems(run: ClusterRun) -> Iterator[str]:
+def _flag_problems(run: ClusterGRPOConfig) -> Iterator[str]:
     derived = derived_flags(run, Path(run.model))
     for flag in run.openrlhf:
         name = flag.removeprefix("--").partition("=")[0]
@@ -331,7 +331,7 @@ def _flag_problems(run: ClusterRun) -> Iterator[str]:
                 break
 
 
-def _machine_problems(run: ClusterRun, machines: Machines, size: ModelSize | None) -> Iterator[str]:
+def _machine_problems(run: ClusterGRPOConfig, machines: Machines, size: ModelSize | None) -> Iterator[str]:
     needed = f"nodes × gpus_per_node = {run.nodes} × {run.gpus_per_node}"
     fitting = [node for node in machines.nodes if node.gpus >= run.gpus_per_node]
     if sum(node.gpus for node in machines.nodes) < run.gpus:
@@ -375,7 +375,7 @@ def _package_problems() -> Iterator[str]:
         yield f"deepspeed, ray and vllm must be installed; missing: {', '.join(missing)}. pip install 'atommem[cluster]'."
 
 
-def _model_problems(run: ClusterRun) -> Iterator[str]:
+def _model_problems(run: ClusterGRPOConfig) -> Iterator[str]:
     try:
         chat = ChatTokenizer(find_model(run.model))
     except (
@@ -394,7 +394,7 @@ def _model_problems(run: ClusterRun) -> Iterator[str]:
         yield f"model: the tokenizer of {run.model} must name its eos_token, which ends a reply; got none. Set it there."
 
 
-def _data_problems(run: ClusterRun) -> Iterator[str]:
+def _data_problems(run: ClusterGRPOConfig) -> Iterator[str]:
     # The data need no embedder, and the run's own may be a service that is yet to be started.
     plain = dataclasses.replace(run, embedder="hashing", durability="off")
     needed = {"split": run.groups} | ({"eval_split": run.eval_episodes} if run.eval_every else {})
@@ -415,7 +415,7 @@ def _data_problems(run: ClusterRun) -> Iterator[str]:
             )
 
 
-def _embedder_problems(run: ClusterRun) -> Iterator[str]:
+def _embedder_problems(run: ClusterGRPOConfig) -> Iterator[str]:
     name = run.embedder or "hashing"
     try:
         get_embedder(name).embed(["preflight"], "document")
@@ -423,7 +423,7 @@ def _embedder_problems(run: ClusterRun) -> Iterator[str]:
         yield f"embedder: {error}"
 
 
-def _key_problems(run: ClusterRun) -> Iterator[str]:
+def _key_problems(run: ClusterGRPOConfig) -> Iterator[str]:
     if run.wandb_project and not os.environ.get("WANDB_API_KEY"):
         yield (
             f"wandb_project = {run.wandb_project!r} needs a key in the variable WANDB_API_KEY; got none. Set it, or leave "
@@ -434,7 +434,7 @@ def _key_problems(run: ClusterRun) -> Iterator[str]:
 # ---------------------------------------------------------------------------------------------------------------- memory
 
 
-def gpu_memory_needed(run: ClusterRun, size: ModelSize, gpu_memory: int) -> dict[str, list[Item]]:
+def gpu_memory_needed(run: ClusterGRPOConfig, size: ModelSize, gpu_memory: int) -> dict[str, list[Item]]:
     """What one GPU must hold in each phase of a step.
 
     Args:
@@ -488,12 +488,12 @@ def _cache_of_token(size: ModelSize) -> int:
     return 2 * size.layers * size.kv_heads * size.head_dim * 2
 
 
-def _cache_room(run: ClusterRun, size: ModelSize, gpu_memory: int) -> float:
+def _cache_room(run: ClusterGRPOConfig, size: ModelSize, gpu_memory: int) -> float:
     """Bytes that an engine, over all its GPUs, has for keys and values."""
     return run.tensor_parallel * (run.gpu_memory_utilization * gpu_memory - _ENGINE) - 2 * size.parameters
 
 
-def _remedies(run: ClusterRun, phase: str) -> list[str]:
+def _remedies(run: ClusterGRPOConfig, phase: str) -> list[str]:
     """Settings that would make the phase's sum smaller, those first that cost least."""
     if phase == "samples":
         told = ["a lower gpu_memory_utilization"]
@@ -518,7 +518,7 @@ class Row(NamedTuple):
     how: str
 
 
-def estimate(run: ClusterRun, size: ModelSize, gpu_memory: int) -> list[Row]:
+def estimate(run: ClusterGRPOConfig, size: ModelSize, gpu_memory: int) -> list[Row]:
     """Tokens, memory and time of a run, by rules of thumb.
 
     A chunk has the usual length of its dataset, an entry and a reply 64 tokens, and one token of the environment is 1.3 of the
@@ -610,7 +610,7 @@ def estimate(run: ClusterRun, size: ModelSize, gpu_memory: int) -> list[Row]:
     ]
 
 
-def estimate_table(run: ClusterRun, size: ModelSize | None = None, machines: Machines | None = None) -> Table:
+def estimate_table(run: ClusterGRPOConfig, size: ModelSize | None = None, machines: Machines | None = None) -> Table:
     """The estimate as a table; where the machines' GPUs are not known, for GPUs of 80 GB.
 
     Where the model's size is not known, the table says so.

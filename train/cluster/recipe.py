@@ -14,10 +14,10 @@ import tyro
 
 from agents.rollout import EpisodeSpec, episode_specs
 from atommem_env.errors import SettingError
-from eval.options import EnvOptions
-from eval.run_folder import json_line, replace_file
+from eval.options import EnvConfig
+from eval.run_folder import to_jsonl, write_atomic
 from eval.toml_tables import fields_of, read_table, read_toml
-from train.settings import GRPOSettings
+from train.settings import GRPOConfig
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "cluster"
 VERSION = "0.11.2"  # of OpenRLHF; another is refused
@@ -28,7 +28,7 @@ _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClusterRun(GRPOSettings):
+class ClusterGRPOConfig(GRPOConfig):
     """A training run on a cluster. `micro_batch_tokens` is of each GPU."""
 
     nodes: int = 1
@@ -69,7 +69,7 @@ class ClusterRun(GRPOSettings):
     """Any other flags of OpenRLHF, for example --vllm.enforce_eager or --ds.zpg=8; they come last, and so count."""
 
     def __post_init__(self) -> None:
-        GRPOSettings.__post_init__(self)
+        GRPOConfig.__post_init__(self)
         for name in ("nodes", "gpus_per_node", "engines", "tensor_parallel"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
         self._check("zero_stage", self.zero_stage in (2, 3), "2 or 3")
@@ -106,7 +106,7 @@ class Prompt:
         return cls(fields.pop("split"), fields.pop("place"), EpisodeSpec(**fields))
 
 
-def read_recipe(name: str) -> ClusterRun:
+def read_recipe(name: str) -> ClusterGRPOConfig:
     """The recipe of that name in `configs/cluster/`, or the one in that TOML file.
 
     Raises:
@@ -120,18 +120,18 @@ def read_recipe(name: str) -> ClusterRun:
     for table in tables:
         if table not in ("env", "cluster"):
             raise SettingError(f"{path}: there is no table [{table}]. There are: env, cluster.")
-    env = read_table(path, "env", tables.get("env", {}), fields_of(EnvOptions))
-    own = read_table(path, "cluster", tables.get("cluster", {}), fields_of(ClusterRun))
+    env = read_table(path, "env", tables.get("env", {}), fields_of(EnvConfig))
+    own = read_table(path, "cluster", tables.get("cluster", {}), fields_of(ClusterGRPOConfig))
     if "env_id" not in env:
         raise SettingError(f"{path}: [env] must name env_id, for example AtomMem-HotpotQA.")
     try:
-        return ClusterRun(**env | own)
+        return ClusterGRPOConfig(**env | own)
     except SettingError as error:
         error.add_note(f"in {path}")
         raise
 
 
-def running() -> ClusterRun:
+def running() -> ClusterGRPOConfig:
     """The run that this process is a part of: the one in the folder that the variable `ATOMMEM_RUN` names.
 
     Raises:
@@ -143,8 +143,8 @@ def running() -> ClusterRun:
         raise SettingError(
             f"{RUN_VARIABLE} must name the folder of a cluster run, got {str(folder)!r}. Start it by `atommem train cluster`."
         )
-    fields = read_table(path, "the run", json.loads(path.read_text(encoding="utf-8")), fields_of(ClusterRun))
-    return ClusterRun(**fields | {"out": folder})
+    fields = read_table(path, "the run", json.loads(path.read_text(encoding="utf-8")), fields_of(ClusterGRPOConfig))
+    return ClusterGRPOConfig(**fields | {"out": folder})
 
 
 def recipe_names() -> list[str]:
@@ -152,7 +152,7 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
-def write_prompts(run: ClusterRun, train_tasks: int, held_out_tasks: int) -> None:
+def write_prompts(run: ClusterGRPOConfig, train_tasks: int, held_out_tasks: int) -> None:
     """Writes the files of prompts into the run's folder: a prompt names a task, which the executor plays.
 
     OpenRLHF reads `prompts.jsonl`, exactly those of all steps, and `held_out.jsonl`. The tasks of `spares.jsonl` take the
@@ -166,11 +166,11 @@ def write_prompts(run: ClusterRun, train_tasks: int, held_out_tasks: int) -> Non
         files["held_out"] = ("held_out", episode_specs(held_out_tasks, run.eval_episodes, run.seed))
     for name, (split, specs) in files.items():
         prompts = (Prompt(split=split, place=place % wanted, spec=spec).text() for place, spec in enumerate(specs))
-        lines = "".join(json_line({"prompt": prompt, "datasource": split}) for prompt in prompts)
-        replace_file(run.out / f"{name}.jsonl", lines)
+        lines = "".join(to_jsonl({"prompt": prompt, "datasource": split}) for prompt in prompts)
+        write_atomic(run.out / f"{name}.jsonl", lines)
 
 
-def openrlhf_flags(run: ClusterRun, model: Path) -> list[str]:
+def openrlhf_flags(run: ClusterGRPOConfig, model: Path) -> list[str]:
     """The arguments of `openrlhf.cli.train_ppo_ray`.
 
     Args:
@@ -179,7 +179,7 @@ def openrlhf_flags(run: ClusterRun, model: Path) -> list[str]:
     return flag_words(derived_flags(run, model), run.openrlhf)
 
 
-def derived_flags(run: ClusterRun, model: Path) -> dict[str, Any]:
+def derived_flags(run: ClusterGRPOConfig, model: Path) -> dict[str, Any]:
     """The flags that follow from the recipe's settings; one that is False is left out."""
     per_node = run.gpus_per_node if run.colocate else run.training_gpus // run.nodes
     rollouts = run.groups * run.group_size

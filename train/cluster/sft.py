@@ -38,7 +38,7 @@ from agents.models.chat_tokenizer import ChatTokenizer
 from agents.models.find import find_model
 from atommem_env.errors import MissingDependency, ModelNotFound, SettingError
 from eval.progress import step_progress
-from eval.run_folder import check_new, json_line, read_episodes, replace_file
+from eval.run_folder import read_jsonl, require_empty_dir, to_jsonl, write_atomic
 from train.cluster.launch import LocalJob, check_running, ended_by_signals
 from train.cluster.recipe import VERSION, flag_words
 from train.sft import read_samples
@@ -48,7 +48,7 @@ _POLL = 2.0  # seconds between looks at the job
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClusterSFT:
+class ClusterSFTConfig:
     """What is to be learned from what, on how many GPUs."""
 
     samples: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SAMPLES")]
@@ -106,18 +106,18 @@ class ClusterSFT:
         return self.micro_batch_size * self.nodes * self.gpus_per_node
 
 
-def updates(run: ClusterSFT, samples: int) -> int:
+def updates(run: ClusterSFTConfig, samples: int) -> int:
     """How many updates so many samples give; an incomplete one is not made.
 
     Of 70 samples, 16 at once, an epoch trains 64. Three epochs are 192, six batches of 32 samples:
 
-    >>> updates(ClusterSFT(samples=Path("s"), epochs=3, batch_size=32, micro_batch_size=2), 70)
+    >>> updates(ClusterSFTConfig(samples=Path("s"), epochs=3, batch_size=32, micro_batch_size=2), 70)
     6
     """
     return samples // run.samples_at_once * run.samples_at_once * run.epochs // run.batch_size
 
 
-def sft_flags(run: ClusterSFT, model: Path) -> list[str]:
+def sft_flags(run: ClusterSFTConfig, model: Path) -> list[str]:
     """The arguments of `openrlhf.cli.train_sft`.
 
     Args:
@@ -148,7 +148,7 @@ def sft_flags(run: ClusterSFT, model: Path) -> list[str]:
     return flag_words(flags, run.openrlhf)
 
 
-def launch_command(run: ClusterSFT, model: Path) -> list[str]:
+def launch_command(run: ClusterSFTConfig, model: Path) -> list[str]:
     """The command that starts the job on all GPUs, from one of the machines.
 
     Args:
@@ -160,7 +160,7 @@ def launch_command(run: ClusterSFT, model: Path) -> list[str]:
     return ["deepspeed", *where, "--module", "train.cluster.sft", *sft_flags(run, model)]
 
 
-def main(run: ClusterSFT) -> None:
+def main(run: ClusterSFTConfig) -> None:
     """Fine-tune a chat model on collected samples, on the GPUs of one machine or several; the loss is on the replies alone."""
     paths = {
         name: path.resolve() for name in ("samples", "out", "hostfile") if (path := getattr(run, name)) is not None
@@ -183,7 +183,7 @@ def main(run: ClusterSFT) -> None:
     )
 
 
-def train(run: ClusterSFT, console: Console) -> dict[str, Any]:
+def train(run: ClusterSFTConfig, console: Console) -> dict[str, Any]:
     """Trains, writes the model, and returns the last line of `metrics.jsonl`.
 
     Args:
@@ -196,12 +196,12 @@ def train(run: ClusterSFT, console: Console) -> dict[str, Any]:
         MissingDependency: the extra `cluster` is not installed.
         JobFailed: the job ended before it was done.
     """
-    check_new(run.out)
+    require_empty_dir(run.out)
     _check_version()
     model = find_model(run.model).resolve()
     run.out.mkdir(parents=True, exist_ok=True)
     total = updates(run, write_tokens(run, model))
-    replace_file(run.out / "config.json", json.dumps(dataclasses.asdict(run), indent=2, default=str) + "\n")
+    write_atomic(run.out / "config.json", json.dumps(dataclasses.asdict(run), indent=2, default=str) + "\n")
     words = [sys.executable, "-m", "deepspeed.launcher.runner", *launch_command(run, model)[1:]]
     with ExitStack() as stack, ended_by_signals(), step_progress(console) as progress:
         job = LocalJob(words, {}, run.out / "job.log")
@@ -210,14 +210,14 @@ def train(run: ClusterSFT, console: Console) -> dict[str, Any]:
         running = True
         while running:
             running = check_running("The job", job)
-            for line in read_episodes(run.out / _METRICS)[-1:]:
+            for line in read_jsonl(run.out / _METRICS)[-1:]:
                 progress.update(bar, completed=line["step"], told=f"loss {line['loss']:.3f}")
             if running:
                 time.sleep(_POLL)
-    return read_episodes(run.out / _METRICS)[-1]
+    return read_jsonl(run.out / _METRICS)[-1]
 
 
-def write_tokens(run: ClusterSFT, model: Path) -> int:
+def write_tokens(run: ClusterSFTConfig, model: Path) -> int:
     """Writes the samples as token ids to the run's `tokens/`; returns how many there are.
 
     Columns: `input_ids` [T], a prompt and its reply; `prompt_tokens`, how many of them are the prompt.
@@ -289,7 +289,7 @@ def install() -> None:
                 line = {"step": global_step, "loss": loss}
                 line |= {"learning_rate": logs_dict["lr"], "grad_norm": logs_dict["grad_norm"]}
                 with (Path(args.ckpt.output_dir).parent / _METRICS).open("a", encoding="utf-8") as file:
-                    file.write(json_line(line))
+                    file.write(to_jsonl(line))
 
     openrlhf.datasets.SFTDataset = TokenDataset
     openrlhf.trainer.sft_trainer.SFTTrainer = LoggedTrainer

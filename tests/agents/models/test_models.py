@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers")
 
 from agents.models.chat_tokenizer import ChatTokenizer  # noqa: E402
 from agents.models.decoding import fill_gaps  # noqa: E402
-from agents.models.find import find_model
+from agents.models.find import find_model  # noqa: E402
 from agents.models.transformers_model import TransformersModel  # noqa: E402
 from atommem_env.errors import PromptTooLong, SettingError  # noqa: E402
 from atommem_env.types import Message, Reply, Usage  # noqa: E402

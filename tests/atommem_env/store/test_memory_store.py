@@ -568,8 +568,8 @@ def test_every_table_says_its_schema_version(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
+    store = MemoryStore(tmp_path / "file" / "memory")
     with pytest.raises(StoreError, match="this user can write"):
-        store = MemoryStore(tmp_path / "file" / "memory")
         commit(store, begin(store), "answered", 0.0, WorkingMemory())
 
 

@@ -7,7 +7,7 @@ from atommem_env.embedders import embed, get_embedder
 from atommem_env.episode import Episode
 from atommem_env.errors import SettingError, StoreError
 from atommem_env.store.memory_store import MemoryStore
-from atommem_env.store.replay import first_moment, replay
+from atommem_env.store.replay import initial_episode, replay
 from atommem_env.types import EpisodeSettings, Observation, Task
 
 SETTINGS = EpisodeSettings(chunk_tokens=8, retrieval="random", top_k=1, operations=("create", "read", "delete"))
@@ -54,7 +54,7 @@ def play(task: Task, store: MemoryStore) -> tuple[str, list[Observation]]:
 def test_an_episode_is_seen_again_as_it_was(task: Task, tmp_path: Path) -> None:
     store = MemoryStore(tmp_path)
     episode_id, seen = play(task, store)
-    episode = first_moment(store.episode(episode_id), OneTask(task), SETTINGS)
+    episode = initial_episode(store.episode(episode_id), OneTask(task), SETTINGS)
     steps = []
     for reply, result in replay(episode, store, episode_id):
         assert reply == store.replies(episode_id)[len(steps)]
@@ -68,16 +68,16 @@ def test_another_task_and_other_settings_are_refused(task: Task, tmp_path: Path)
     store = MemoryStore(tmp_path)
     record = store.episode(play(task, store)[0])
     with pytest.raises(SettingError, match="other settings of top_k"):
-        first_moment(record, OneTask(task), dataclasses.replace(SETTINGS, top_k=2))
+        initial_episode(record, OneTask(task), dataclasses.replace(SETTINGS, top_k=2))
     with pytest.raises(SettingError, match="of task hand/1, not of hand/2"):
-        first_moment(record, OneTask(dataclasses.replace(task, id="hand/2")), SETTINGS)
+        initial_episode(record, OneTask(dataclasses.replace(task, id="hand/2")), SETTINGS)
 
 
 def test_data_that_changed_under_the_same_name_are_noticed(task: Task, tmp_path: Path) -> None:
     store = MemoryStore(tmp_path)
     episode_id, _ = play(task, store)
     shorter = dataclasses.replace(task, documents=task.documents[:1], questions=task.questions[:1])
-    episode = first_moment(store.episode(episode_id), OneTask(shorter), SETTINGS)
+    episode = initial_episode(store.episode(episode_id), OneTask(shorter), SETTINGS)
     with pytest.raises(StoreError, match="does not fit"):
         list(replay(episode, store, episode_id))
 
@@ -91,6 +91,6 @@ def test_settings_with_nested_tuples_are_recognised(task: Task, tmp_path: Path) 
     recorder.end("interrupted", 0.0, Episode(task, settings, SEED).memory)
     store.write([recorder])
     record = store.episode(recorder.episode_id)
-    assert first_moment(record, OneTask(task), settings).settings == settings
+    assert initial_episode(record, OneTask(task), settings).settings == settings
     with pytest.raises(SettingError, match="other settings of reward_terms"):
-        first_moment(record, OneTask(task), SETTINGS)
+        initial_episode(record, OneTask(task), SETTINGS)

@@ -19,7 +19,7 @@ from eval.report import plots
 from eval.report.report import ReportConfig, find_runs, group, main, read_published, report
 from eval.report.tables import csv_text, latex, markdown
 from eval.run import evaluate
-from eval.run_folder import read_episodes
+from eval.run_folder import read_jsonl
 
 
 def run(folder: Path, policy: str, environment: str = "Easy 10", **changes: Any) -> Path:
@@ -82,7 +82,7 @@ def test_seeds_are_pooled_and_everything_else_has_a_row_of_its_own(tree: Path, w
     assert names[-1] == r"perfect-rag\*", "who knows the golds comes last"
     assert [name for name in names if name.startswith("spam")] == ["spam", "spam (ablation=no\\_update)"]
     folders = [tree / "10" / "perfect-rag" / f"seed-{seed}" for seed in (0, 1)]
-    pooled = summarise([record for folder in folders for record in read_episodes(folder / "episodes.jsonl")])
+    pooled = summarise([record for folder in folders for record in read_jsonl(folder / "episodes.jsonl")])
     assert rows[-1]["n"] == "6"
     assert rows[-1]["EM"] == f"{100 * pooled['em']:.1f}"
     assert rows[-1]["95 % CI"] == "–".join(f"{100 * end:.1f}" for end in pooled["em_ci95"])
@@ -170,9 +170,7 @@ def test_pictures_come_with_the_numbers_that_they_show(written: Path) -> None:
 
 def test_operations_over_steps_add_up_to_those_of_an_episode(tree: Path, written: Path) -> None:
     drawn = lines(written / "plots" / "operations-easy-10.csv")
-    records = [
-        record for seed in (0, 1) for record in read_episodes(tree / f"10/perfect-rag/seed-{seed}/episodes.jsonl")
-    ]
+    records = [record for seed in (0, 1) for record in read_jsonl(tree / f"10/perfect-rag/seed-{seed}/episodes.jsonl")]
     for kind, mean in summarise(records)["operations"].items():
         of_kind = [float(line["mean"]) for line in drawn if line["row"] == "perfect-rag*" and line["kind"] == kind]
         assert sum(of_kind) == pytest.approx(mean, abs=1e-2)

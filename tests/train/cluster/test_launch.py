@@ -23,12 +23,12 @@ from rich.console import Console
 
 from atommem_env import cli
 from atommem_env.errors import JobFailed, SettingError
-from eval.run_folder import json_line
+from eval.run_folder import to_jsonl
 from train.cluster import launch as launcher
 from train.cluster.launch import (
     SLURM,
     EmbeddingService,
-    Launch,
+    LaunchConfig,
     LocalJob,
     call,
     commands,
@@ -39,7 +39,7 @@ from train.cluster.launch import (
     wait_for,
     write_folder,
 )
-from train.cluster.recipe import RUN_VARIABLE, ClusterRun, Prompt, openrlhf_flags, recipe_names, running
+from train.cluster.recipe import RUN_VARIABLE, ClusterGRPOConfig, Prompt, openrlhf_flags, recipe_names, running
 from train.grpo import METRICS, tell_end
 
 RECIPE = """
@@ -74,7 +74,7 @@ def recipe(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def run(recipe: str, tmp_path: Path) -> ClusterRun:
+def run(recipe: str, tmp_path: Path) -> ClusterGRPOConfig:
     """The run of `RECIPE`, in a folder that is yet to be made."""
     return parsed(f"{recipe} --out {tmp_path / 'run'}").run
 
@@ -93,8 +93,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., LocalJob]]:
         job.stop()
 
 
-def parsed(words: str) -> Launch:
-    got: list[Launch] = []
+def parsed(words: str) -> LaunchConfig:
+    got: list[LaunchConfig] = []
     call("train cluster", got.append, shlex.split(words))
     return got[0]
 
@@ -140,7 +140,7 @@ def test_help_is_given_with_and_without_a_recipe(recipe: str, capsys: pytest.Cap
 # --------------------------------------------------------------------------------------------------------------- dry run
 
 
-def dry(launched: Launch) -> str:
+def dry(launched: LaunchConfig) -> str:
     out = Console(file=io.StringIO(), width=80)
     launch(dataclasses.replace(launched, dry_run=True), out, Console(file=io.StringIO()))
     return out.file.getvalue()  # type: ignore[attr-defined,no-any-return]
@@ -166,7 +166,9 @@ def words_of(shell: str, program: str, environment: dict[str, str]) -> list[str]
     return ran.stdout.split("\0")[:-1]
 
 
-def test_what_is_shown_is_what_would_run(run: ClusterRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_shown_is_what_would_run(
+    run: ClusterGRPOConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "run").mkdir()  # where the shell redirects to
     secrets = {"WANDB_API_KEY": "se'cret", "OPENAI_API_KEY": "hush"}
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
@@ -210,7 +212,7 @@ def test_several_machines_need_a_ray_to_join(recipe: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------- the folder
 
 
-def test_the_folder_is_all_that_the_job_needs(run: ClusterRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_is_all_that_the_job_needs(run: ClusterGRPOConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "secret")
     write_folder(run)
     monkeypatch.setenv(RUN_VARIABLE, job_environment(run)[RUN_VARIABLE])
@@ -222,7 +224,7 @@ def test_the_folder_is_all_that_the_job_needs(run: ClusterRun, monkeypatch: pyte
     assert len((run.out / "held_out.jsonl").read_text(encoding="utf-8").splitlines()) == run.eval_episodes
 
 
-def test_a_folder_is_taken_again_only_to_resume_the_same_run(run: ClusterRun) -> None:
+def test_a_folder_is_taken_again_only_to_resume_the_same_run(run: ClusterGRPOConfig) -> None:
     write_folder(run)
     with pytest.raises(SettingError, match="--resume"):
         write_folder(run)
@@ -245,7 +247,7 @@ def test_prepare_writes_the_folder_from_anywhere_and_starts_nothing(
 # ------------------------------------------------------------------------------------------------------------- a job's life
 
 
-def test_a_job_that_ends_well(run: ClusterRun, start: Callable[..., LocalJob]) -> None:
+def test_a_job_that_ends_well(run: ClusterGRPOConfig, start: Callable[..., LocalJob]) -> None:
     run.out.mkdir()
     console = Console(file=io.StringIO(), width=200)
     job = start(f"""
@@ -273,7 +275,7 @@ def test_a_job_that_ends_well(run: ClusterRun, start: Callable[..., LocalJob]) -
     ],
 )
 def test_the_end_of_a_job_is_told_with_its_cause(
-    code: str, told: str, run: ClusterRun, start: Callable[..., LocalJob], tmp_path: Path
+    code: str, told: str, run: ClusterGRPOConfig, start: Callable[..., LocalJob], tmp_path: Path
 ) -> None:
     # of a run before this one; it is kept
     (tmp_path / "job.log").write_text("Traceback\n  File 'x'\nOldError: of yesterday\n")
@@ -295,8 +297,8 @@ def test_stopping_leaves_nobody_behind(
     start: Callable[..., LocalJob], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = start(STUBBORN)
-    wait_until(lambda: job.written().strip())
-    child = int(job.written())
+    wait_until(lambda: job.output().strip())
+    child = int(job.output())
     assert alive(child)
     job.stop()
     assert not alive(job.process.pid)
@@ -304,7 +306,7 @@ def test_stopping_leaves_nobody_behind(
     job.stop()  # again: nothing happens
     monkeypatch.setattr(launcher, "_GRACE", 0.2)
     deaf = start("import signal, time; signal.signal(15, signal.SIG_IGN); print('ready'); time.sleep(99)")
-    wait_until(lambda: "ready" in deaf.written())
+    wait_until(lambda: "ready" in deaf.output())
     deaf.stop()
     assert deaf.poll() == "was ended by SIGKILL"
 
@@ -419,7 +421,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_embedding_service_is_awaited_and_its_death_ends_the_run(
-    run: ClusterRun, programs: Path, start: Callable[..., LocalJob]
+    run: ClusterGRPOConfig, programs: Path, start: Callable[..., LocalJob]
 ) -> None:
     program(programs, "vllm", VLLM)
     run = dataclasses.replace(run, embedding_model="some/model", embedding_gpu_memory=0.2)
@@ -427,8 +429,8 @@ def test_the_embedding_service_is_awaited_and_its_death_ends_the_run(
     service = EmbeddingService(run, "127.0.0.1")
     try:
         wait_for(service, Console(file=io.StringIO()))
-        assert "serve some/model --runner pooling" in service.written()
-        assert "--gpu-memory-utilization 0.2" in service.written()
+        assert "serve some/model --runner pooling" in service.output()
+        assert "--gpu-memory-utilization 0.2" in service.output()
         threading.Timer(0.5, service.process.kill).start()
         with pytest.raises(JobFailed, match=r"embedding service was ended by SIGKILL\n.*embedding\.log"):
             follow(run, start("import time; time.sleep(99)"), service, Console(file=io.StringIO()))
@@ -451,7 +453,7 @@ carry_out(running(), None, Console(stderr=True))
 """
 
 
-def carried_out(run: ClusterRun) -> subprocess.Popen[str]:
+def carried_out(run: ClusterGRPOConfig) -> subprocess.Popen[str]:
     """What comes after preflight, in a process of its own; its folder is written."""
     write_folder(run)
     return subprocess.Popen(
@@ -464,7 +466,9 @@ def carried_out(run: ClusterRun) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_an_interrupted_launch_leaves_no_process(number: signal.Signals, run: ClusterRun, programs: Path) -> None:
+def test_an_interrupted_launch_leaves_no_process(
+    number: signal.Signals, run: ClusterGRPOConfig, programs: Path
+) -> None:
     program(programs, "vllm", "import os, time; print(os.getpid(), flush=True); time.sleep(99)")
     process = carried_out(dataclasses.replace(run, embedding_model="some/model"))
     log = run.out / "embedding.log"
@@ -479,7 +483,7 @@ def test_an_interrupted_launch_leaves_no_process(number: signal.Signals, run: Cl
 
 
 @pytest.mark.skipif(importlib.util.find_spec("openrlhf") is not None, reason="the job would start in earnest")
-def test_a_job_that_cannot_start_is_one_error_with_the_cause(run: ClusterRun) -> None:
+def test_a_job_that_cannot_start_is_one_error_with_the_cause(run: ClusterGRPOConfig) -> None:
     process = carried_out(run)
     told, _ = process.communicate(timeout=60)
     assert process.returncode == 1
@@ -494,10 +498,10 @@ def test_preflight_comes_before_the_folder(recipe: str, programs: Path, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_the_end_tells_what_to_do_next(run: ClusterRun) -> None:
+def test_the_end_tells_what_to_do_next(run: ClusterGRPOConfig) -> None:
     run.out.mkdir()
     lines = [{"step": 0, "eval_em": 0.1}, {"step": 2, "eval_em": 0.5}, {"step": 3, "eval_em": 0.5}]
-    (run.out / METRICS).write_text("".join(map(json_line, lines)), encoding="utf-8")
+    (run.out / METRICS).write_text("".join(map(to_jsonl, lines)), encoding="utf-8")
     console = Console(file=io.StringIO(), width=60)
     tell_end(run, console)
     told = console.file.getvalue()  # type: ignore[attr-defined]

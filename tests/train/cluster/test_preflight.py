@@ -30,7 +30,7 @@ from train.cluster.preflight import (
     gpu_memory_needed,
     known_size,
 )
-from train.cluster.recipe import VERSION, ClusterRun, openrlhf_flags, read_recipe
+from train.cluster.recipe import VERSION, ClusterGRPOConfig, openrlhf_flags, read_recipe
 from train.estimate import ModelSize
 
 GB = 10**9
@@ -38,10 +38,10 @@ SIZE = ModelSize(
     parameters=1000, linear_width=50, layers=2, hidden=8, intermediate=16, heads=12, kv_heads=4, head_dim=4,
     normalised_heads=False, vocabulary=10, window=20_000,
 )  # fmt: skip
-RUN = ClusterRun(env_id="AtomMem-HotpotQA", model="nowhere/small", max_new_tokens=512)
+RUN = ClusterGRPOConfig(env_id="AtomMem-HotpotQA", model="nowhere/small", max_new_tokens=512)
 EIGHT = Machines((Node("a", 8, 80 * GB),))
 # A run of the synthetic world on the shipped model: all of it is here.
-SMALL = ClusterRun(
+SMALL = ClusterGRPOConfig(
     env_id="AtomMem-Synthetic", model="tiny", nodes=1, gpus_per_node=1, engines=1, groups=4, group_size=4, num_docs=8,
     set=("chunk_tokens=64", "memory_tokens=64", "scratchpad_tokens=64"), max_new_tokens=16, max_tokens=2048,
     micro_batch_tokens=2048, eval_episodes=10,
@@ -221,7 +221,7 @@ def test_more_gpus_are_faster_and_async_hides_the_sampling() -> None:
     run, size = read_recipe("qwen3-8b-hotpotqa"), known_size("Qwen/Qwen3-8B")
     assert size is not None
 
-    def seconds(run: ClusterRun) -> dict[str, float]:
+    def seconds(run: ClusterGRPOConfig) -> dict[str, float]:
         return {row.what: float(row.figure) for row in estimate(run, size, 80 * GB) if row.what.startswith("seconds")}
 
     one, two = seconds(run), seconds(replace(run, nodes=2, engines=16))
@@ -231,7 +231,7 @@ def test_more_gpus_are_faster_and_async_hides_the_sampling() -> None:
 
 
 def test_the_table_shows_every_row_or_says_why_it_cannot() -> None:
-    def shown(run: ClusterRun, machines: Machines | None = None) -> str:
+    def shown(run: ClusterGRPOConfig, machines: Machines | None = None) -> str:
         file = StringIO()
         Console(width=200, file=file).print(estimate_table(run, machines=machines))
         return file.getvalue()
@@ -244,7 +244,7 @@ def test_the_table_shows_every_row_or_says_why_it_cannot() -> None:
     assert "hf download nowhere/small" in shown(RUN)
 
 
-def problems(run: ClusterRun) -> list[str]:
+def problems(run: ClusterGRPOConfig) -> list[str]:
     """What the services lack, without the packages of the cluster, which the machine of a test need not have."""
     try:
         check_services(run)

@@ -11,7 +11,7 @@ pytest.importorskip("torch")
 
 from atommem_env.errors import SettingError
 from train.cluster.preflight import Machines, Node, check_machines, check_recipe, estimate, known_size
-from train.cluster.recipe import FOLDER, ClusterRun, read_recipe, recipe_names
+from train.cluster.recipe import FOLDER, ClusterGRPOConfig, read_recipe, recipe_names
 from train.estimate import environment_of
 
 GB = 10**9
@@ -22,7 +22,7 @@ def memory_of(name: str) -> int:
     return (40 if name == "qwen3-0.6b" else 80) * GB
 
 
-def machines(run: ClusterRun, memory: int) -> Machines:
+def machines(run: ClusterGRPOConfig, memory: int) -> Machines:
     return Machines(tuple(Node(f"n{number}", run.gpus_per_node, memory) for number in range(run.nodes)))
 
 

@@ -18,11 +18,13 @@ from agents.models.chat_tokenizer import ChatTokenizer
 from agents.models.find import find_model
 from atommem_env.errors import DataError, JobFailed, MissingDependency, PromptTooLong, SettingError
 from train.cluster.launch import LocalJob, check_running
-from train.cluster.sft import ClusterSFT, launch_command, main, sft_flags, updates, write_tokens
+from train.cluster.sft import ClusterSFTConfig, launch_command, main, sft_flags, updates, write_tokens
 from train.collect import CollectConfig, collect
 from train.sft import read_samples
 
-RUN = ClusterSFT(samples=Path("/s"), model="/m", out=Path("/o"), gpus_per_node=2, batch_size=16, micro_batch_size=2)
+RUN = ClusterSFTConfig(
+    samples=Path("/s"), model="/m", out=Path("/o"), gpus_per_node=2, batch_size=16, micro_batch_size=2
+)
 
 
 @pytest.fixture(scope="module")

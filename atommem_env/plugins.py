@@ -1,0 +1,77 @@
+"""Parts of one's own by name: `module:attribute`, the same wherever a part can be named."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from atommem_env.errors import PluginError
+
+MODULES = (
+    "ATOMMEM_MODULES"  # variable with the folder that modules are looked for in after the working folder: on a cluster
+)
+_TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
+
+
+def is_target(name: object) -> bool:
+    """Whether a name is of the form `module:attribute`.
+
+    >>> is_target("my_module:policy"), is_target("my.package:Class.method"), is_target("oracle"), is_target("openai:a/b")
+    (True, True, False, False)
+    """
+    return isinstance(name, str) and _TARGET.fullmatch(name) is not None
+
+
+def load_attribute(target: str) -> Any:
+    """What `module:attribute` names; the module is looked for in the working folder first.
+
+    Raises:
+        PluginError: there is no such module, or it has no such attribute.
+        Exception: what the module raises when it is imported.
+    """
+    module_name, _, attribute = target.partition(":")
+    for folder in filter(None, (os.environ.get(MODULES), str(Path.cwd()))):
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # it is there, and what it imports is not
+        raise PluginError(
+            f"There is no module {module_name!r} in the working folder, {Path.cwd()}, nor on Python's path."
+        ) from error
+    where = getattr(found, "__file__", None)
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise PluginError(f"Module {module_name!r} ({where}) has no {attribute!r}{suggest(part, dir(found))}.")
+        found = getattr(found, part)
+    return found
+
+
+def name_of(part: object) -> str:
+    """What a record calls a part: its name as it was given, or `module:attribute` of an object's class or function.
+
+    >>> name_of("tags"), name_of(name_of)
+    ('tags', 'atommem_env.plugins:name_of')
+    """
+    if isinstance(part, str):
+        return part
+    made = part if hasattr(part, "__qualname__") else type(part)
+    return f"{made.__module__}:{made.__qualname__}"
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """What was probably meant, to be added to a sentence; "" where nothing is near.
+
+    >>> suggest("orcale", ["oracle", "random"]), suggest("xyz", ["oracle"])
+    ("; did you mean 'oracle'?", '')
+    """
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
