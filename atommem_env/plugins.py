@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from atommem_env.errors import PluginError
 
@@ -19,13 +19,20 @@ MODULES = (
 _TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
-def is_target(name: object) -> bool:
+def is_target(name: object) -> TypeGuard[str]:
     """Whether a name is of the form `module:attribute`.
 
     >>> is_target("my_module:policy"), is_target("my.package:Class.method"), is_target("oracle"), is_target("openai:a/b")
     (True, True, False, False)
     """
     return isinstance(name, str) and _TARGET.fullmatch(name) is not None
+
+
+def add_module_folders() -> None:
+    """Puts the folders of modules of one's own at the beginning of Python's path: the working folder, and that of `MODULES`."""
+    for folder in filter(None, (os.environ.get(MODULES), str(Path.cwd()))):
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
 
 
 def load_attribute(target: str) -> Any:
@@ -36,9 +43,7 @@ def load_attribute(target: str) -> Any:
         Exception: what the module raises when it is imported.
     """
     module_name, _, attribute = target.partition(":")
-    for folder in filter(None, (os.environ.get(MODULES), str(Path.cwd()))):
-        if folder not in sys.path:
-            sys.path.insert(0, folder)
+    add_module_folders()
     try:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -53,6 +58,23 @@ def load_attribute(target: str) -> Any:
             raise PluginError(f"Module {module_name!r} ({where}) has no {attribute!r}{suggest(part, dir(found))}.")
         found = getattr(found, part)
     return found
+
+
+def load_part(target: str) -> Any:
+    """What `module:attribute` names where an object is wanted: a class is made into one, without arguments.
+
+    Raises:
+        PluginError: it names nothing, or a class that needs arguments.
+    """
+    found = load_attribute(target)
+    if not isinstance(found, type):
+        return found
+    try:
+        return found()
+    except TypeError as error:
+        raise PluginError(
+            f"{target} is a class that cannot be made without arguments ({error}); name an object."
+        ) from error
 
 
 def name_of(part: object) -> str:

@@ -53,9 +53,10 @@ from agents.rollout import episode_specs
 from atommem_env.errors import AtomMemError, EmbeddingError, EngineDied, ModelError, SettingError
 from eval.metrics import summarise
 from eval.options import EvalConfig, PlayConfig
+from eval.players import prepare_evaluation
 from eval.progress import step_progress
 from eval.report.tables import results_table
-from eval.run import evaluate, prepare_evaluation
+from eval.run import evaluate
 from eval.run_folder import read_jsonl, require_same_config
 from eval.toml_tables import fields_of, read_table, read_toml
 from eval.workers import Workers
@@ -228,12 +229,12 @@ def check(runs: Sequence[Run]) -> dict[Run, str]:
         try:
             if config.embedder in outages:
                 raise outages[config.embedder]
-            env, _, resolved_config = prepare_evaluation(config)
-            with closing(env):
+            driver, _, opened = prepare_evaluation(config)
+            with closing(driver.store):
                 if run.environment not in tried:
                     tried.add(run.environment)
-                    (spec,) = episode_specs(len(env.source), 1, config.seed)
-                    env.source.task(spec.index, spec.task_seed)
+                    (spec,) = episode_specs(opened.tasks, 1, config.seed)
+                    driver.source.task(spec.index, spec.task_seed)
         except _OUTAGES as error:
             troubles[run] = _told(error)
             if isinstance(error, EmbeddingError):
@@ -243,7 +244,7 @@ def check(runs: Sequence[Run]) -> dict[Run, str]:
         else:
             try:
                 if run.finished:
-                    require_same_config(config.out / "config.json", resolved_config)
+                    require_same_config(config.out / "config.json", opened.resolved_config)
             except SettingError as error:
                 troubles[run] = f"{_told(error)} Move that folder away, or choose another --out."
     if wrong:
@@ -278,7 +279,7 @@ def play_recipe(
             if run.done or run in failures:
                 continue
             try:
-                evaluate(dataclasses.replace(run.config, resume=run.finished > 0), progress=progress, workers=workers)
+                evaluate(dataclasses.replace(run.config, resume=run.finished > 0), progress=progress, player=workers)
             except Exception as error:  # of any kind: a policy may be anybody's
                 failures[run] = _told(error)
                 trace = "" if isinstance(error, AtomMemError) else traceback.format_exc()

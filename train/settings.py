@@ -7,11 +7,11 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import gymnasium as gym
 import tyro
 
+from atommem_env.env import AtomMemEnv
 from atommem_env.errors import SettingError
 from eval.options import EnvConfig
 from eval.run_folder import require_empty_dir, require_same_config
@@ -101,10 +101,9 @@ class GRPOConfig(EnvConfig):
             raise SettingError(f"{name} must be {expected}, got {getattr(self, name)!r}.")
 
 
-def make_env(run: GRPOConfig, split: str | None) -> gym.Env[Any, Any]:
+def make_env(run: GRPOConfig, split: str | None) -> AtomMemEnv:
     """The environment of a run, with the tasks of one split."""
-    options = {**run.env_options(), "store": str(run.out / "memory")}
-    return gym.make(run.env_id, **options | ({"split": split} if split else {}))
+    return run.make_env(store=str(run.out / "memory"), **({"split": split} if split else {}))
 
 
 def open_run(run: GRPOConfig) -> str:

@@ -19,10 +19,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
+import tempfile
 import threading
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -93,6 +96,13 @@ class MemoryStore:
         SettingError: another durability.
     """
 
+    @classmethod
+    def temporary(cls, durability: str = "episode") -> MemoryStore:
+        """A store in a temporary folder that goes with `close`, with the store itself, or with the process."""
+        store = cls(tempfile.mkdtemp(prefix="atommem-"), durability)
+        store._remove_later()
+        return store
+
     def __init__(self, folder: str | Path, durability: str = "episode") -> None:
         if durability not in DURABILITIES:
             raise SettingError(f"durability must be one of {', '.join(DURABILITIES)}, got {durability!r}.")
@@ -103,6 +113,10 @@ class MemoryStore:
         self._connection: Any = None
         self._tables: dict[str, Any] = {}
         self._commits = 0
+        self._remove: Callable[[], object] | None = None  # of a temporary store
+
+    def _remove_later(self) -> None:
+        self._remove = weakref.finalize(self, _remove_folder, str(self.folder), os.getpid())
 
     def __reduce__(self) -> tuple[type[MemoryStore], tuple[Path, str]]:
         return type(self), (self.folder, self.durability)
@@ -218,15 +232,21 @@ class MemoryStore:
                 self._optimize(table, alone)
 
     def close(self) -> None:
-        """Joins files where it wrote and they are many, and lets go of the folder; a later call opens it again."""
+        """Joins files where it wrote and they are many, and lets go of the folder; a later call opens it again.
+
+        A temporary folder is removed.
+        """
         with self._lock:
-            if not _forked_after_lancedb:
+            if self._remove is None and not _forked_after_lancedb:
                 with self._folder_lock.acquire_exclusive(leaving=True) as alone:
                     for name in TABLES if self._commits else ():
                         table = self._table(name)
                         if table is not None and (self._files(name) > _MOST_FILES if alone else self._grown(table)):
                             self._optimize(table, alone)
             self._connection, self._tables, self._commits = None, {}, 0
+            if self._remove is not None:
+                self._remove()
+                self._remove_later()  # in case that a later call makes it again
 
     def _files(self, name: str) -> int:
         return sum(path.is_file() for path in (self.folder / f"{name}.lance").rglob("*"))
@@ -525,6 +545,11 @@ class MemoryStore:
                 else "Name a folder that this user can write, or set durability='off'."
             )
             raise StoreError(f"Cannot {doing} the memory store in {self.folder}: {error}. {advice}") from error
+
+
+def _remove_folder(folder: str, process: int) -> None:
+    if os.getpid() == process:  # not at the end of a child that was forked
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
