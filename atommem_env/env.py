@@ -289,6 +289,8 @@ def split_options(source: Source | None, options: dict[str, Any]) -> tuple[Episo
     of_source = set(source_options(source))
     options = {**options}
     ablation = options.pop("ablation", None)
+    if "dataset" in options:
+        raise SettingError("The argument dataset is called source now.")
     unknown = sorted(set(options) - SETTING_NAMES - of_source)
     if unknown:
         known = ", ".join(sorted(SETTING_NAMES | of_source | {"ablation", "embedder", "store", "durability"}))

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeGuard
 
 from atommem_env.errors import PluginError
@@ -28,11 +29,24 @@ def is_target(name: object) -> TypeGuard[str]:
     return isinstance(name, str) and _TARGET.fullmatch(name) is not None
 
 
-def add_module_folders() -> None:
-    """Puts the folders of modules of one's own at the beginning of Python's path: the working folder, and that of `MODULES`."""
+def load_module(name: str) -> ModuleType:
+    """A module, which is looked for in the working folder first.
+
+    Raises:
+        PluginError: there is none.
+        Exception: what it raises when it is imported.
+    """
     for folder in filter(None, (os.environ.get(MODULES), str(Path.cwd()))):
         if folder not in sys.path:
             sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # it is there, and what it imports is not
+        raise PluginError(
+            f"There is no module {name!r} in the working folder, {Path.cwd()}, nor on Python's path."
+        ) from error
 
 
 def load_attribute(target: str) -> Any:
@@ -43,15 +57,7 @@ def load_attribute(target: str) -> Any:
         Exception: what the module raises when it is imported.
     """
     module_name, _, attribute = target.partition(":")
-    add_module_folders()
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # it is there, and what it imports is not
-        raise PluginError(
-            f"There is no module {module_name!r} in the working folder, {Path.cwd()}, nor on Python's path."
-        ) from error
+    found: Any = load_module(module_name)
     where = getattr(found, "__file__", None)
     for part in attribute.split("."):
         if not hasattr(found, part):

@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal
 
 import gymnasium as gym
 import tyro
+from gymnasium.envs.registration import EnvSpec
 
 from agents.chat_policy import GREEDY
 from atommem_env.env import AtomMemEnv
 from atommem_env.errors import SettingError
-from atommem_env.plugins import add_module_folders
+from atommem_env.plugins import load_module
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,12 +133,23 @@ def make_env(env_id: str, **options: Any) -> AtomMemEnv:
         SettingError: it is not an environment of ours, or an option cannot work.
         gymnasium.error.Error: there is no such environment.
     """
-    if ":" in env_id:
-        add_module_folders()  # gym.make imports what stands before the colon
-    made = gym.make(env_id, **options).unwrapped
+    made = gym.make(find_spec(env_id), **options).unwrapped
     if not isinstance(made, AtomMemEnv):
         raise SettingError(f"{env_id} must be an environment of AtomMem, got {type(made).__name__}.")
     return made
+
+
+def find_spec(env_id: str) -> EnvSpec:
+    """What Gymnasium registered under an id, or under `module:ID` once the module is imported.
+
+    Raises:
+        gymnasium.error.Error: there is no such environment.
+        PluginError: there is no such module.
+    """
+    module, colon, name = env_id.rpartition(":")
+    if colon:
+        load_module(module)
+    return gym.spec(name)
 
 
 def _value(text: str) -> Any:

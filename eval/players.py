@@ -7,26 +7,41 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import gymnasium as gym
 
-from agents.chat_policy import Sampling
+from agents.chat_policy import ChatModel, Sampling
 from agents.policy import Act, Policy
+from agents.prompting import Method
 from agents.registry import load_policy
 from agents.rollout import Driver, EpisodeSpec, run_blocking
+from atommem_env.env import SETTING_NAMES, AtomMemEnv
 from atommem_env.errors import SettingError
 from atommem_env.plugins import name_of
+from atommem_env.prompts import Layout
 from atommem_env.store.memory_store import MemoryStore
 from atommem_env.tokens import get_tokenizer
-from atommem_env.types import Rollout
+from atommem_env.types import EpisodeSettings, Rollout
 from eval.metrics import SCHEMA_VERSION, episode_cost, episode_record
 from eval.options import EvalConfig, PlayConfig
 from eval.run_folder import Record
 
 Env = gym.Env[Any, Any]
+AnyPolicy = str | Policy | Act | Method | ChatModel
 Finished = Callable[[Record, Record], None]
 """Is told of each episode, in the order in which they end: its record, and its cost."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """Objects in the place of what a configuration names."""
+
+    policy: AnyPolicy | None = None
+    model: str | ChatModel | None = None  # what a method of prompting asks
+    layout: Layout | None = None
+    env: Env | None = None  # its own store stays as it is
 
 
 class Opened(NamedTuple):
@@ -67,17 +82,16 @@ class LocalPlayer:
     """This process.
 
     Args:
-        policy: an object in the place of the one that the configuration names.
-        env: an environment in the place of the one that the configuration describes; its own store stays as it is.
+        parts: objects in the place of what the configuration names.
     """
 
-    def __init__(self, policy: Policy | Act | None = None, env: Env | None = None) -> None:
-        self._given = policy, env
+    def __init__(self, parts: Parts | None = None) -> None:
+        self._parts = parts or Parts()
 
     @contextmanager
     def open(self, config: EvalConfig) -> Iterator[Opened]:
         """See `Player`."""
-        self._driver, self._policy, opened = prepare_evaluation(config, *self._given)
+        self._driver, self._policy, opened = prepare_evaluation(config, self._parts)
         with closing(self._driver.store):
             yield opened
 
@@ -112,54 +126,53 @@ class LocalPlayer:
         )
 
 
-def prepare_evaluation(
-    config: EvalConfig, policy: Policy | Act | None = None, env: Env | None = None
-) -> tuple[Driver, Policy, Opened]:
+def prepare_evaluation(config: EvalConfig, parts: Parts | None = None) -> tuple[Driver, Policy, Opened]:
     """`prepare`, and what a player says of the run."""
-    driver, player, resolved_config = prepare(config, policy, env)
-    resolved_config["label"] = config.label or player.name
-    return driver, player, Opened(resolved_config, player.privileged, len(driver.source))
+    driver, policy, resolved_config = prepare(config, parts or Parts())
+    resolved_config["label"] = config.label or policy.name
+    return driver, policy, Opened(resolved_config, policy.privileged, len(driver.source))
 
 
-def prepare(
-    config: PlayConfig, policy: Policy | Act | None = None, env: Env | None = None
-) -> tuple[Driver, Policy, Record]:
+def prepare(config: PlayConfig, parts: Parts) -> tuple[Driver, Policy, Record]:
     """What plays, the policy, and what tells the run from every other, as `config.json` says it; nothing is written.
-
-    Args:
-        policy, env: objects in the place of those that the configuration names.
 
     Raises:
         AtomMemError: the environment or the policy cannot be had as asked.
     """
     if config.episodes < 1:
         raise SettingError(f"episodes must be at least 1, got {config.episodes}.")
-    options = config.env_options()
     folder = config.out / "memory"
-    if env is None:
-        made = config.make_env(**{"store": str(folder)} | options)
-        driver = Driver.of(made)
+    if parts.env is None:
+        options = config.env_options()
+        driver = Driver.of(env := config.make_env(**{"store": str(folder)} | options))
     else:
-        driver = Driver.of(env)
-        made = env.unwrapped  # type: ignore[assignment]  # or `Driver.of` would have said so
-        driver = dataclasses.replace(
-            driver, store=MemoryStore(folder, options.get("durability", made.store.durability))
-        )
-        options["embedder"] = made.embedder_name
+        driver = Driver.of(parts.env)
+        env = parts.env.unwrapped  # type: ignore[assignment]  # or `Driver.of` would have said so
+        options = _options_of(env)
+        driver = dataclasses.replace(driver, store=MemoryStore(folder, env.store.durability))
     sampling = Sampling(config.temperature, config.max_new_tokens, config.thinking)
-    player = load_policy(config.policy if policy is None else policy, made.settings, sampling, config.layout)
+    layout = parts.layout or config.layout
+    policy = load_policy(
+        config.policy if parts.policy is None else parts.policy, env.settings, sampling, layout, model=parts.model
+    )
     resolved_config = {
         "env_id": config.env_id,
-        "policy": player.name,
+        "policy": policy.name,
         "episodes": config.episodes,
         "seed": config.seed,
-        "options": {
-            **made.source_options,
-            **options,
-        },  # defaults too, so that the run stays what it is when one changes
-        "layout": name_of(config.layout),
+        # Defaults too, so that the run stays what it is when one changes.
+        "options": {**env.source_options, **options},
+        "layout": name_of(layout),
         "sampling": dataclasses.asdict(sampling),
-        "settings": made.settings.record(),
+        "settings": env.settings.record(),
         "schema_version": SCHEMA_VERSION,
     }
-    return driver, player, json.loads(json.dumps(resolved_config, default=name_of))
+    return driver, policy, json.loads(json.dumps(resolved_config, default=name_of))
+
+
+def _options_of(env: AtomMemEnv) -> dict[str, Any]:
+    """What `gym.make` would have to be given beside the id and the source's options, as plain data."""
+    registered = gym.spec(env.spec.id).kwargs if env.spec else {}
+    defaults = EpisodeSettings(**{name: value for name, value in registered.items() if name in SETTING_NAMES}).record()
+    changed = {name: value for name, value in env.settings.record().items() if value != defaults[name]}
+    return {"embedder": env.embedder_name, "durability": env.store.durability, **changed}

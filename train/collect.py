@@ -28,7 +28,7 @@ from atommem_env.errors import SettingError
 from atommem_env.prompts import get_layout
 from atommem_env.types import Message, Rollout, Turn
 from eval.options import PlayConfig
-from eval.players import prepare
+from eval.players import Parts, prepare
 from eval.progress import episode_bar
 from eval.run_folder import require_empty_dir, to_jsonl, write_atomic
 
@@ -64,12 +64,12 @@ class CollectConfig(PlayConfig):
     """Leave out turns of whose reply an operation was not carried out as written."""
 
 
-def collect(config: CollectConfig, console: Console | None = None, *given: Any) -> dict[str, Any]:
+def collect(config: CollectConfig, console: Console | None = None, parts: Parts | None = None) -> dict[str, Any]:
     """Plays the episodes, writes the samples, and returns what `summary.json` holds.
 
     Args:
         console: where a progress bar is drawn; stderr unless given.
-        given: a policy and an environment, objects in the place of those that the configuration names.
+        parts: objects in the place of what the configuration names.
 
     Raises:
         SettingError: the folder is not empty, a setting cannot work, or no turn was good enough.
@@ -79,7 +79,7 @@ def collect(config: CollectConfig, console: Console | None = None, *given: Any) 
     if not 0 <= config.min_reward <= 1:
         raise SettingError(f"min_reward must be between 0 and 1, got {config.min_reward}.")
     require_empty_dir(config.out)
-    driver, policy, resolved_config = prepare(config, *given)
+    driver, policy, resolved_config = prepare(config, parts or Parts())
     config.out.mkdir(parents=True, exist_ok=True)
     specs = episode_specs(len(driver.source), config.episodes, config.seed)
     with closing(driver.store), episode_bar(console, None, f"{policy.name} on {config.env_id}", len(specs)) as bar:

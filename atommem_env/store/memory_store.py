@@ -19,12 +19,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
-import tempfile
 import threading
 import uuid
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -37,6 +34,7 @@ from numpy.typing import ArrayLike
 
 from atommem_env.errors import MissingDependency, SettingError, StoreError
 from atommem_env.memory import WorkingMemory, unit
+from atommem_env.paths import remove_with, temporary_folder
 from atommem_env.store.folder_lock import FolderLock
 from atommem_env.store.recorder import INTERRUPTED, Commit, EpisodeRecord, Recorder, batches_of, dimensions_of
 from atommem_env.store.tables import (
@@ -99,7 +97,7 @@ class MemoryStore:
     @classmethod
     def temporary(cls, durability: str = "episode") -> MemoryStore:
         """A store in a temporary folder that goes with `close`, with the store itself, or with the process."""
-        store = cls(tempfile.mkdtemp(prefix="atommem-"), durability)
+        store = cls(temporary_folder("memory"), durability)
         store._remove_later()
         return store
 
@@ -116,7 +114,7 @@ class MemoryStore:
         self._remove: Callable[[], object] | None = None  # of a temporary store
 
     def _remove_later(self) -> None:
-        self._remove = weakref.finalize(self, _remove_folder, str(self.folder), os.getpid())
+        self._remove = remove_with(self, self.folder)
 
     def __reduce__(self) -> tuple[type[MemoryStore], tuple[Path, str]]:
         return type(self), (self.folder, self.durability)
@@ -545,11 +543,6 @@ class MemoryStore:
                 else "Name a folder that this user can write, or set durability='off'."
             )
             raise StoreError(f"Cannot {doing} the memory store in {self.folder}: {error}. {advice}") from error
-
-
-def _remove_folder(folder: str, process: int) -> None:
-    if os.getpid() == process:  # not at the end of a child that was forked
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
