@@ -43,6 +43,7 @@ _DOOR = {
     "agents.rollout": ("play_episode", "play_episode_async"),
     "agents.registry": ("load_policy",),
     "agents.policy": ("Policy",),
+    "agents.models.load": ("load_model",),
     "agents.prompting": ("render_reply",),
     "agents.testing": ("check_policy",),
     "atommem_env.testing": ("check_dialect", "check_embedder", "check_env", "check_task_source"),
