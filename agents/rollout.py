@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from atommem_env.episode import Episode
 from atommem_env.errors import DataError, EngineDied, MissingDependency, PromptTooLong, SettingError
 from atommem_env.store.memory_store import MemoryStore
 from atommem_env.store.recorder import Recorder
+from atommem_env.store.session import EpisodeSession
 from atommem_env.types import EmbeddingRequest, EpisodeSettings, Rollout, TaskSource, Turn, Vector
 
 T = TypeVar("T")
@@ -172,33 +172,30 @@ class Driver:
 
     async def play(self, spec: EpisodeSpec, policy: Policy, *, replied: Callable[[], None] = lambda: None) -> Rollout:
         """One episode of `run`; what is embedded shares its batches with all other episodes of this driver."""
-        task = self.source.task(spec.index, spec.task_seed)
-        episode = Episode(task, self.settings, spec.seed)
-        recorder = self.store.begin(
+        session = EpisodeSession.begin(
+            self.store,
+            self.source,
+            self.settings,
             env_id=self.env_id,
-            task_id=task.id,
             index=spec.index,
             task_seed=spec.task_seed,
             episode_seed=spec.seed,
-            settings=dataclasses.asdict(self.settings),
         )
-        act = policy.begin(spec.seed, task if policy.privileged else None)
+        episode = session.episode
+        act = policy.begin(spec.seed, episode.task if policy.privileged else None)
         turns: list[Turn] = []
         try:
             while episode.stop_reason is None:
                 observation = episode.observe()
                 reply = await reply_to(act, observation)
                 requests = episode.submit(reply.text)
-                result = episode.resolve(await self._batcher(requests) if requests else [])
-                recorder.record(episode.steps, reply.text, result)
-                if episode.stop_reason is not None:
-                    recorder.end(episode.stop_reason, episode.reward, episode.memory)
-                if recorder.due:
-                    await self._committer(recorder)
+                result = session.resolve(reply.text, await self._batcher(requests) if requests else [])
+                if session.recorder.due:
+                    await self._committer(session.recorder)
                 turns.append(Turn(observation, reply, result.results))
                 replied()
         except Exception as error:
-            error.add_note(f"in episode {spec} of {task.id}, reply {episode.steps + 1}, policy {policy.name}")
+            error.add_note(f"in episode {spec} of {episode.task.id}, reply {episode.steps + 1}, policy {policy.name}")
             raise
         return _rollout(episode, turns)
 
