@@ -16,11 +16,10 @@ played as `notes:notes@smollm2`:
 from __future__ import annotations
 
 import dataclasses
-import zlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from agents.chat_policy import GREEDY, ChatModel, Sampling
+from agents.chat_policy import GREEDY, ChatModel, Sampling, sample
 from agents.policy import Act, reply_to
 from atommem_env.dialects import get_dialect
 from atommem_env.episode import legal_text
@@ -70,8 +69,7 @@ class PromptedPolicy:
         async def ask(messages: Sequence[Message]) -> Reply:
             nonlocal asked
             asked += 1
-            own_seed = zlib.crc32(f"{seed}/{asked}".encode())
-            call = await self.model.complete(messages, **dataclasses.asdict(self.sampling), seed=own_seed)
+            call = await sample(self.model, messages, self.sampling, seed, asked)
             calls.append(call)
             return call
 

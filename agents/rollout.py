@@ -22,11 +22,13 @@ from atommem_env.errors import DataError, EngineDied, MissingDependency, PromptT
 from atommem_env.store.memory_store import MemoryStore
 from atommem_env.store.recorder import Recorder
 from atommem_env.store.session import EpisodeSession
-from atommem_env.types import EmbeddingRequest, EpisodeSettings, Rollout, TaskSource, Turn, Vector
+from atommem_env.types import EmbeddingRequest, EpisodeSettings, Rollout, StopReason, TaskSource, Turn, Vector
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _PAUSE = 0.5  # seconds before an episode is played anew, doubled each time
+# What `gym.make` itself adds; these check how an environment is used, and change nothing.
+_IDLE_WRAPPERS = (gym.wrappers.OrderEnforcing, gym.wrappers.PassiveEnvChecker)
 NON_RETRYABLE_ERRORS = (SettingError, DataError, PromptTooLong, MissingDependency, EngineDied)
 
 
@@ -61,10 +63,22 @@ class Driver:
 
     @classmethod
     def of(cls, env: gym.Env[Any, Any], *, embed_in_thread: bool = False) -> Driver:
-        """The parts of an environment of ours, so that a run has the settings of `gym.make`."""
-        inner = env.unwrapped
-        if not isinstance(inner, AtomMemEnv):
-            raise SettingError(f"Expected an AtomMem environment, got {type(inner).__name__}.")
+        """The parts of an AtomMem environment, so that a run has the settings of `gym.make`.
+
+        Raises:
+            SettingError: it is none; or a wrapper, or a subclass, has a `reset` or `step` of its own, which would be ignored.
+        """
+        inner = _unwrapped(env)
+        layer = env
+        while isinstance(layer, gym.Wrapper) and type(layer) in _IDLE_WRAPPERS:
+            layer = layer.env
+        own = type(layer)
+        if layer is not inner or (own.reset, own.step) != (AtomMemEnv.reset, AtomMemEnv.step):
+            raise SettingError(
+                f"{own.__name__} around the environment would be ignored, since a run of many episodes calls neither reset nor "
+                "step: give gym.make your own reward as reward=… or a step limit as max_steps=…, or play with "
+                "agents.play_episode(env, policy), which honours wrappers."
+            )
         return cls(inner.env_id, inner.source, inner.settings, inner.embedder, inner.store, embed_in_thread)
 
     async def run(
@@ -197,7 +211,7 @@ class Driver:
         except Exception as error:
             error.add_note(f"in episode {spec} of {episode.task.id}, reply {episode.steps + 1}, policy {policy.name}")
             raise
-        return _rollout(episode, turns)
+        return _rollout(episode, turns, episode.reward)
 
     def _embed(self, waiting: list[tuple[EmbeddingRequest, ...]]) -> list[list[Vector]]:
         """The vectors of each waiting episode, by one batch for all of them."""
@@ -217,33 +231,55 @@ def play_episode(
     seed: int | None = None,
     options: dict[str, Any] | None = None,
 ) -> Rollout:
-    """Plays one episode of an environment of ours, wrappers and all, through `reset` and `step`.
+    """`play_episode_async` for code that is no coroutine; from within an event loop, as in a notebook, the policy has another.
 
     >>> import gymnasium as gym, atommem_env
     >>> env = gym.make("AtomMem-Synthetic", durability="off")
     >>> play_episode(env, lambda observation: "", seed=0).reward
     0.0
     """
+    return run_blocking(play_episode_async(env, policy, seed=seed, options=options))
+
+
+async def play_episode_async(
+    env: gym.Env[Any, Any],
+    policy: Policy | Act,
+    *,
+    seed: int | None = None,
+    options: dict[str, Any] | None = None,
+) -> Rollout:
+    """Plays one episode of an AtomMem environment through `reset` and `step`, with all that its wrappers make of it.
+
+    The policy runs in the caller's event loop, so that it may use a client which belongs to that loop. A step of the
+    environment blocks the loop.
+
+    Args:
+        seed: of `reset`, as are `options`.
+
+    Returns:
+        The rollout. Its observations are those that the policy was shown, its reward is the sum of the rewards that `step`
+        returned; an episode that a wrapper ended early has the stop reason "step_budget" and the outcomes it came to.
+
+    Raises:
+        SettingError: `env` is no AtomMem environment.
+        PolicyError: `policy` is none, or gave something else than a reply.
+    """
     policy = as_policy(policy)
-
-    async def play() -> Rollout:
-        observation, _ = env.reset(seed=seed, options=options)
-        inner = env.unwrapped
-        if not isinstance(inner, AtomMemEnv) or inner.episode is None:
-            raise SettingError(f"Expected an AtomMem environment, got {type(inner).__name__}.")
-        episode = inner.episode
-        act = policy.begin(episode.seed, episode.task if policy.privileged else None)
-        turns: list[Turn] = []
-        ended = False
-        while not ended:
-            reply = await reply_to(act, observation)
-            seen = observation
-            observation, _, terminated, truncated, _ = env.step(reply.text)
-            turns.append(Turn(seen, reply, inner.results))
-            ended = terminated or truncated
-        return _rollout(episode, turns)
-
-    return run_blocking(play())
+    inner = _unwrapped(env)
+    observation, _ = env.reset(seed=seed, options=options)
+    assert inner.episode is not None
+    episode = inner.episode
+    act = policy.begin(episode.seed, episode.task if policy.privileged else None)
+    turns: list[Turn] = []
+    reward, ended = 0.0, False
+    while not ended:
+        reply = await reply_to(act, observation)
+        seen = observation
+        observation, step_reward, terminated, truncated, _ = env.step(reply.text)
+        turns.append(Turn(seen, reply, inner.results))
+        reward += float(step_reward)
+        ended = terminated or truncated
+    return _rollout(episode, turns, reward)
 
 
 def run_blocking(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -256,14 +292,20 @@ def run_blocking(coroutine: Coroutine[Any, Any, T]) -> T:
         return thread.submit(asyncio.run, coroutine).result()
 
 
-def _rollout(episode: Episode, turns: list[Turn]) -> Rollout:
-    assert episode.stop_reason is not None
+def _unwrapped(env: gym.Env[Any, Any]) -> AtomMemEnv:
+    inner = env.unwrapped
+    if not isinstance(inner, AtomMemEnv):
+        raise SettingError(f"Expected an AtomMem environment, got {type(inner).__name__}.")
+    return inner
+
+
+def _rollout(episode: Episode, turns: list[Turn], reward: float) -> Rollout:
     return Rollout(
         task_id=episode.task.id,
         seed=episode.seed,
         turns=tuple(turns),
-        reward=episode.reward,
-        stop_reason=episode.stop_reason,
+        reward=reward,
+        stop_reason=episode.stop_reason or StopReason.STEP_BUDGET,
         questions=episode.outcomes,
     )
 
