@@ -75,7 +75,7 @@ class Driver:
         own = type(layer)
         if layer is not inner or (own.reset, own.step) != (AtomMemEnv.reset, AtomMemEnv.step):
             raise SettingError(
-                f"{own.__name__} around the environment would be ignored, since a run of many episodes calls neither reset nor "
+                f"{own.__name__} would be ignored, since a run of many episodes calls neither reset nor "
                 "step: give gym.make your own reward as reward=… or a step limit as max_steps=…, or play with "
                 "agents.play_episode(env, policy), which honours wrappers."
             )

@@ -45,6 +45,7 @@ def check_policy(
     """
     env = gym.make(env_id, **{"durability": "off", **options})
     settings = env.unwrapped.settings  # type: ignore[attr-defined]
+
     async def play_all() -> None:
         seeds = (0, 1)
         first = [await _play(player, env.unwrapped, seed) for seed in seeds]
