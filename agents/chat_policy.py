@@ -17,7 +17,7 @@ from atommem_env.types import EpisodeSettings, Message, Observation, Reply, Task
 
 @runtime_checkable
 class ChatModel(Protocol):
-    """A language model that replies to chats: one of `agents/models/`, or an object of yours with these two members."""
+    """A language model that replies to chats: one of `agents/models/`, or your own object with these two members."""
 
     @property
     def name(self) -> str:
@@ -31,7 +31,7 @@ class ChatModel(Protocol):
 
         Args:
             max_new_tokens: most tokens of the reply, what is thought before it included.
-            thinking: whether a model that can think before it replies shall; `Reply.text` is without what it thought.
+            thinking: whether a model that can think before it replies is to; `Reply.text` leaves the thought out.
 
         Raises:
             PromptTooLong: the prompt and `max_new_tokens` together exceed the model's window.
@@ -45,8 +45,8 @@ class Sampling:
     """How a language model's replies are drawn."""
 
     temperature: float = 0.0  # 0 is greedy; the AtomMem paper evaluates at 0.7
-    max_new_tokens: int = 256  # a longer reply is cut
-    thinking: bool = False  # whether a model that can think before it replies shall
+    max_new_tokens: int = 256  # a longer reply is truncated
+    thinking: bool = False  # whether a model that can think before it replies is to
 
 
 GREEDY = Sampling()
@@ -63,7 +63,7 @@ class ChatPolicy:
     privileged: bool = False
 
     def __post_init__(self) -> None:
-        get_layout(self.layout)  # a wrong one is refused before anything is played
+        get_layout(self.layout)  # a wrong one is rejected before anything is played
 
     @property
     def name(self) -> str:

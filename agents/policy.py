@@ -1,6 +1,6 @@
 """What a policy is.
 
-The least: a function from observation to text. The most: an object that keeps something for each episode.
+The simplest is a function from observation to text; the most general is an object with a state for each episode.
 
     def policy(observation):
         return f"<create_memory>{observation['chunk'][:200]}</create_memory>"
@@ -22,7 +22,7 @@ Act = Callable[[Observation], str | Reply | Awaitable[str | Reply]]
 
 @runtime_checkable
 class Policy(Protocol):
-    """Plays any number of episodes at the same time: what belongs to one of them lives in what `begin` returns."""
+    """Plays any number of episodes at the same time: the state of one lives in what `begin` returns."""
 
     @property
     def name(self) -> str:

@@ -1,8 +1,8 @@
 """A method that prompts a chat model, as a policy: what an episode shows → prompts of the method's own → one reply.
 
-`ChatPolicy` lets the model write the operations itself. Here a few lines of program decide what it is asked, and what is done
-with what it says. Every baseline with a model is such a method (`agents/baselines/`), and so may be yours. In `notes.py`,
-played as `notes:notes@smollm2`:
+`ChatPolicy` lets the model write the operations itself. Here a few lines of code decide what it is asked and how its replies are
+used. Every baseline with a model is such a method (`agents/baselines/`), and you can write your own. In `notes.py`, played as
+`notes:notes@smollm2`; or in a cell of a notebook, as `load_policy(notes, settings, model="smollm2")`:
 
     def notes(settings, ask):
         async def act(observation):
@@ -42,7 +42,7 @@ class PromptedPolicy:
 
     Args:
         name: what tables call it.
-        method: called once an episode, and once when the policy is made, so that settings it cannot work with are refused
+        method: called once an episode, and once when the policy is made, so that settings it cannot work with are rejected
             before anything is played.
         model: answers what the method asks.
         settings: the dynamics of the episodes.
@@ -82,8 +82,8 @@ class PromptedPolicy:
             if reply.usage:  # a method counts no calls: its reply may be the model's own, usage and all
                 usage = dataclasses.replace(usage, dropped_tokens=reply.usage.dropped_tokens)
             one = calls[0] if len(calls) == 1 else Reply("")
-            cut = any(call.stop == "length" for call in calls)
-            return dataclasses.replace(one, text=reply.text, stop="length" if cut else "stop", usage=usage)
+            truncated = any(call.stop == "length" for call in calls)
+            return dataclasses.replace(one, text=reply.text, stop="length" if truncated else "stop", usage=usage)
 
         return act
 

@@ -19,7 +19,7 @@ from atommem_env.errors import PluginError, PolicyError
 from atommem_env.plugins import is_target, load_attribute, suggest
 from atommem_env.types import EpisodeSettings
 
-# name → how it is made, and what it does; a star marks the privileged, which are given the golds.
+# name → its factory, and what it does; a star marks the privileged, which are given the golds.
 POLICIES: dict[str, tuple[Callable[[EpisodeSettings], Policy], str]] = {
     "oracle": (
         lambda settings: oracle.PerfectReader("oracle", settings, oracle.keep_evidence),
@@ -66,7 +66,7 @@ POLICIES: dict[str, tuple[Callable[[EpisodeSettings], Policy], str]] = {
     "random": (sanity.Random, "random operations with random words of what it sees"),
     "spam": (sanity.Spam, "floods the memory and answers in every turn"),
 }
-# name → the method, which a model is put behind: `rag@smollm2`
+# name → the method, which is given a model: `rag@smollm2`
 METHODS: dict[str, tuple[Method, str]] = {
     "no-memory": (no_memory, "asks the question alone: what the model knows by itself"),
     "full-context": (
@@ -75,9 +75,9 @@ METHODS: dict[str, tuple[Method, str]] = {
     ),
     "rag": (
         rag,
-        "stores every document, searches for the question, asks with what is found; --set retrieval=bm25 or hybrid",
+        "stores every document, searches for the question, asks with the matches; --set retrieval=bm25 or hybrid",
     ),
-    "append-all": (append_all, "stores every chunk whole, searches for the question, asks with what is found"),
+    "append-all": (append_all, "stores every chunk whole, searches for the question, asks with the matches"),
     "memagent": (memagent, "MemAgent: the model rewrites one memory with every chunk, and answers from it"),
 }
 
@@ -104,7 +104,7 @@ def load_policy(
             - `NAME`, one of `POLICIES`, or `constant=TEXT`;
             - `MODEL`, one of `agents.models.load.MODELS`: that model as an AtomMem agent;
             - `METHOD@MODEL`, one of `METHODS` with any model behind it; or `METHOD` alone, and `model`;
-            - `module:attribute`, any of the objects above; `module:attribute@MODEL`, a method of yours with any model behind
+            - `module:attribute`, any of the objects above; `module:attribute@MODEL`, your own method with any model behind
               it. The module is looked for in the working folder first, and nothing that it holds is called.
         settings: the dynamics of the episodes; a policy writes in their dialect.
         sampling: how a language model samples; nothing to other policies.

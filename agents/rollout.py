@@ -1,4 +1,4 @@
-"""The driver: plays episodes, many at a time, with embeddings batched over all that wait for some."""
+"""The driver: plays episodes, many at a time, with embeddings batched over all that wait for one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from atommem_env.types import EmbeddingRequest, EpisodeSettings, Rollout, StopRe
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-_PAUSE = 0.5  # seconds before an episode is played anew, doubled each time
+_PAUSE = 0.5  # seconds before an episode is played again, doubled each time
 # What `gym.make` itself adds; these check how an environment is used, and change nothing.
 _IDLE_WRAPPERS = (gym.wrappers.OrderEnforcing, gym.wrappers.PassiveEnvChecker)
 NON_RETRYABLE_ERRORS = (SettingError, DataError, PromptTooLong, MissingDependency, EngineDied)
@@ -34,7 +34,7 @@ NON_RETRYABLE_ERRORS = (SettingError, DataError, PromptTooLong, MissingDependenc
 
 @dataclass(frozen=True, slots=True)
 class EpisodeSpec:
-    """Names an episode: the same spec is the same episode everywhere."""
+    """Identifies an episode: the same spec is the same episode everywhere."""
 
     index: int  # of the task in its source
     task_seed: int  # draws and orders the documents
@@ -50,15 +50,15 @@ class Driver:
     settings: EpisodeSettings
     embedder: Embedder
     store: MemoryStore
-    # Whether embedding leaves the event loop free, as one by a distant service should. It is off because a local model has a
-    # thread of its own: a race of two would change who shares a batch, and so last bits.
+    # Whether embedding leaves the event loop free, as it should with a remote service. It is off because a local model has its
+    # own thread: a race of two would change which texts share a batch, and so last bits.
     embed_in_thread: bool = False
     _batcher: Batcher[tuple[EmbeddingRequest, ...], list[Vector]] = field(init=False, repr=False, compare=False)
     _committer: Batcher[Recorder, None] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_batcher", Batcher(self._embed, max_batch=256, thread=self.embed_in_thread))
-        # For the same reason a commit has a thread of its own only where embedding has one.
+        # For the same reason a commit has its own thread only where embedding has one.
         object.__setattr__(self, "_committer", Batcher(self._commit, max_batch=512, thread=self.embed_in_thread))
 
     @classmethod
@@ -103,7 +103,7 @@ class Driver:
 
         Raises:
             Exception: whatever policy, embedder or store raised first; the other episodes are stopped. A failure is never
-                scored, and what `finished` was told before stands.
+                scored, and calls of `finished` before it are valid.
         """
         rollouts = await self._each(specs, policy, in_flight, finished, replied, retries=None, begun=begun)
         return [rollout for rollout in rollouts if rollout is not None]  # all of them: a failure was raised
@@ -121,13 +121,13 @@ class Driver:
         """`run` for training, where one lost episode must not end hours of work.
 
         Args:
-            retries: how often an episode that fails is played anew, from its start.
+            retries: how often an episode that fails is played again, from its start.
 
         Returns:
             The rollouts, in the order of `specs`; None is one that failed each time, which was logged as a warning.
 
         Raises:
-            AtomMemError: what playing anew cannot mend: settings, data, prompts that are too long.
+            AtomMemError: what playing again cannot fix: settings, data, prompts that are too long.
         """
         return await self._each(specs, policy, in_flight, finished, replied, retries)
 
@@ -169,7 +169,7 @@ class Driver:
     async def play_with_retries(
         self, spec: EpisodeSpec, policy: Policy, *, retries: int, replied: Callable[[], None] = lambda: None
     ) -> Rollout | Exception:
-        """One episode of `run_with_retries`, for a caller that has an event loop of its own; a lost one is the last error."""
+        """One episode of `run_with_retries`, for a caller with its own event loop; after the last failure its error."""
         lost: Exception | None = None
         for attempt in range(retries + 1):
             if attempt:
@@ -311,7 +311,7 @@ def _rollout(episode: Episode, turns: list[Turn], reward: float) -> Rollout:
 
 
 def episode_specs(length: int, episodes: int, seed: int) -> list[EpisodeSpec]:
-    """Which episodes an evaluation plays: tasks in a random order without repetition, and over again once all were played.
+    """Which episodes an evaluation plays: tasks in a random order without repetition, and again once all were played.
 
     >>> [spec.index for spec in episode_specs(3, 5, seed=0)]
     [2, 0, 1, 2, 0]

@@ -31,7 +31,7 @@ def check_policy(
     """Checks a policy, all that `agents.load_policy` takes, by five episodes of an environment.
 
     - It replies with a `str` or a `Reply` to every observation, in both phases, and leaves the observation as it is.
-    - It copes with observations that its own replies did not lead to: nothing stored or found, and faults in every notice.
+    - It copes with observations that its own replies did not lead to: nothing stored or retrieved, and faults in every notice.
     - It plays several episodes at the same time. The same seed gives the same replies, whatever else it plays.
 
     Args:

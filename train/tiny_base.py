@@ -1,12 +1,12 @@
 """`python -m train.tiny_base`: the recipe of `tiny`, the shipped base model, from nothing.
 
-A million-parameter policy spends its first minutes learning to copy names; reinforcement learning has nothing to find before it
+A million-parameter policy spends its first minutes learning to copy names; reinforcement learning has nothing to reward before it
 can. So the base of `tiny` learns that once: the language of the synthetic world and its tags, on exercises that are **not**
 episodes (no document is read over several steps, nothing has to be remembered or chosen). What it learns:
 
     copy     TEXT of random words, QUERY two of them       → store the sentence that holds them
     find     TEXT of facts, QUERY a subject and a relation → store the sentence that states it
-    answer   MEMORY of facts, a question of one link       → answer it; "unknown" where no entry tells
+    answer   MEMORY of facts, a question of one link       → answer it; "unknown" where no entry states it
     link     a question of several links                   → search for the first
     next     the same, QUERY and MEMORY                    → search for the next link, or answer
 
@@ -196,7 +196,7 @@ class Exercises:
             return {"chunk": "\n".join(sentences)}, [Operation(OperationKind.CREATE, text) for text in sentences]
         wanted = self.rng.sample(sentences, min(len(sentences), self.rng.randint(1, 4)))
         seen = {"query": "\n".join(" ".join(sentence.rstrip(".").split()[:2]) for sentence in wanted)}
-        return self._place(seen, sentences), [Operation(OperationKind.CREATE, sentence) for sentence in wanted]
+        return self._show(seen, sentences), [Operation(OperationKind.CREATE, sentence) for sentence in wanted]
 
     def _find(self) -> tuple[dict[str, str], list[Operation]]:
         facts = self._facts(self.rng.randint(3, 9))
@@ -215,7 +215,7 @@ class Exercises:
         question = self.rng.choice(_RELATIONS[wanted.link.relation].questions).format(s=wanted.link.subject)
         seen = {"questions": question, "query": query(wanted.link), "question": question}
         answer = wanted.object if wanted in known else "unknown"
-        return self._place(seen, [fact.sentence for fact in known], "retrieved"), [
+        return self._show(seen, [fact.sentence for fact in known], "retrieved"), [
             Operation(OperationKind.ANSWER, answer)
         ]
 
@@ -244,9 +244,9 @@ class Exercises:
             if last
             else Operation(OperationKind.READ, query(Link(names[link + 1], chain[link + 1].name)))
         )
-        return self._place(seen, entries, "retrieved"), [step]
+        return self._show(seen, entries, "retrieved"), [step]
 
-    def _place(self, seen: dict[str, str], sentences: list[str], where: str = "") -> dict[str, str]:
+    def _show(self, seen: dict[str, str], sentences: list[str], where: str = "") -> dict[str, str]:
         """The sentences as a text or, with numbers that entries can have, as a memory."""
         if (where or self.rng.choice(("chunk", "retrieved"))) == "chunk":
             return {**seen, "chunk": "\n".join(sentences)}

@@ -14,12 +14,12 @@ from atommem_env.errors import ModelNotFound, PluginError, PolicyError
 from atommem_env.plugins import is_target, load_attribute
 
 MODELS = {
-    "tiny": "a base model of the synthetic world that has yet to learn the game (0.9 million parameters; use --layout terse)",
+    "tiny": "a base model of the synthetic world that has not learned the task yet (0.9 million parameters; use --layout terse)",
     "smollm2": "SmolLM2-135M-Instruct, a language model on this machine (first: atommem models get smollm2)",
     "FOLDER": "a chat model in Hugging Face's form, on this machine; its name on the Hub where Hugging Face's cache has it",
     "openai:NAME": "what a service that speaks the OpenAI API calls NAME; at OPENAI_BASE_URL, with the key in OPENAI_API_KEY",
     "vllm:MODEL": "one of the first three by vLLM in this process",
-    "module:attribute": "a model object of yours, see agents.chat_policy.ChatModel",
+    "module:attribute": "your own model object, see agents.chat_policy.ChatModel",
 }
 
 
@@ -40,7 +40,7 @@ def load_model(name: str) -> ChatModel:
 
     Args:
         name: `tiny`, `smollm2`, or a folder: on this machine, by `transformers`; `openai:NAME`, a service that speaks the OpenAI
-            API; `vllm:` before one of the first three, vLLM in this process; `module:attribute`, an object of yours.
+            API; `vllm:` before one of the first three, vLLM in this process; `module:attribute`, your own object.
 
     Raises:
         ModelNotFound: there is none of that name, or it was not fetched yet.

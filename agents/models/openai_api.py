@@ -1,4 +1,4 @@
-"""A chat model behind a service that speaks the OpenAI API: `vllm serve` on a machine of one's own, for example."""
+"""A chat model behind a service that speaks the OpenAI API: `vllm serve` on your own machine, for example."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TIMEOUT = 1800.0  # seconds for an answer: a service on a CPU works long throug
 _CONNECT = 10.0  # seconds for a connection
 _PATIENCE = 300.0  # seconds of an outage in which requests are tried again; vLLM on a CPU takes 200 to start
 _PAUSES = 0.25, 15.0  # seconds after the first failure, doubled with each further one, and the longest
-_GARBLED = 4  # times in all that a request is sent whose answers hold no reply
+_TRIES = 4  # times in all that a request is sent whose answers hold no reply
 _TOO_LONG = "context_length_exceeded", "context length", "context size", "max_model_len"  # in what a service says then
 
 
@@ -40,7 +40,7 @@ class _Call:
         return bool(self.messages) and self.messages[0]["role"] == "system"
 
 
-class _Garbled(Exception):
+class _NoReply(Exception):
     """An answer without a reply in it."""
 
 
@@ -50,16 +50,16 @@ class OpenAIModel:
         vllm serve Qwen/Qwen3-8B
         OPENAI_BASE_URL=http://localhost:8000/v1 atommem eval … --policy openai:Qwen/Qwen3-8B
 
-    An outage is waited for, five minutes long: a service that was killed and started again costs time, and no reply. It is told
-    in the log once when it begins and once when it ends. What is sent is the same at each try.
+    Requests are sent again for five minutes of an outage: a service that was killed and started again costs time, and no reply.
+    The log has one line when an outage begins and one when it ends. What is sent is the same at each try.
 
-    With vLLM a reply has its exact token ids, and log-probabilities where they are those sampled from: at temperature 0 or 1. Of
-    a service that does not tell them, or refuses to, they are empty. `Usage.cached_tokens` needs vLLM's
+    With vLLM a reply has its exact token ids, and log-probabilities where they are those sampled from: at temperature 0 or 1.
+    With a service that does not report them they are empty. `Usage.cached_tokens` needs vLLM's
     `--enable-prompt-tokens-details`. A service tokenizes by itself: unlike with a model on this machine a document that spells a
     control token can end its message.
 
-    Where the service's chat template refuses a system message, that opens the first user message from then on. A template that
-    drops it without a word is not noticed.
+    Where the service's chat template rejects a system message, that opens the first user message from then on. A template that
+    drops it silently is not noticed.
 
     Attributes:
         name: What tables call it.
@@ -88,7 +88,7 @@ class OpenAIModel:
             http_client=openai.DefaultAsyncHttpxClient(),
         )
         self._gate = asyncio.Semaphore(_CONCURRENT)
-        self._finding_out = asyncio.Lock()
+        self._first_call = asyncio.Lock()
         self._forms: Sequence[int] = range(4)  # of a request, see `_request`: those that may work
         self._folds: Sequence[bool] = (False, True)  # whether a system message must open the user's: what may work
 
@@ -101,18 +101,18 @@ class OpenAIModel:
         thinking: bool = False,
         seed: int | None = None,
     ) -> Reply:
-        """The reply to a chat, sampled with `seed` as far as the service heeds it.
+        """The reply to a chat, sampled with `seed` as far as the service honours it.
 
         Raises:
             PromptTooLong: the service says that the prompt, or prompt and reply, exceed the model's window.
-            ModelError: it refused the request, was out of reach for five minutes, or sent no reply again and again.
+            ModelError: it rejected the request, was out of reach for five minutes, or sent no reply again and again.
         """
         call = _Call(messages, max_new_tokens, temperature, thinking, seed)
         return await in_background(self._complete(call))
 
     async def _complete(self, call: _Call) -> Reply:
         async with self._gate:
-            async with self._finding_out:  # the first call finds out for those that wait here
+            async with self._first_call:  # it determines the form for those that wait here
                 if len(self._forms) > 1 or (call.has_system and len(self._folds) > 1):
                     return await self._in_some_form(call)
             return await self._in_some_form(call)
@@ -128,7 +128,7 @@ class OpenAIModel:
                     if any(words in rejection.body.lower() for words in _TOO_LONG):
                         raise self._too_long(rejection.reason, call.max_new_tokens) from None
                     if rejection.status not in (400, 422):
-                        what = f"refused the request with status {rejection.status}: {rejection.reason}"
+                        what = f"rejected the request with status {rejection.status}: {rejection.reason}"
                         raise self._error(what) from None
                     reasons.append(rejection.reason)
                     continue
@@ -138,12 +138,12 @@ class OpenAIModel:
                 if call.has_system:
                     self._folds = (fold,)
                 return _reply(answer, call.temperature)
-        raise self._error(f"refused the request: {' | '.join(dict.fromkeys(reasons))}")
+        raise self._error(f"rejected the request: {' | '.join(dict.fromkeys(reasons))}")
 
     def _request(self, call: _Call, form: int, fold: bool) -> dict[str, Any]:
         """What is sent; the lower the form, the more is asked for beyond the API.
 
-        0: vLLM's way to tell what was sampled; 1: its way to say whether to think, and that what the model's own
+        0: vLLM's fields for what was sampled; 1: its way to say whether to think, and that what the model's own
         `generation_config.json` adds to the temperature is left out; 2: the API; 3: the API of OpenAI's later models.
         """
         body: dict[str, Any] = {
@@ -164,14 +164,14 @@ class OpenAIModel:
         return {**body, "extra_body": beyond}
 
     async def _answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The service's answer to one request, asked for again while it is out of reach, overloaded or garbles it.
+        """The service's answer to one request, asked for again while it is out of reach, overloaded or sends no reply.
 
         Raises:
             Rejected: the service does not take the request in this form.
             Unavailable: the outage lasts too long.
             ModelError: no answer had a reply in it.
         """
-        attempts, garbled = Attempts(self._service), 0
+        attempts, without_reply = Attempts(self._service), 0
         while True:
             try:
                 response = await self._client.chat.completions.with_raw_response.create(
@@ -180,21 +180,21 @@ class OpenAIModel:
                 answer = _checked(response.http_response)
             except (self._openai.APIStatusError, self._openai.APIConnectionError) as error:
                 pause = attempts.pause_after(error)
-            except _Garbled as error:
-                garbled, why = garbled + 1, self._service.safe(f"sent no reply but {error}")
-                if garbled == _GARBLED:
-                    raise self._error(f"{why}, as the last of {_GARBLED} answers without one") from None
+            except _NoReply as error:
+                without_reply, why = without_reply + 1, self._service.safe(f"sent no reply but {error}")
+                if without_reply == _TRIES:
+                    raise self._error(f"{why}, as the last of {_TRIES} answers without one") from None
                 pause = attempts.pause(why)
             else:
                 self._service.answered()
                 return answer
             await asyncio.sleep(pause)
 
-    def _too_long(self, said: str, max_new_tokens: int) -> PromptTooLong:
+    def _too_long(self, message: str, max_new_tokens: int) -> PromptTooLong:
         return PromptTooLong(
-            f"The service of {self.name} at {self._service.address} says: {said} Make chunk_tokens, memory_tokens or "
+            f"The service of {self.name} at {self._service.address} says: {message} Make chunk_tokens, memory_tokens or "
             "max_new_tokens smaller, or serve the model with a larger window.",
-            *_lengths(said, max_new_tokens),
+            *_lengths(message, max_new_tokens),
         )
 
     def _error(self, what: str) -> ModelError:
@@ -208,32 +208,32 @@ def _checked(response: Any) -> dict[str, Any]:
     """The JSON of an answer with a reply in it.
 
     Raises:
-        _Garbled: there is none.
+        _NoReply: there is none.
     """
     try:
         answer = response.json()
         message = answer["choices"][0]["message"]
-        # A service that tells a thought apart has no content where the limit came before the reply.
+        # A service that reports the thought separately has no content where the limit came before the reply.
         if isinstance(message["content"], str) or message.get("reasoning") or message.get("reasoning_content"):
             return dict(answer)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         pass
-    raise _Garbled(repr(response.text[:200]))
+    raise _NoReply(repr(response.text[:200]))
 
 
 def _reply(answer: Mapping[str, Any], temperature: float) -> Reply:
     choice = answer["choices"][0]
     completion_ids = tuple(choice.get("token_ids") or ())
     logprobs = tuple(item["logprob"] for item in (choice.get("logprobs") or {}).get("content") or ())
-    # vLLM tells those at temperature 1, unless its service was told otherwise; at 0 they are what a reply's are to be.
-    told = temperature in (0, 1) and len(logprobs) == len(completion_ids)
+    # vLLM reports those at temperature 1, unless it was started otherwise; at 0 they are what `Reply` defines.
+    sampled_from = temperature in (0, 1) and len(logprobs) == len(completion_ids)
     usage = answer.get("usage") or {}
     prompt_ids = tuple(answer.get("prompt_token_ids") or ())
     return Reply(
         text=without_thought(choice["message"]["content"] or "", opened=None),
         prompt_ids=prompt_ids,
         completion_ids=completion_ids,
-        logprobs=logprobs if told else (),
+        logprobs=logprobs if sampled_from else (),
         stop="length" if choice.get("finish_reason") == "length" else "stop",
         usage=Usage(
             calls=1,
@@ -244,8 +244,8 @@ def _reply(answer: Mapping[str, Any], temperature: float) -> Reply:
     )
 
 
-def _lengths(said: str, max_new_tokens: int) -> tuple[int | None, int | None]:
-    """The prompt's tokens, and the most that it could have had, in a service's message, as far as it tells them.
+def _lengths(message: str, max_new_tokens: int) -> tuple[int | None, int | None]:
+    """The prompt's tokens, and the most that it could have had, in a service's message, as far as it has them.
 
     vLLM stops counting one token behind what there is room for, and then says "at least".
 
@@ -256,9 +256,9 @@ def _lengths(said: str, max_new_tokens: int) -> tuple[int | None, int | None]:
     (None, 2000)
     """
     tokens = re.search(
-        r"(?:contains|resulted in|\() ?(\d+) (?:input tokens|tokens|in the messages)|Input length \((\d+)\)", said
+        r"(?:contains|resulted in|\() ?(\d+) (?:input tokens|tokens|in the messages)|Input length \((\d+)\)", message
     )
-    window = re.search(r"context length (?:is |of |\()(\d+)|max_total_tokens=(\d+)", said)
+    window = re.search(r"context length (?:is |of |\()(\d+)|max_total_tokens=(\d+)", message)
     return (
         int(tokens[1] or tokens[2]) if tokens else None,
         max(int(window[1] or window[2]) - max_new_tokens, 0) if window else None,

@@ -1,4 +1,4 @@
-"""Embeddings from a service that speaks the OpenAI API: vLLM on a GPU of one's own, for example."""
+"""Embeddings from a service that speaks the OpenAI API: vLLM on your own GPU, for example."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from atommem_env.types import EmbeddingKind
 _QUERY_PREFIXES = {
     "Qwen3-Embedding": "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery:"
 }
-# vLLM's: as many first tokens as the model reads. With its `truncation_side` the tokens that end a text would be cut off as well.
+# vLLM's: as many first tokens as the model reads. With its `truncation_side` the tokens that end a text would be dropped as well.
 _TRUNCATION: dict[str, object] = {"truncate_prompt_tokens": -1}
 _MAX_CHARACTERS = 32_768  # of a text that are sent: a text of megabytes would keep the service from all others
 _BATCH = 32  # texts of a request; the most that every common service takes
@@ -42,7 +42,7 @@ class OpenAIEmbedder:
     before each query. Other models embed queries as documents are. An empty text is sent as a space, which every service takes.
 
     Of a text longer than 32,768 characters the first 32,768 count, and of these, with vLLM, as many of the first tokens as the
-    model reads. A service that does not know vLLM's parameter for that refuses longer texts, or cuts them by its own rule.
+    model reads. A service that does not know vLLM's parameter for that rejects longer texts, or truncates them by its own rule.
 
     A text's vector can differ in its last bits with the texts that the service happens to embed beside it, unless the service
     rules that out: runs with one seed can then differ where two entries are nearly as close to a query.
@@ -76,7 +76,7 @@ class OpenAIEmbedder:
             vectors = self._request(["dimension"])
         except Rejected as rejection:
             if rejection.status not in (400, 422):
-                raise self._refusal(["dimension"], rejection) from None
+                raise self._rejection_error(["dimension"], rejection) from None
             self._truncation = {}  # it may not know how to truncate; if something else is wrong, it says so again
             vectors = self._vectors(["dimension"])
         self.dimension = vectors.shape[1]
@@ -85,7 +85,7 @@ class OpenAIEmbedder:
         """The unit vectors [len(texts), D] of `texts`, in order.
 
         Raises:
-            EmbeddingError: the service did not answer for 30 seconds, refused a text, or sent something else.
+            EmbeddingError: the service did not answer for 30 seconds, rejected a text, or sent something else.
         """
         prefix = self._query_prefix if kind == "query" else ""
         sent = [prefix + text[:_MAX_CHARACTERS] or " " for text in texts]
@@ -102,7 +102,7 @@ class OpenAIEmbedder:
         try:
             return self._request(texts)
         except Rejected as rejection:
-            raise self._refusal(texts, rejection) from None
+            raise self._rejection_error(texts, rejection) from None
 
     def _request(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """`_vectors`, where the caller handles `Rejected`."""
@@ -154,8 +154,8 @@ class OpenAIEmbedder:
         except ValueError:
             return response.http_response.text
 
-    def _refusal(self, texts: Sequence[str], rejection: Rejected) -> EmbeddingError:
-        return self._error(f"refused {_described(texts)} with status {rejection.status}: {rejection.reason}")
+    def _rejection_error(self, texts: Sequence[str], rejection: Rejected) -> EmbeddingError:
+        return self._error(f"rejected {_described(texts)} with status {rejection.status}: {rejection.reason}")
 
     def _error(self, what: str) -> EmbeddingError:
         return EmbeddingError(

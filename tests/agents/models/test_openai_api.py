@@ -306,7 +306,7 @@ def test_a_refusal_is_told_at_once_and_without_the_key(status: int, service: Ser
 def test_a_request_that_is_wrong_in_every_form_is_refused_with_the_services_words(service: Service) -> None:
     service.refuses = lambda body: "temperature must be non-negative"
     model = OpenAIModel("m")
-    with pytest.raises(ModelError, match=r"refused the request: temperature must be non-negative\."):
+    with pytest.raises(ModelError, match=r"rejected the request: temperature must be non-negative\."):
         ask(model)
     service.refuses = lambda body: ""
     ask(model)
@@ -502,7 +502,7 @@ def play(replied: Callable[[], None] = lambda: None) -> list[Rollout]:
 
 def test_no_failure_becomes_a_reply(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openai_api, "_PATIENCE", 30.0)
-    monkeypatch.setattr(openai_api, "_GARBLED", 10)
+    monkeypatch.setattr(openai_api, "_TRIES", 10)
     expected = play()
     replies = len(service.asked)
     assert replies > 20

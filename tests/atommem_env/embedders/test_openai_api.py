@@ -177,7 +177,7 @@ def test_texts_beyond_the_models_window_are_cut_or_refused_as_the_service_can(
         np.testing.assert_allclose(embedder.embed(["a " * 60], "document"), hashed(["a " * 50]), atol=1e-6)
     else:
         with pytest.raises(
-            EmbeddingError, match=r"refused 2 texts, the longest of 120 characters with status 400: no, because"
+            EmbeddingError, match=r"rejected 2 texts, the longest of 120 characters with status 400: no, because"
         ):
             embedder.embed(["a", "a " * 60], "document")
 
@@ -235,7 +235,7 @@ def test_an_outage_costs_the_patience_once_until_an_answer_comes(service: Servic
 @pytest.mark.parametrize("status", [401, 404])
 def test_a_refusal_is_told_at_once(status: int, service: Service) -> None:
     service.failures = [status]
-    with pytest.raises(EmbeddingError, match=f"refused 1 texts.*{status}.*no, because"):
+    with pytest.raises(EmbeddingError, match=f"rejected 1 texts.*{status}.*no, because"):
         OpenAIEmbedder("m")
     assert len(service.asked) == 1
 
@@ -353,7 +353,7 @@ def test_vllm_gives_the_vectors_that_the_model_gives_here(tmp_path: Path, monkey
         embedder = OpenAIEmbedder("minilm")
         vectors = embedder.embed(texts, "document")
         one_by_one = np.concatenate([embedder.embed([text], "document") for text in texts])
-        with pytest.raises(EmbeddingError, match=r"refused 1 texts.*unknown.*not exist"):
+        with pytest.raises(EmbeddingError, match=r"rejected 1 texts.*unknown.*not exist"):
             OpenAIEmbedder("unknown")
     finally:
         process.terminate()
