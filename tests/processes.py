@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -34,6 +35,21 @@ def session(pid: int) -> int | None:
         return os.getsid(pid)
     except ProcessLookupError:
         return None
+
+
+def write_program(folder: Path, name: str, code: str) -> None:
+    """Puts a program of that name, in Python, into a folder."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!{sys.executable}\n{textwrap.dedent(code)}", encoding="utf-8")
+    (folder / name).chmod(0o755)
+
+
+def shadow_packages(folder: Path) -> None:
+    """Puts a `train.py` and an `agents/` into a folder that say so when they are imported instead of ours."""
+    complaint = "raise AssertionError(f'{__file__} was imported')\n"
+    (folder / "agents").mkdir(parents=True)
+    (folder / "agents" / "__init__.py").write_text(complaint, encoding="utf-8")
+    (folder / "train.py").write_text(complaint, encoding="utf-8")
 
 
 def free_port() -> int:
