@@ -58,12 +58,12 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def started_ray(gpus: int = 4) -> Iterator[str]:
-    """The dashboard of a Ray that believes in so many GPUs, and that no other Ray of this machine meets."""
+def started_ray(gpus: int = 4, folder: Path | None = None) -> Iterator[str]:
+    """The dashboard of a Ray that believes in so many GPUs, and that no other Ray of this machine meets; started in `folder`."""
     names = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
     ports = {name: free_port() for name in names}
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:  # its sockets need a short path
-        options = {"num-gpus": gpus, "num-cpus": 4 * gpus, "object-store-memory": 10**9, "temp-dir": folder, **ports}
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as temporary:  # its sockets need a short path
+        options = {"num-gpus": gpus, "num-cpus": 4 * gpus, "object-store-memory": 10**9, "temp-dir": temporary, **ports}
         options |= {"dashboard-host": "127.0.0.1", "node-ip-address": "127.0.0.1"}
         words = [f"--{name}={value}" for name, value in options.items()]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -74,6 +74,7 @@ def started_ray(gpus: int = 4) -> Iterator[str]:
             stderr=subprocess.STDOUT,
             text=True,
             env=environment,
+            cwd=folder,
             start_new_session=True,
         )
         try:

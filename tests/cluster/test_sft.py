@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from processes import shadow_packages
 from rich.console import Console
 
 from agents.models.chat_tokenizer import ChatTokenizer
@@ -76,9 +77,13 @@ def test_openrlhf_gets_these_tokens_and_the_loss_is_on_the_replies_alone(run: Cl
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])
-def test_a_run_learns_and_its_model_is_loaded(zero_stage: int, run: ClusterSFTConfig, tiny: Path) -> None:
+def test_a_run_learns_and_its_model_is_loaded(
+    zero_stage: int, run: ClusterSFTConfig, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import AutoModelForCausalLM
 
+    shadow_packages(tmp_path / "working")
+    monkeypatch.chdir(tmp_path / "working")
     run = replace(run, zero_stage=zero_stage, learning_rate=1e-3, epochs=4)
     last = train(run, Console(quiet=True))
     lines = read_jsonl(run.out / "metrics.jsonl")
