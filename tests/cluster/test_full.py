@@ -156,12 +156,12 @@ def test_an_engine_that_dies_ends_the_job_within_a_minute_and_is_named(
 
 
 class Service(ThreadingHTTPServer):
-    """An embedding service that embeds by hashing, and refuses what it is told to."""
+    """An embedding service that embeds by hashing, and rejects the texts that it should."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.refuses: Callable[[str], bool] = lambda text: False
-        self.refused = 0
+        self.rejects: Callable[[str], bool] = lambda text: False
+        self.rejected = 0
         self.status = 400
 
 
@@ -170,13 +170,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         texts = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["input"]
-        refused = any(map(self.server.refuses, texts))
-        self.server.refused += refused
+        rejected = any(map(self.server.rejects, texts))
+        self.server.rejected += rejected
         rows = HashingEmbedder(64).embed(texts, "document").tolist()
         data = [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows)]
-        answer = {"error": {"message": "refused"}} if refused else {"object": "list", "model": "m", "data": data}
+        answer = {"error": {"message": "rejected"}} if rejected else {"object": "list", "model": "m", "data": data}
         content = json.dumps(answer).encode()
-        self.send_response(self.server.status if refused else 200)
+        self.send_response(self.server.status if rejected else 200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -200,16 +200,16 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
 def test_an_episode_that_always_fails_costs_its_group_which_is_replaced_and_counted(
     service: Service, finish: Finish, recipe: ClusterGRPOConfig, tmp_path: Path
 ) -> None:
-    # The service refuses all texts about the person whom the first task asks about: that episode cannot be played.
+    # The service rejects all texts about the person that the first task asks about: that episode cannot be played.
     source = Driver.of(make_env(recipe, "train")).source
     (tmp_path / "plan").mkdir()
     write_prompts(dataclasses.replace(recipe, out=tmp_path / "plan"), len(source), len(source))
     first = Prompt.of(read_jsonl(tmp_path / "plan" / "prompts.jsonl")[0]["prompt"])
     question = source.task(first.spec.index, first.spec.task_seed).questions[0].text
     name = re.findall(r"[A-Z]\w+ [A-Z]\w+", question)[0]
-    service.refuses = lambda text: name in text
+    service.rejects = lambda text: name in text
     _, lines = finish("--embedder", "openai:m", "--eval-every", "0")
-    assert service.refused > 0
+    assert service.rejected > 0
     steps = [line for line in lines if "reward" in line]
     assert sum(line["groups_failed"] for line in steps) >= 1
     assert sum(line["groups_replaced"] for line in steps) >= 1
@@ -223,6 +223,6 @@ def test_an_embedder_that_fails_ends_the_job_within_a_minute_with_the_cause(
     job = start("--embedder", "openai:m", "--steps", "50", "--eval-every", "0")
     wait_until(lambda: job.poll() is not None or after_step(tmp_path / "run", 1)(), 10 * MINUTE)
     assert job.poll() is None, job.communicate()
-    service.refuses = lambda text: True
+    service.rejects = lambda text: True
     said = ended_within_a_minute(job)
     assert re.search("(?s)As many groups of a step as it has.*The embedding service at", said), said

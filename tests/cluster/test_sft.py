@@ -70,7 +70,7 @@ def test_openrlhf_gets_these_tokens_and_the_loss_is_on_the_replies_alone(run: Cl
     for ((ids,), (attention,), (loss_mask,)), sample in zip(items, expected, strict=True):
         assert ids == sample["input_ids"]
         assert attention == [1] * len(ids)
-        # A place counts where the token after it is one of the reply's; the last place has none after it.
+        # A position counts where the token after it is one of the reply's; the last has none after it.
         assert loss_mask == [float(label != -100) for label in sample["labels"][1:]] + [0.0]
     longest = max(len(sample["input_ids"]) for sample in expected[:2])
     assert shapes == [[2, longest]] * 3

@@ -150,16 +150,16 @@ def test_activations_are_near_what_autograd_keeps() -> None:
     )  # fmt: skip
     model = transformers.Qwen3ForCausalLM(config)
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
-    kept: dict[int, torch.Tensor] = {}
+    saved: dict[int, torch.Tensor] = {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         output = model(torch.zeros(1, 512, dtype=torch.long), logits_to_keep=1)
     assert output.logits.requires_grad
-    real = sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in weights)
+    real = sum(tensor.untyped_storage().nbytes() for address, tensor in saved.items() if address not in weights)
     run = replace(RUN, micro_batch_tokens=512)
     estimate = sizes(run, "updates", ModelSize.of(config))["activations"]
     assert 0.8 * real <= estimate <= 1.1 * real

@@ -146,8 +146,8 @@ class PolicyActor(_modified(ppo_actor.PolicyModelActor)):  # type: ignore[misc]
     def _accumulate(self) -> None:
         """Adds up the gradients of all micro-batches of an update.
 
-        OpenRLHF tells DeepSpeed that every micro-batch is an update's last. Stage 3 adds up all the same; stage 2 keeps a part of
-        the gradient alone, with no error (a norm of 0.23 for 0.42 in our test of three micro-batches).
+        OpenRLHF declares every micro-batch to DeepSpeed as an update's last. Stage 3 adds up all the same; stage 2 then uses a
+        part of the gradient alone, with no error (a norm of 0.23 for 0.42 in our test of three micro-batches).
         """
         trainer, step = self.trainer, self.trainer.training_step
 

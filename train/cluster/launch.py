@@ -105,7 +105,7 @@ def call(command: str, function: Any, words: Sequence[str]) -> None:
     if name is None and not {"-h", "--help"} & set(words):
         raise SettingError(f"RECIPE comes first: atommem {command} RECIPE [options]. {notes}")
     recipe = ClusterGRPOConfig(env_id="ENV_ID") if name is None else read_recipe(name)
-    launched: LaunchConfig = tyro.cli(
+    config: LaunchConfig = tyro.cli(
         LaunchConfig,
         default=LaunchConfig(run=recipe),
         prog=f"atommem {command} {name or 'RECIPE'}",
@@ -114,11 +114,11 @@ def call(command: str, function: Any, words: Sequence[str]) -> None:
         config=(tyro.conf.OmitArgPrefixes,),
     )
     run = dataclasses.replace(
-        launched.run,
-        set=_added(recipe.set, launched.run.set),
-        openrlhf=_added(recipe.openrlhf, launched.run.openrlhf) + flags,
+        config.run,
+        set=_added(recipe.set, config.run.set),
+        openrlhf=_added(recipe.openrlhf, config.run.openrlhf) + flags,
     )
-    function(dataclasses.replace(launched, run=run))
+    function(dataclasses.replace(config, run=run))
 
 
 def _added(before: tuple[str, ...], given: tuple[str, ...]) -> tuple[str, ...]:
@@ -134,13 +134,13 @@ def _split(words: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
     return list(words[:end]), tuple(words[end + 1 :])
 
 
-def main(launched: LaunchConfig) -> None:
+def main(config: LaunchConfig) -> None:
     """Train a model on a cluster: checks, Ray, the embedding service, the job, its progress and its end."""
-    launch(launched, Console(), Console(stderr=True))
+    launch(config, Console(), Console(stderr=True))
 
 
-def launch(launched: LaunchConfig, out: Console, err: Console) -> None:
-    """Carries out a launch.
+def launch(config: LaunchConfig, out: Console, err: Console) -> None:
+    """Checks a run and starts it, or only shows what would be started.
 
     Args:
         out: where results and commands are printed.
@@ -150,15 +150,15 @@ def launch(launched: LaunchConfig, out: Console, err: Console) -> None:
         SettingError: preflight rejected the run, or its folder is not as it must be.
         JobFailed: the job ended before it was done.
     """
-    plan, address = make_plan(with_absolute_paths(launched.run)), launched.ray_address
+    plan, address = make_plan(with_absolute_paths(config.run)), config.ray_address
     run = plan.run
-    if run.nodes > 1 and not (address or launched.dry_run or launched.prepare):
+    if run.nodes > 1 and not (address or config.dry_run or config.prepare):
         raise SettingError(
             f"This run takes {run.nodes} machines: start Ray on them and give --ray-address http://HEAD:8265, or use {SLURM}."
         )
-    if launched.dry_run or launched.prepare:
+    if config.dry_run or config.prepare:
         out.print(estimate_table(run, plan.size, plan.task, None))
-        if launched.prepare:
+        if config.prepare:
             write_folder(run)
         for line in commands(plan, address):
             out.print(line, soft_wrap=True, markup=False, highlight=False)
@@ -236,8 +236,8 @@ def write_folder(run: ClusterGRPOConfig) -> None:
 def job_environment(run: ClusterGRPOConfig) -> dict[str, str]:
     """The variables that every process of the job must have.
 
-    Parts of one's own (`module:attribute`) are looked for in the folder that `ATOMMEM_MODULES` names, here and in the job; it is
-    this process's working folder where it is not set.
+    Modules of your own (`module:attribute`) are found in the folder that `ATOMMEM_MODULES` names; where it is not set, it becomes
+    this process's working folder.
     """
     folders = {MODULES: ".", **{name: os.environ[name] for name in _FOLDERS if os.environ.get(name)}}
     return (

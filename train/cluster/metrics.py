@@ -28,7 +28,7 @@ _NAMES = {
 
 
 class MetricsLogger:
-    """Writes `metrics.jsonl` under the names of `train.grpo`, and hands everything on to TensorBoard."""
+    """Writes `metrics.jsonl` under the names of `train.grpo`, and passes everything to TensorBoard."""
 
     def __init__(self, path: Path, tensorboard: Any) -> None:
         self.path, self.tensorboard = path, tensorboard
@@ -76,10 +76,10 @@ def flatten_stats(stats: dict[str, Any]) -> dict[str, float]:
     >>> flatten_stats({"turns": 3.0, "operations": {"create": 0.5}})
     {'rollout/turns': 3.0, 'rollout/operations/create': 0.5}
     """
-    flat: dict[str, float] = {}
+    flattened: dict[str, float] = {}
     for name, value in stats.items():
         if isinstance(value, dict):
-            flat |= {f"{_ROLLOUT}{name}/{inner}": number for inner, number in value.items()}
+            flattened |= {f"{_ROLLOUT}{name}/{inner}": number for inner, number in value.items()}
         else:
-            flat[_ROLLOUT + name] = value
-    return flat
+            flattened[_ROLLOUT + name] = value
+    return flattened

@@ -141,7 +141,7 @@ def task_source(run: ClusterGRPOConfig, split: str | None) -> TaskSource:
     Raises:
         AtomMemError, gymnasium.error.Error: there is no such environment, or its data are not on this machine.
     """
-    # It needs no embedder, and the run's own may be a service that is yet to be started.
+    # It needs no embedder, and the run's own may be a service that does not run yet.
     env = make_env(dataclasses.replace(run, embedder="hashing", durability="off"), split)
     source = Driver.of(env).source
     env.close()

@@ -44,9 +44,9 @@ class ClusterGRPOConfig(GRPOConfig):
     zero_stage: int = 3
     """DeepSpeed: 2 shards gradients and moments over the GPUs, 3 the weights as well."""
     offload_optimizer: bool = False
-    """Keep Adam's moments in the machines' memory instead of the GPUs'."""
+    """Hold Adam's moments in the machines' memory instead of the GPUs'."""
     gradient_checkpointing: bool = True
-    """Compute activations twice instead of keeping them: less memory, more time."""
+    """Compute activations twice instead of storing them: less memory, more time."""
     max_tokens: int = 16_384
     """Longest prompt and reply together; a longer prompt ends the run: nothing is truncated."""
     gpu_memory_utilization: float = 0.6

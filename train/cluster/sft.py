@@ -70,7 +70,7 @@ class ClusterSFTConfig:
     zero_stage: int = 3
     """DeepSpeed: 2 shards gradients and moments over the GPUs, 3 the weights as well."""
     gradient_checkpointing: bool = True
-    """Compute activations twice instead of keeping them: less memory, more time."""
+    """Compute activations twice instead of storing them: less memory, more time."""
     epochs: int = 3
     """Passes over the samples."""
     batch_size: int = 16

@@ -68,7 +68,7 @@ def recipe(tmp_path: Path) -> str:
 
 @pytest.fixture
 def run(recipe: str, tmp_path: Path) -> ClusterGRPOConfig:
-    """The run of `RECIPE`, in a folder that is yet to be made."""
+    """The run of `RECIPE`, in a folder that does not exist yet."""
     return parsed(f"{recipe} --out {tmp_path / 'run'}").run
 
 
