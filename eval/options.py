@@ -14,7 +14,7 @@ from gymnasium.envs.registration import EnvSpec
 from agents.chat_policy import GREEDY
 from atommem_env.env import AtomMemEnv
 from atommem_env.errors import SettingError
-from atommem_env.plugins import load_module
+from atommem_env.plugins import load_module, suggest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,8 +130,7 @@ def make_env(env_id: str, **options: Any) -> AtomMemEnv:
         env_id: of one that is registered, or `module:ID` of one that a module of the working folder registers.
 
     Raises:
-        SettingError: it is not an environment of ours, or an option cannot work.
-        gymnasium.error.Error: there is no such environment.
+        SettingError: there is no such environment, it is not one of ours, or an option cannot work.
     """
     made = gym.make(find_spec(env_id), **options).unwrapped
     if not isinstance(made, AtomMemEnv):
@@ -143,13 +142,20 @@ def find_spec(env_id: str) -> EnvSpec:
     """What Gymnasium registered under an id, or under `module:ID` once the module is imported.
 
     Raises:
-        gymnasium.error.Error: there is no such environment.
+        SettingError: there is no such environment.
         PluginError: there is no such module.
     """
     module, colon, name = env_id.rpartition(":")
     if colon:
         load_module(module)
-    return gym.spec(name)
+    try:
+        return gym.spec(name)
+    except gym.error.Error as error:
+        ours = sorted(known for known in gym.registry if known.startswith("AtomMem-"))
+        raise SettingError(
+            f"There is no environment {env_id!r}{suggest(name, gym.registry) or '.'} There are {', '.join(ours)}, and module:ID "
+            "of one that your module registers."
+        ) from error
 
 
 def _value(text: str) -> Any:
