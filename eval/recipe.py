@@ -57,7 +57,7 @@ from eval.progress import step_progress
 from eval.report.tables import results_table
 from eval.run import evaluate, prepare_evaluation
 from eval.run_folder import read_jsonl, require_same_config
-from eval.toml_tables import fields_of, read_table, read_toml
+from eval.toml_tables import RecipeFile, fields_of, read_recipe_file, read_table
 from eval.workers import Workers
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs" / "eval"
@@ -122,21 +122,18 @@ def read_recipe(path: Path, out: Path) -> list[Run]:
         out: folder of all runs.
 
     Raises:
-        SettingError: there is no such file, or something in it is not as it must be.
+        SettingError: as in `read_recipe_file`, or something in a file is not as it must be.
     """
-    path = path if path.is_file() else FOLDER / path
-    if not path.is_file():
-        shipped = ", ".join(sorted(file.name for file in FOLDER.glob("*.toml")))
-        raise SettingError(f"RECIPE.toml must be the path of a TOML file, or one of {shipped}; got {path.name!r}.")
-    tables = read_toml(path)
+    file = read_recipe_file(str(path), FOLDER)
+    tables = file.tables
     top = {name: value for name, value in tables.items() if name not in _TABLES}
-    given = read_table(path, "the recipe", top, {"episodes": int, "seeds": tuple[int, ...], **_TABLES})
-    (shared,) = _rows(path, tables, "env")
-    environments = [one for row in _rows(path, tables, "environments", "env_id") for one in _environments(row)]
-    policies = [{"label": _default_label(row), **row} for row in _rows(path, tables, "policies", "policy")]
+    given = read_table(file, "the recipe", top, {"episodes": int, "seeds": tuple[int, ...], **_TABLES})
+    (shared,) = _rows(file, "env")
+    environments = [one for row in _rows(file, "environments", "env_id") for one in _environments(row)]
+    policies = [{"label": _default_label(row), **row} for row in _rows(file, "policies", "policy")]
     seeds = given.pop("seeds", (0,))
     if not (environments and policies and seeds):
-        raise SettingError(f"{path} has no run: it needs [[environments]], [[policies]] and, where given, seeds.")
+        raise SettingError(f"{file} has no run: it needs [[environments]], [[policies]] and, where given, seeds.")
     runs = []
     for environment in environments:
         for policy in policies:
@@ -154,24 +151,24 @@ def read_recipe(path: Path, out: Path) -> list[Run]:
     same = [run for run in runs if folders[str(run.config.out).casefold()] > 1]
     if same:
         raise SettingError(
-            f"{path}: {same[0].name} and {same[1].name} would share the folder {same[0].config.out}. "
+            f"{file}: {same[0].name} and {same[1].name} would share the folder {same[0].config.out}. "
             "Give one of them another label."
         )
     return runs
 
 
-def _rows(path: Path, tables: dict[str, Any], name: str, required: str | None = None) -> list[dict[str, Any]]:
+def _rows(file: RecipeFile, name: str, required: str | None = None) -> list[dict[str, Any]]:
     """The tables of that name, [name] or [[name]]; a field that is `required` is in each of them."""
     brackets = f"[[{name}]]" if required else f"[{name}]"
-    rows = tables.get(name, [] if required else {})
+    rows = file.tables.get(name, [] if required else {})
     if required is None:
         rows = [rows]
     if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
-        raise SettingError(f"{path}: {name} must be written as {brackets}, got {rows!r}.")
-    read = [read_table(path, brackets[1:-1], row, _TABLES[name]) for row in rows]
+        raise SettingError(f"{file}: {name} must be written as {brackets}, got {rows!r}.")
+    read = [read_table(file, brackets[1:-1], row, _TABLES[name]) for row in rows]
     for row in read:
         if required and required not in row:
-            raise SettingError(f"{path}: every {brackets} must have {required}; one has {row}.")
+            raise SettingError(f"{file}: every {brackets} must have {required}; one has {row}.")
     return read
 
 

@@ -6,7 +6,9 @@ one after the other, make the model. Its tables:
     [env]                       the environment, of collect and grpo: fields of `eval.options.EnvConfig`
     [collect] [sft] [grpo]      fields of `CollectConfig`, `SFTConfig` and `LocalGRPOConfig`
     [model]                     the model's `config.json` as far as its size follows from it; with it a run that cannot fit
-                                is refused before anyone has fetched the weights
+                                is rejected before anyone has fetched the weights
+
+How a recipe is based on another one: `eval.toml_tables`.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import tyro
 from agents.models.find import find_model
 from atommem_env.errors import ModelNotFound, SettingError
 from eval.options import EnvConfig
-from eval.toml_tables import fields_of, read_table, read_toml
+from eval.toml_tables import fields_of, read_recipe_file, read_table
 from train.collect import CollectConfig
 from train.estimate import check_memory
 from train.settings import LocalGRPOConfig, SFTConfig
@@ -52,7 +54,6 @@ _MODEL_FIELDS = {
 class Recipe:
     """A saved configuration of the training commands."""
 
-    path: Path
     configs: dict[type, Any]  # of each command; a field that is required and not named is tyro.MISSING
     model: dict[str, Any]  # of a `config.json`; {}: the file has no [model]
 
@@ -71,20 +72,18 @@ def read_recipe(name: str) -> Recipe:
     """The recipe of that name, or the one in that TOML file.
 
     Raises:
-        SettingError: there is none, or something in it is not as it must be; the message lists what there is.
+        SettingError: as in `read_recipe_file`, or something in a file is not as it must be.
     """
-    path = FOLDER / f"{name}.toml" if name in NAMES else Path(name)
-    if not path.is_file():
-        raise SettingError(f"--recipe takes {', '.join(NAMES)}, or the path of a TOML file; got {name!r}.")
-    tables = read_toml(path)
+    file = read_recipe_file(name, FOLDER)
+    tables = file.tables
     known = ("env", *_COMMANDS, "model")
     for table, values in tables.items():
         if table not in known or not isinstance(values, dict):
-            raise SettingError(f"{path}: there is no table [{table}]. There are: {', '.join(known)}.")
-    env = read_table(path, "env", tables.get("env", {}), fields_of(EnvConfig))
+            raise SettingError(f"{file}: there is no table [{table}]. There are: {', '.join(known)}.")
+    env = read_table(file, "env", tables.get("env", {}), fields_of(EnvConfig))
     configs: dict[type, Any] = {}
     for command, made in _COMMANDS.items():
-        own = read_table(path, command, tables.get(command, {}), fields_of(made))
+        own = read_table(file, command, tables.get(command, {}), fields_of(made))
         shared = env if issubclass(made, EnvConfig) else {}
         missing = {
             field.name: tyro.MISSING
@@ -94,12 +93,12 @@ def read_recipe(name: str) -> Recipe:
         try:
             configs[made] = made(**missing | shared | own)
         except SettingError as error:
-            error.add_note(f"in {path}, [{command}]")
+            error.add_note(f"in {file}, [{command}]")
             raise
-    model = read_table(path, "model", tables.get("model", {}), _MODEL_FIELDS)
+    model = read_table(file, "model", tables.get("model", {}), _MODEL_FIELDS)
     if model and len(model) < len(_MODEL_FIELDS):
-        raise SettingError(f"{path}: [model] must have all of {', '.join(_MODEL_FIELDS)}; it has {', '.join(model)}.")
-    return Recipe(path, configs, model)
+        raise SettingError(f"{file}: [model] must have all of {', '.join(_MODEL_FIELDS)}; it has {', '.join(model)}.")
+    return Recipe(configs, model)
 
 
 def call(command: str, function: Callable[[Any], None], words: Sequence[str]) -> None:

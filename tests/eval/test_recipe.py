@@ -123,8 +123,22 @@ def test_what_is_wrong_in_a_recipe_is_named(change: tuple[str, str], message: st
         recipe(tmp_path, SMALL.replace(*change, 1))
 
 
+def test_a_recipe_based_on_another_replaces_its_rows_and_adds_to_what_is_set(tmp_path: Path) -> None:
+    recipe(tmp_path)
+    (tmp_path / "mine.toml").write_text(
+        'base = "recipe.toml"\nseeds = [5]\n[env]\nset = ["top_k=9"]\n[[policies]]\npolicy = "silent"\n'
+    )
+    runs = read_recipe(tmp_path / "mine.toml", tmp_path / "out")
+    assert [(run.environment, run.policy, run.config.seed) for run in runs] == [
+        ("Synthetic 20", "silent", 5),
+        ("Synthetic 40", "silent", 5),
+    ]
+    assert runs[0].config.set == ("chunk_tokens=256", "top_k=3", "top_k=9")
+    assert (runs[0].config.episodes, runs[0].config.durability) == (3, "off")
+
+
 def test_a_recipe_that_is_not_there_names_those_that_ship(tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match=r"baselines.toml, paper.toml, quick.toml; got 'mine.toml'"):
+    with pytest.raises(SettingError, match=r"baselines.toml, paper.toml, quick.toml; got '.*mine.toml'"):
         read_recipe(tmp_path / "mine.toml", tmp_path)
 
 

@@ -16,7 +16,7 @@ from agents.rollout import EpisodeSpec, episode_specs
 from atommem_env.errors import SettingError
 from eval.options import EnvConfig
 from eval.run_folder import to_jsonl, write_atomic
-from eval.toml_tables import fields_of, read_table, read_toml
+from eval.toml_tables import fields_of, read_recipe_file, read_table, shipped_recipes
 from train.settings import GRPOConfig
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "cluster"
@@ -110,24 +110,20 @@ def read_recipe(name: str) -> ClusterGRPOConfig:
     """The recipe of that name in `configs/cluster/`, or the one in that TOML file.
 
     Raises:
-        SettingError: there is none, or something in it is not as it must be.
+        SettingError: as in `read_recipe_file`, or something in a file is not as it must be.
     """
-    names = recipe_names()
-    path = FOLDER / f"{name}.toml" if name in names else Path(name)
-    if not path.is_file():
-        raise SettingError(f"RECIPE is one of {', '.join(names)}, or the path of a TOML file; got {name!r}.")
-    tables = read_toml(path)
-    for table in tables:
+    file = read_recipe_file(name, FOLDER, joined=("set", "openrlhf"))
+    for table in file.tables:
         if table not in ("env", "cluster"):
-            raise SettingError(f"{path}: there is no table [{table}]. There are: env, cluster.")
-    env = read_table(path, "env", tables.get("env", {}), fields_of(EnvConfig))
-    own = read_table(path, "cluster", tables.get("cluster", {}), fields_of(ClusterGRPOConfig))
+            raise SettingError(f"{file}: there is no table [{table}]. There are: env, cluster.")
+    env = read_table(file, "env", file.tables.get("env", {}), fields_of(EnvConfig))
+    own = read_table(file, "cluster", file.tables.get("cluster", {}), fields_of(ClusterGRPOConfig))
     if "env_id" not in env:
-        raise SettingError(f"{path}: [env] must name env_id, for example AtomMem-HotpotQA.")
+        raise SettingError(f"{file}: [env] must name env_id, for example AtomMem-HotpotQA.")
     try:
         return ClusterGRPOConfig(**env | own)
     except SettingError as error:
-        error.add_note(f"in {path}")
+        error.add_note(f"in {file}")
         raise
 
 
@@ -149,7 +145,7 @@ def running() -> ClusterGRPOConfig:
 
 def recipe_names() -> list[str]:
     """The recipes that come with this package."""
-    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+    return shipped_recipes(FOLDER)
 
 
 def write_prompts(run: ClusterGRPOConfig, train_tasks: int, held_out_tasks: int) -> None:
