@@ -13,12 +13,10 @@ How a recipe is based on another one: `eval.toml_tables`.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +24,7 @@ import tyro
 
 from agents.models.find import find_model
 from atommem_env.errors import ModelNotFound, SettingError
+from eval.command_line import parse_config, take_option
 from eval.options import EnvConfig
 from eval.toml_tables import fields_of, read_recipe_file, read_table
 from train.collect import CollectConfig
@@ -83,7 +82,9 @@ def read_recipe(name: str) -> Recipe:
     env = read_table(file, "env", tables.get("env", {}), fields_of(EnvConfig))
     configs: dict[type, Any] = {}
     for command, made in _COMMANDS.items():
-        own = read_table(file, command, tables.get(command, {}), fields_of(made))
+        fields = fields_of(made)
+        recorded = {"recipe": file.name} if fields.pop("recipe", None) else {}
+        own = read_table(file, command, tables.get(command, {}), fields)
         shared = env if issubclass(made, EnvConfig) else {}
         missing = {
             field.name: tyro.MISSING
@@ -91,7 +92,7 @@ def read_recipe(name: str) -> Recipe:
             if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         }
         try:
-            configs[made] = made(**missing | shared | own)
+            configs[made] = made(**missing | shared | own | recorded)
         except SettingError as error:
             error.add_note(f"in {file}, [{command}]")
             raise
@@ -107,29 +108,21 @@ def call(command: str, function: Callable[[Any], None], words: Sequence[str]) ->
     Raises:
         SettingError: as in `read_recipe`, or the recipe's model, not on this machine yet, cannot fit.
     """
-    recipe_argument = argparse.ArgumentParser(prog=f"atommem {command}", add_help=False, allow_abbrev=False)
-    recipe_argument.add_argument("--recipe", "--preset", dest="recipe")
-    given, rest = recipe_argument.parse_known_args(words)
+    prog = f"atommem {command}"
+    name, words = take_option(prog, words, "--recipe", "--preset")  # --preset: as earlier versions called it
     made = _COMMANDS[command]
-    told = f"--recipe NAME sets every option that is not given:\n{', '.join(NAMES)}, or a TOML file of yours."
-    if issubclass(made, EnvConfig):
-        told += "\nWhat --set names is added to the recipe's."
-    parse = partial(
-        tyro.cli,
-        made,
-        prog=f"atommem {command}",
-        description=f"{inspect.getdoc(function)}\n\n{told}",
-        args=rest,
-        config=(tyro.conf.OmitArgPrefixes,),
+    description = (
+        f"{inspect.getdoc(function)}\n\n"
+        f"--recipe NAME sets every option that is not given:\n{', '.join(NAMES)}, or a TOML file of yours."
     )
-    if given.recipe is None:
-        function(parse())
+    if issubclass(made, EnvConfig):
+        description += "\nWhat --set names is added to the recipe's."
+    if name is None:
+        function(parse_config(made, prog, description, words))
         return
-    recipe = read_recipe(given.recipe)
+    recipe = read_recipe(name)
     default = recipe.configs[made]
-    config = parse(default=default)
-    if isinstance(config, EnvConfig) and config.set != default.set:
-        config = dataclasses.replace(config, set=(*default.set, *config.set))  # of two values the later one counts
+    config = parse_config(made, prog, description, words, default)
     if isinstance(config, SFTConfig | LocalGRPOConfig) and recipe.model and config.model == default.model:
         try:
             find_model(config.model)

@@ -16,7 +16,7 @@ from rich.console import Console
 from agents.registry import load_policy
 from atommem_env import cli
 from atommem_env.errors import SettingError
-from eval.recipe import FOLDER, Run, check, plan, play_recipe, read_recipe, tables
+from eval.recipe import FOLDER, PlannedRun, check, plan, play_recipe, read_recipe, tables
 from eval.run_folder import read_jsonl
 
 SMALL = """
@@ -44,7 +44,7 @@ set = ["ablation=no_scratchpad", "top_k=5"]
 QUIET = Console(file=io.StringIO())
 
 
-def recipe(folder: Path, text: str = SMALL) -> list[Run]:
+def recipe(folder: Path, text: str = SMALL) -> list[PlannedRun]:
     (folder / "recipe.toml").write_text(text)
     return read_recipe(folder / "recipe.toml", folder / "out")
 
@@ -138,7 +138,7 @@ def test_a_recipe_based_on_another_replaces_its_rows_and_adds_to_what_is_set(tmp
 
 
 def test_a_recipe_that_is_not_there_names_those_that_ship(tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match=r"baselines.toml, paper.toml, quick.toml; got '.*mine.toml'"):
+    with pytest.raises(SettingError, match=r"baselines.toml, paper.toml, quick.toml, or the path .* got '.*mine.toml'"):
         read_recipe(tmp_path / "mine.toml", tmp_path)
 
 
@@ -302,7 +302,7 @@ def test_a_dry_run_lists_and_writes_nothing(
 
 def test_seeds_are_pooled_in_a_table_an_environment(tmp_path: Path) -> None:
     runs = recipe(tmp_path)
-    failures: dict[Run, str] = {runs[1]: "gone", runs[2]: "gone", runs[3]: "gone"}
+    failures: dict[PlannedRun, str] = {runs[1]: "gone", runs[2]: "gone", runs[3]: "gone"}
     play_recipe(runs, QUIET)
     console = Console(width=80, record=True, file=io.StringIO())
     first, second = tables(runs, failures)

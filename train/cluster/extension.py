@@ -48,8 +48,8 @@ from atommem_env.errors import EngineDied, JobFailed, SettingError
 from atommem_env.types import Rollout
 from eval.run_folder import read_jsonl, to_jsonl, write_atomic
 from train.advantages import GroupAdvantages, group_advantages
-from train.cluster.recipe import SPARES, VERSION, ClusterGRPOConfig, Prompt, running
-from train.rollouts import policy_metrics, training_rewards
+from train.cluster.recipe import SPARES, VERSION, ClusterGRPOConfig, Prompt, add_card, running
+from train.metrics import policy_metrics, training_rewards
 from train.samples import Sample, SampleKey, check_all_trained, make_samples
 
 METRICS = "metrics.jsonl"
@@ -373,6 +373,7 @@ class _Turns:
         if found is not None and found > self.best_eval_metric_value:
             self.best_eval_metric_value = found
             ray.get(self.actor_model_group.async_run_method("export", folder=str(self.run.out / "model")))
+            add_card(self.run)
 
 
 class PPOTrainer(_Turns, _modified(sync_trainer.PPOTrainer)):  # type: ignore[misc]

@@ -57,13 +57,15 @@ from train.cluster.preflight import (
 from train.cluster.recipe import (
     RUN_VARIABLE,
     ClusterGRPOConfig,
+    add_card,
     openrlhf_flags,
     read_recipe,
     recipe_names,
     write_prompts,
+    write_run_card,
 )
 from train.curve import draw_curve
-from train.grpo import METRICS, tell_end
+from train.grpo import METRICS, report_end
 from train.settings import make_env, open_run
 
 SLURM = Path(__file__).with_name("slurm.sh")
@@ -166,8 +168,9 @@ def launch(launched: LaunchConfig, out: Console, err: Console) -> None:
     out.print(estimate_table(run, machines=found))
     write_folder(run)
     carry_out(run, address, err)
+    add_card(run)
     draw_curve(run.out / METRICS, run.out / "curve.png")
-    tell_end(run, out)
+    report_end(run, out)
     serve = shlex.join(["vllm", "serve", str(run.out / "model"), "--max-model-len", str(run.max_tokens)])
     out.print(f"Serve it:\n  {serve}", soft_wrap=True, markup=False, highlight=False)
 
@@ -214,6 +217,7 @@ def write_folder(run: ClusterGRPOConfig) -> None:
     config = open_run(run)
     counts = [_count_tasks(run, split) for split in (run.split, run.eval_split)[: 2 if run.eval_every else 1]]
     write_prompts(run, counts[0], counts[-1])
+    write_run_card(run)
     write_atomic(run.out / "config.json", config)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,10 @@ import tyro
 from agents.rollout import EpisodeSpec, episode_specs
 from atommem_env.errors import SettingError
 from eval.options import EnvConfig
+from eval.played_as import CARD, environment_record, write_card
 from eval.run_folder import to_jsonl, write_atomic
 from eval.toml_tables import fields_of, read_recipe_file, read_table, shipped_recipes
-from train.settings import GRPOConfig
+from train.settings import GRPOConfig, make_env
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "cluster"
 VERSION = "0.11.2"  # of OpenRLHF; another is refused
@@ -117,11 +119,12 @@ def read_recipe(name: str) -> ClusterGRPOConfig:
         if table not in ("env", "cluster"):
             raise SettingError(f"{file}: there is no table [{table}]. There are: env, cluster.")
     env = read_table(file, "env", file.tables.get("env", {}), fields_of(EnvConfig))
-    own = read_table(file, "cluster", file.tables.get("cluster", {}), fields_of(ClusterGRPOConfig))
+    fields = {field: kind for field, kind in fields_of(ClusterGRPOConfig).items() if field != "recipe"}
+    own = read_table(file, "cluster", file.tables.get("cluster", {}), fields)
     if "env_id" not in env:
         raise SettingError(f"{file}: [env] must name env_id, for example AtomMem-HotpotQA.")
     try:
-        return ClusterGRPOConfig(**env | own)
+        return ClusterGRPOConfig(**env | own, recipe=file.name)
     except SettingError as error:
         error.add_note(f"in {file}")
         raise
@@ -164,6 +167,24 @@ def write_prompts(run: ClusterGRPOConfig, train_tasks: int, held_out_tasks: int)
         prompts = (Prompt(split=split, place=place % wanted, spec=spec).text() for place, spec in enumerate(specs))
         lines = "".join(to_jsonl({"prompt": prompt, "datasource": split}) for prompt in prompts)
         write_atomic(run.out / f"{name}.jsonl", lines)
+
+
+def write_run_card(run: ClusterGRPOConfig) -> None:
+    """Writes `atommem.json` into the run's folder, from where it goes into that of every model (`add_card`)."""
+    plain = dataclasses.replace(run, embedder="hashing", durability="off")  # its own embedder may be a service
+    env = make_env(plain, run.split)
+    environment = environment_record(run, env)
+    env.close()
+    write_card(
+        run.out, environment, run.max_new_tokens, command="atommem train cluster", run=run.out, recipe=run.recipe
+    )
+
+
+def add_card(run: ClusterGRPOConfig) -> None:
+    """Puts the run's `atommem.json` into the folder of the model that OpenRLHF wrote, if it has written one."""
+    card, model = run.out / CARD, run.out / "model"
+    if card.is_file() and model.is_dir():  # a folder that an earlier version prepared has no card
+        shutil.copyfile(card, model / CARD)
 
 
 def openrlhf_flags(run: ClusterGRPOConfig, model: Path) -> list[str]:
