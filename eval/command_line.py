@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import tyro
 
 from eval.options import EnvConfig, EvalConfig
-from eval.played_as import PlayRecord, compact_json, read_card, read_run
+from eval.played_as import PlayRecord, read_card, read_run, set_text
 
 _Config = TypeVar("_Config")
 _OF_THE_MODEL = ("layout", "dialect", "max_new_tokens")
@@ -110,23 +110,20 @@ def _notes(config: EvalConfig, default: EvalConfig, like: PlayRecord | None, car
 
     notes = []
     if like:
-        taken = _taken(config, default, environment=like.env_id == config.env_id, run=True)
+        taken = _taken(config, default, environment=like.env_id == config.env_id, model=not card, run=True)
         notes.append(f"As in {like.path.parent}: {taken}{left_out(like)}.")
     if card:
-        taken = _taken(config, default, environment=card.env_id == config.env_id and not like, run=False)
+        recorded = card.env_id == config.env_id and not like
+        taken = _taken(config, default, environment=recorded, model=True, run=False)
         notes.append(f"{config.policy} plays as it was trained: {taken}{left_out(card)}; from {card.path}.")
     return notes
 
 
-def _taken(config: EvalConfig, default: EvalConfig, *, environment: bool, run: bool) -> str:
-    """The settings that are the default's, and those that are not, in words.
-
-    Args:
-        environment: whether those of the environment are of interest.
-        run: whether seed and episodes are.
-    """
+def _taken(config: EvalConfig, default: EvalConfig, *, environment: bool, model: bool, run: bool) -> str:
+    """The settings that are the default's, and those that are not, in words: of the environment, the model and the run."""
     now, before = _settings(config), _settings(default)
-    names = [name for name in now if name in _OF_THE_MODEL or (run if name in _OF_THE_RUN else environment)]
+    wanted = dict.fromkeys(_OF_THE_MODEL, model) | dict.fromkeys(_OF_THE_RUN, run)
+    names = [name for name in now if wanted.get(name, environment)]
     changed = [now[name] for name in names if before.get(name) != now[name]]
     but = f"; but {', '.join(changed)}" if changed else ""
     return ", ".join(now[name] for name in names if before.get(name) == now[name]) + but
@@ -139,7 +136,7 @@ def _settings(config: EvalConfig) -> dict[str, str]:
         "env_id": config.env_id,
         "layout": f"layout {config.layout}",
         "max_new_tokens": f"at most {config.max_new_tokens} tokens a reply",
-        **{name: f"{name}={compact_json(value)}" for name, value in options.items()},
+        **{name: f"{name}={value if isinstance(value, str) else set_text(value)}" for name, value in options.items()},
         "seed": f"seed {config.seed}",
         "episodes": f"{config.episodes} episodes",
     }

@@ -6,8 +6,8 @@ goes; `atommem eval` takes its defaults from there, and from another run with `-
     {
       "schema_version": 1,
       "env_id": "AtomMem-Synthetic",
-      "options": {"num_docs": 6, "hops": [2], …},      arguments of `gym.make`, with the task source's defaults
-      "settings": {"dialect": "tags", …},              the `EpisodeSettings` that follow, in full
+      "options": {"embedder": "hashing", "num_docs": 6, …},     arguments of `gym.make`, with the task source's defaults
+      "settings": {"dialect": "tags", "tokenizer": "builtin", …},         the `EpisodeSettings` that follow, in full
       "layout": "terse",
       "sampling": {"max_new_tokens": 64},
       "written_by": {"command": "atommem sft", "recipe": "tiny", "run": "sft"}
@@ -17,6 +17,7 @@ goes; `atommem eval` takes its defaults from there, and from another run with `-
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
 import shlex
@@ -69,7 +70,9 @@ def write_card(
         max_new_tokens: of a reply.
         command, run, recipe: which training run wrote the model: its command, its folder (only the name is stored), its recipe.
     """
-    options = {name: value for name, value in environment["options"].items() if name not in ("durability", "store")}
+    embedder = inspect.signature(AtomMemEnv).parameters["embedder"].default
+    options = {"embedder": embedder, **environment["options"]}
+    options = {name: value for name, value in options.items() if name not in ("durability", "store")}
     if "split" in options:  # else the questions are the environment's own
         options.pop("data", None)
         del options["split"]
@@ -166,16 +169,21 @@ class PlayRecord:
         kinds = {name: kind for name, kind in fields_of(EnvConfig).items() if name not in _NOT_OPTIONS}
         given = {name: value for name, value in options.items() if value is not None}
         own = {name: value for name, value in given.items() if name in kinds}
-        pairs = (f"{name}={compact_json(value)}" for name, value in given.items() if name not in kinds)
+        pairs = (f"{name}={set_text(value)}" for name, value in given.items() if name not in kinds)
         return {**read_table(self.path, "options", own, kinds), "set": tuple(pairs)}
 
 
-def compact_json(value: Any) -> str:
-    """A value as `--set` takes it.
+def set_text(value: Any) -> str:
+    """A value as `--set` takes it: JSON, or the text itself where that is not JSON.
 
-    >>> compact_json([1, 2])
-    '[1,2]'
+    >>> set_text([1, 2]), set_text("bm25"), set_text("12")
+    ('[1,2]', 'bm25', '"12"')
     """
+    if isinstance(value, str):
+        try:
+            json.loads(value)
+        except json.JSONDecodeError:
+            return value
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
