@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -180,7 +179,7 @@ class Driver:
             index=spec.index,
             task_seed=spec.task_seed,
             episode_seed=spec.seed,
-            settings=dataclasses.asdict(self.settings),
+            settings=self.settings.record(),
         )
         act = policy.begin(spec.seed, task if policy.privileged else None)
         turns: list[Turn] = []

@@ -16,7 +16,6 @@ goes; `atommem eval` takes its defaults from there, and from another run with `-
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import json
 import os
@@ -25,14 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
-
 from atommem_env.env import AtomMemEnv
 from atommem_env.errors import AtomMemError, SettingError
-from atommem_env.tasks import source_options
+from atommem_env.plugins import name_of
 from atommem_env.types import ABLATIONS, EpisodeSettings
-from eval.options import EnvConfig
-from eval.run_folder import write_atomic
+from eval.options import EnvConfig, find_spec, make_env
+from eval.run_folder import Record, read_config, write_atomic
 from eval.toml_tables import fields_of, read_table
 
 CARD = "atommem.json"
@@ -40,22 +37,25 @@ _SCHEMA_VERSION = 1  # of the card
 _NOT_OPTIONS = ("env_id", "set", "layout", "temperature", "max_new_tokens", "in_flight")  # fields not of `gym.make`
 
 
-def environment_record(config: EnvConfig, env: AtomMemEnv) -> dict[str, Any]:
-    """What a record says of the environment `env` that `config` describes, and of how a model is shown it."""
-    defaults = {name: option.default for name, option in source_options(env.source.dataset).items()}
+def environment_record(env_id: str, env: AtomMemEnv, options: dict[str, Any], layout: object) -> Record:
+    """What a record says of an environment, and of how a model is shown it, as plain data.
+
+    Args:
+        options: what `gym.make` was given beside the id.
+    """
     record = {
-        "env_id": config.env_id,
-        "options": {**defaults, **config.env_options()},  # defaults too, so that it stays the same when one changes
-        "layout": config.layout,
-        "settings": dataclasses.asdict(env.settings),
+        "env_id": env_id,
+        "options": {**env.source_options, **options},  # defaults too, so that it stays the same when one changes
+        "layout": name_of(layout),
+        "settings": env.settings.record(),
     }
-    resolved: dict[str, Any] = json.loads(json.dumps(record))
-    return resolved
+    plain: Record = json.loads(json.dumps(record, default=name_of))
+    return plain
 
 
 def write_card(
     model: Path,
-    environment: dict[str, Any],
+    environment: Record,
     max_new_tokens: int,
     *,
     command: str,
@@ -93,7 +93,7 @@ def _unseen(env_id: str, options: dict[str, Any]) -> dict[str, str]:
     """The split `test` where the data of this machine has one: neither trained on, nor was the best model chosen by it."""
     split = {"split": "test"}
     try:
-        gym.make(env_id, **options | split | {"embedder": "hashing", "durability": "off"}).close()
+        make_env(env_id, **options | split | {"embedder": "hashing", "durability": "off"}).close()
     except AtomMemError:
         return {}
     return split
@@ -125,9 +125,8 @@ class PlayRecord:
             SettingError: a value in the file is of another type than its field.
         """
         options, settings = self.values["options"], self.values["settings"]
-        spec = gym.registry.get(self.env_id)
-        own, ablation = spec.kwargs if spec else {}, ABLATIONS.get(options.get("ablation"), {})
-        implied = json.loads(json.dumps({**dataclasses.asdict(EpisodeSettings()), **own, **ablation}, default=str))
+        own, ablation = find_spec(self.env_id).kwargs, ABLATIONS.get(options.get("ablation"), {})
+        implied = json.loads(json.dumps({**EpisodeSettings().record(), **own, **ablation}, default=name_of))
         since_changed = {  # defaults of this version that are others than those the record was written with
             name: value for name, value in settings.items() if name not in options and value != implied.get(name)
         }
@@ -219,9 +218,13 @@ def read_run(folder: Path) -> PlayRecord:
 
 
 def read_record(path: Path) -> PlayRecord | None:
-    """What a file says of how episodes were played; None: there is no such file, or it says nothing of that."""
+    """What a file says of how episodes were played; None: there is no such file, or it says nothing of that.
+
+    Raises:
+        DataError: it is no JSON object.
+    """
     if not path.is_file():
         return None
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = read_config(path)
     needed = {"env_id", "options", "settings", "layout", "sampling"}
     return PlayRecord(path, values) if needed <= set(values) else None

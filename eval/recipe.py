@@ -60,9 +60,10 @@ from eval.command_line import parse_eval
 from eval.metrics import summarise
 from eval.options import EvalConfig, PlayConfig
 from eval.played_as import read_card
+from eval.players import prepare_evaluation
 from eval.progress import step_progress
 from eval.report.tables import results_table
-from eval.run import evaluate, prepare_evaluation
+from eval.run import evaluate
 from eval.run_folder import read_jsonl, require_same_config
 from eval.toml_tables import RecipeFile, fields_of, read_recipe_file, read_table
 from eval.workers import Workers
@@ -244,12 +245,12 @@ def check(runs: Sequence[PlannedRun]) -> dict[PlannedRun, str]:
         try:
             if config.embedder in outages:
                 raise outages[config.embedder]
-            env, _, resolved_config = prepare_evaluation(config)
-            with closing(env):
+            driver, _, opened = prepare_evaluation(config)
+            with closing(driver.store):
                 if run.environment not in tried:
                     tried.add(run.environment)
-                    (spec,) = episode_specs(len(env.source), 1, config.seed)
-                    env.source.task(spec.index, spec.task_seed)
+                    (spec,) = episode_specs(opened.tasks, 1, config.seed)
+                    driver.source.task(spec.index, spec.task_seed)
         except _OUTAGES as error:
             troubles[run] = _told(error)
             if isinstance(error, EmbeddingError):
@@ -259,7 +260,7 @@ def check(runs: Sequence[PlannedRun]) -> dict[PlannedRun, str]:
         else:
             try:
                 if run.finished:
-                    require_same_config(config.out / "config.json", resolved_config)
+                    require_same_config(config.out / "config.json", opened.resolved_config)
             except SettingError as error:
                 troubles[run] = f"{_told(error)} Move that folder away, or choose another --out."
     if wrong:
@@ -294,7 +295,7 @@ def play_recipe(
             if run.done or run in failures:
                 continue
             try:
-                evaluate(dataclasses.replace(run.config, resume=run.finished > 0), progress=progress, workers=workers)
+                evaluate(dataclasses.replace(run.config, resume=run.finished > 0), progress=progress, player=workers)
             except Exception as error:  # of any kind: a policy may be anybody's
                 failures[run] = _told(error)
                 trace = "" if isinstance(error, AtomMemError) else traceback.format_exc()

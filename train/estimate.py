@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import gymnasium as gym
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -24,10 +23,10 @@ import pyarrow.parquet as pq
 from agents.models.find import find_model
 from atommem_env.env import split_options
 from atommem_env.errors import MissingDependency, SettingError
-from atommem_env.tasks import source_options
+from atommem_env.tasks import Source, source_options
 from atommem_env.tasks.haystack import MOST_QUESTIONS
 from atommem_env.types import EpisodeSettings
-from eval.options import EnvConfig
+from eval.options import EnvConfig, find_spec
 
 if TYPE_CHECKING:
     from train.settings import LocalGRPOConfig, SFTConfig
@@ -319,17 +318,17 @@ class Turn:
     @classmethod
     def of(cls, run: EnvConfig) -> Turn:
         """Turns in the environment of a run."""
-        dataset, settings, source = environment_of(run)
-        document = _DOCUMENT_TOKENS.get(dataset, 100)
-        sized = source_options(dataset).get("num_docs")
-        context = (source.get("num_docs") or sized.default) * document if sized else settings.chunk_tokens
+        source, settings, options = environment_of(run)
+        document = _DOCUMENT_TOKENS.get(str(source), 100)
+        sized = source_options(source).get("num_docs")
+        context = (options.get("num_docs") or sized.default) * document if sized else settings.chunk_tokens
         chunk, reply = min(settings.chunk_tokens, context), min(SHORT, run.max_new_tokens)
         return cls(
             chunk=chunk,
             entries=min(settings.memory_tokens, settings.top_k * min(reply, document)),
             reply=reply,
             context=context,
-            answering=most_questions(source),
+            answering=most_questions(options),
         )
 
 
@@ -339,17 +338,16 @@ def most_questions(source: Mapping[str, Any]) -> int:
     return MOST_QUESTIONS if questions == "sampled" else int(questions)
 
 
-def environment_of(run: EnvConfig) -> tuple[str, EpisodeSettings, dict[str, Any]]:
-    """Dataset, settings and source options of a run's environment, which is not made: it needs no data.
+def environment_of(run: EnvConfig) -> tuple[Source, EpisodeSettings, dict[str, Any]]:
+    """Source, settings and source options of a run's environment, which is not made: it needs no data.
 
     Raises:
         SettingError: an option that the environment does not have.
     """
-    spec = gym.registry.get(run.env_id)
-    options = {**(spec.kwargs if spec else {}), **run.env_options()}
+    options = {**find_spec(run.env_id).kwargs, **run.env_options()}
     options = {name: value for name, value in options.items() if name not in ("embedder", "store", "durability")}
-    dataset = options.pop("dataset", "hotpotqa")
-    return dataset, *split_options(dataset, options)
+    source = options.pop("source", None)
+    return source, *split_options(source, options)
 
 
 def _longest_sample(folder: Path) -> int:

@@ -78,7 +78,7 @@ class Trainer:
         check_memory(run)
         resolved_config = open_run(run)
         env = make_env(run, run.split)
-        self.environment = environment_record(run, env)  # for the model's folder
+        self.environment = environment_record(run.env_id, env, run.env_options(), run.layout)  # for the model's folder
         self.driver = Driver.of(env)
         self.held_out = Driver.of(make_env(run, run.eval_split)) if run.eval_every else None
         for driver in filter(None, (self.driver, self.held_out)):

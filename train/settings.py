@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import gymnasium as gym
 import tyro
 
 from atommem_env.env import AtomMemEnv
@@ -103,10 +102,7 @@ class GRPOConfig(EnvConfig):
 
 def make_env(run: GRPOConfig, split: str | None) -> AtomMemEnv:
     """The environment of a run, with the tasks of one split."""
-    options = {**run.env_options(), "store": str(run.out / "memory")}
-    env = gym.make(run.env_id, **options | ({"split": split} if split else {})).unwrapped
-    assert isinstance(env, AtomMemEnv)
-    return env
+    return run.make_env(store=str(run.out / "memory"), **({"split": split} if split else {}))
 
 
 def open_run(run: GRPOConfig) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atommem_env.errors import EmbeddingError, SettingError
+from atommem_env.plugins import is_target, load_part, suggest
 from atommem_env.types import EmbeddingKind, EmbeddingRequest, Vector
 
 _CACHED_ENTRIES = 32_768  # about 50 MB of vectors of 384 numbers
@@ -35,7 +36,8 @@ def get_embedder(name: str) -> CachedEmbedder:
 
     Args:
         name: "hashing" (no model), "minilm" (all-MiniLM-L6-v2), "st:MODEL" (a SentenceTransformer on this machine: a folder, or
-            a name of the Hugging Face Hub) or "openai:MODEL" (a service that speaks the OpenAI API, at OPENAI_BASE_URL).
+            a name of the Hugging Face Hub), "openai:MODEL" (a service that speaks the OpenAI API, at OPENAI_BASE_URL), or
+            `module:attribute` of an object or class of one's own.
 
     Raises:
         SettingError: `name` is none of these.
@@ -60,7 +62,18 @@ def get_embedder(name: str) -> CachedEmbedder:
         from atommem_env.embedders.openai_api import OpenAIEmbedder
 
         return CachedEmbedder(OpenAIEmbedder(model), _CACHED_ENTRIES)
-    raise SettingError(f"embedder must be 'hashing', 'minilm', 'st:MODEL' or 'openai:MODEL', got {name!r}.")
+    if is_target(name):
+        part = load_part(name)
+        missing = [needed for needed in ("name", "dimension", "embed") if not hasattr(part, needed)]
+        if missing:
+            raise SettingError(
+                f"An embedder is an object like atommem_env.embedders.Embedder; {name} has no {', '.join(missing)}."
+            )
+        return CachedEmbedder(part, _CACHED_ENTRIES)
+    raise SettingError(
+        f"embedder must be 'hashing', 'minilm', 'st:MODEL', 'openai:MODEL' or module:attribute, got {name!r}"
+        f"{suggest(name, ('hashing', 'minilm')) or '.'}"
+    )
 
 
 def embed(embedder: Embedder, requests: Sequence[EmbeddingRequest]) -> NDArray[np.float32]:

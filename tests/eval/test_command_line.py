@@ -15,7 +15,7 @@ from atommem_env import cli
 from eval.command_line import parse_eval
 from eval.options import EvalConfig
 from eval.played_as import environment_record, write_card
-from eval.run import evaluate, prepare
+from eval.run import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +30,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         set=("hops=[1]", "chunk_tokens=64", "dialect=public_code"),
         durability="off",
     )
-    env, _, _ = prepare(trained)
-    write_card(folder, environment_record(trained, env), 16, command="atommem sft", run=folder)
+    env = trained.make_env()
+    write_card(
+        folder,
+        environment_record(trained.env_id, env, trained.env_options(), trained.layout),
+        16,
+        command="atommem sft",
+        run=folder,
+    )
     env.close()
     return folder
 

@@ -20,7 +20,7 @@ from eval.played_as import (
     read_run,
     write_card,
 )
-from eval.run import evaluate, prepare
+from eval.run import evaluate
 
 SET = ("hops=[1,2]", "chunk_tokens=64", "capacity=3", "dialect=public_code", "ablation=no_scratchpad")
 
@@ -39,8 +39,13 @@ def config(out: Path, **changes: Any) -> EvalConfig:
 def card_of(folder: Path, trained: EvalConfig, **written: Any) -> PlayRecord:
     """The card of a model that was trained like a run."""
     folder.mkdir(exist_ok=True)
-    env, _, _ = prepare(trained)
-    write_card(folder, environment_record(trained, env), 48, **{"command": "atommem sft", "run": folder} | written)
+    env = trained.make_env()
+    write_card(
+        folder,
+        environment_record(trained.env_id, env, trained.env_options(), trained.layout),
+        48,
+        **{"command": "atommem sft", "run": folder} | written,
+    )
     env.close()
     card = read_card(str(folder))
     assert card is not None
@@ -107,7 +112,7 @@ def test_files_of_ones_own_and_their_questions_are_the_environment(tmp_path: Pat
     card = card_of(tmp_path / "model", config(tmp_path, env_id="AtomMem-Files", num_docs=None, set=(), **files))
     again = EvalConfig(**card.environment() | card.playing())
     assert (again.files, again.data) == (files["files"], files["data"])
-    prepare(again)[0].close()
+    again.make_env().close()
 
 
 def test_only_the_folder_of_a_model_has_a_card(tmp_path: Path) -> None:

@@ -252,7 +252,7 @@ class LowercaseEnv(AtomMemEnv):
 
 @pytest.fixture
 def lowercase() -> Iterator[str]:
-    gym.register("AtomMemLowercase-v0", entry_point=LowercaseEnv, kwargs={"dataset": "synthetic"})
+    gym.register("AtomMemLowercase-v0", entry_point=LowercaseEnv, kwargs={"source": "synthetic"})
     yield "AtomMemLowercase-v0"
     del gym.registry["AtomMemLowercase-v0"]
 

@@ -173,7 +173,7 @@ def write_run_card(run: ClusterGRPOConfig) -> None:
     """Writes `atommem.json` into the run's folder, from where it goes into that of every model (`add_card`)."""
     plain = dataclasses.replace(run, embedder="hashing", durability="off")  # its own embedder may be a service
     env = make_env(plain, run.split)
-    environment = environment_record(run, env)
+    environment = environment_record(run.env_id, env, run.env_options(), run.layout)
     env.close()
     write_card(
         run.out, environment, run.max_new_tokens, command="atommem train cluster", run=run.out, recipe=run.recipe
