@@ -53,6 +53,13 @@ def environment_record(env_id: str, env: AtomMemEnv, options: dict[str, Any], la
     return plain
 
 
+def record_of(config: EnvConfig) -> Record:
+    """`environment_record` of the environment that a configuration describes; its embedder may be out of reach."""
+    env = config.make_env(embedder="hashing", durability="off")
+    env.close()
+    return environment_record(config.env_id, env, config.env_options(), config.layout)
+
+
 def write_card(
     model: Path,
     environment: Record,
@@ -65,7 +72,7 @@ def write_card(
     """Writes `atommem.json` into the folder of a model.
 
     Args:
-        environment: what the model was trained on, as from `environment_record`. Which of its questions were trained on is left
+        environment: what the model was trained on, as from `record_of`. Which of its questions were trained on is left
             out: a model is played on the split `test`, or on the environment's own where there is no such split.
         max_new_tokens: of a reply.
         command, run, recipe: which training run wrote the model: its command, its folder (only the name is stored), its recipe.

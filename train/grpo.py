@@ -36,7 +36,7 @@ from atommem_env.errors import CheckpointError, DataError, MissingDependency, Se
 from atommem_env.tokens import get_tokenizer
 from atommem_env.types import Rollout
 from eval.metrics import episode_record, summarise
-from eval.played_as import environment_record, eval_command, write_card
+from eval.played_as import eval_command, record_of, write_card
 from eval.progress import step_progress
 from eval.run_folder import read_jsonl, to_jsonl, write_atomic
 from train.advantages import group_advantages
@@ -77,9 +77,8 @@ class Trainer:
         )
         check_memory(run)
         resolved_config = open_run(run)
-        env = make_env(run, run.split)
-        self.environment = environment_record(run.env_id, env, run.env_options(), run.layout)  # for the model's folder
-        self.driver = Driver.of(env)
+        self.environment = record_of(run)  # for the model's folder
+        self.driver = Driver.of(make_env(run, run.split))
         self.held_out = Driver.of(make_env(run, run.eval_split)) if run.eval_every else None
         for driver in filter(None, (self.driver, self.held_out)):
             if not len(driver.source):

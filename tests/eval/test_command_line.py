@@ -14,7 +14,7 @@ from agents.models.find import TINY
 from atommem_env import cli
 from eval.command_line import parse_eval
 from eval.options import EvalConfig
-from eval.played_as import environment_record, write_card
+from eval.played_as import record_of, write_card
 from eval.run import evaluate
 
 
@@ -30,15 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         set=("hops=[1]", "chunk_tokens=64", "dialect=public_code"),
         durability="off",
     )
-    env = trained.make_env()
-    write_card(
-        folder,
-        environment_record(trained.env_id, env, trained.env_options(), trained.layout),
-        16,
-        command="atommem sft",
-        run=folder,
-    )
-    env.close()
+    write_card(folder, record_of(trained), 16, command="atommem sft", run=folder)
     return folder
 
 

@@ -13,11 +13,11 @@ from eval.options import EvalConfig
 from eval.played_as import (
     CARD,
     PlayRecord,
-    environment_record,
     eval_command,
     read_card,
     read_record,
     read_run,
+    record_of,
     write_card,
 )
 from eval.run import evaluate
@@ -39,14 +39,7 @@ def config(out: Path, **changes: Any) -> EvalConfig:
 def card_of(folder: Path, trained: EvalConfig, **written: Any) -> PlayRecord:
     """The card of a model that was trained like a run."""
     folder.mkdir(exist_ok=True)
-    env = trained.make_env()
-    write_card(
-        folder,
-        environment_record(trained.env_id, env, trained.env_options(), trained.layout),
-        48,
-        **{"command": "atommem sft", "run": folder} | written,
-    )
-    env.close()
+    write_card(folder, record_of(trained), 48, **{"command": "atommem sft", "run": folder} | written)
     card = read_card(str(folder))
     assert card is not None
     return card
@@ -57,7 +50,8 @@ def test_a_run_like_another_is_the_same_run(tmp_path: Path) -> None:
     record = read_run(tmp_path / "run")
     again = EvalConfig(**record.environment() | record.playing(), policy="random", out=tmp_path / "again")
     assert again.num_docs == 6  # a field of its own, where there is one
-    assert set(SET) <= set(again.set)
+    assert again.dialect == "public_code"
+    assert set(again.set) >= set(SET) - {"dialect=public_code"}
     evaluate(again)
     for name in ("config.json", "episodes.jsonl"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()

@@ -17,7 +17,7 @@ from rich.console import Console
 from agents.registry import load_policy
 from atommem_env import cli
 from atommem_env.errors import SettingError
-from eval.played_as import environment_record, write_card
+from eval.played_as import record_of, write_card
 from eval.recipe import FOLDER, PlannedRun, _folder_name, check, plan, play_recipe, read_recipe, tables
 from eval.run_folder import read_jsonl
 
@@ -142,15 +142,7 @@ def test_a_recipe_based_on_another_replaces_its_rows_and_adds_to_what_is_set(tmp
 def test_a_trained_model_keeps_layout_dialect_and_length_unless_its_row_says_otherwise(tmp_path: Path) -> None:
     trained = recipe(tmp_path)[0].config
     trained = dataclasses.replace(trained, layout="terse", set=("dialect=public_code", "top_k=1"))
-    env = trained.make_env()
-    write_card(
-        tmp_path,
-        environment_record(trained.env_id, env, trained.env_options(), trained.layout),
-        16,
-        command="atommem sft",
-        run=tmp_path,
-    )
-    env.close()
+    write_card(tmp_path, record_of(trained), 16, command="atommem sft", run=tmp_path)
     rows = f"""
 [[policies]]
 label = "as trained"

@@ -16,10 +16,10 @@ import tyro
 from agents.rollout import EpisodeSpec, episode_specs
 from atommem_env.errors import SettingError
 from eval.options import EnvConfig
-from eval.played_as import CARD, environment_record, write_card
+from eval.played_as import CARD, record_of, write_card
 from eval.run_folder import to_jsonl, write_atomic
 from eval.toml_tables import fields_of, read_recipe_file, read_table, shipped_recipes
-from train.settings import GRPOConfig, make_env
+from train.settings import GRPOConfig
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "cluster"
 VERSION = "0.11.2"  # of OpenRLHF; another is refused
@@ -171,10 +171,7 @@ def write_prompts(run: ClusterGRPOConfig, train_tasks: int, held_out_tasks: int)
 
 def write_run_card(run: ClusterGRPOConfig) -> None:
     """Writes `atommem.json` into the run's folder, from where it goes into that of every model (`add_card`)."""
-    plain = dataclasses.replace(run, embedder="hashing", durability="off")  # its own embedder may be a service
-    env = make_env(plain, run.split)
-    environment = environment_record(run.env_id, env, run.env_options(), run.layout)
-    env.close()
+    environment = record_of(run)
     write_card(
         run.out, environment, run.max_new_tokens, command="atommem train cluster", run=run.out, recipe=run.recipe
     )
