@@ -19,8 +19,8 @@ from atommem_env.plugins import name_of
 from atommem_env.rewards import get_reward
 from atommem_env.spaces import Text
 from atommem_env.store.memory_store import MemoryStore
-from atommem_env.store.recorder import INTERRUPTED, Recorder
-from atommem_env.store.replay import initial_episode, replay
+from atommem_env.store.recorder import Recorder
+from atommem_env.store.session import EpisodeSession
 from atommem_env.tasks import SOURCES, Source, make_source, source_options
 from atommem_env.types import (
     ABLATIONS,
@@ -151,7 +151,7 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
         self.render_mode = render_mode
         self.episode: Episode | None = None
         self.results: tuple[OperationResult, ...] = ()  # of the last reply
-        self._recorder: Recorder | None = None
+        self._session: EpisodeSession | None = None
         count = gym.spaces.Discrete(_MOST_STEPS)
         self.action_space = Text()
         self.observation_space = gym.spaces.Dict(  # type: ignore[assignment]  # a TypedDict is a dict
@@ -166,7 +166,7 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
     @property
     def episode_id(self) -> str:
         """The name of the running episode in the store; "" before the first reset."""
-        return self._recorder.episode_id if self._recorder else ""
+        return self._session.recorder.episode_id if self._session else ""
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -183,8 +183,6 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
             index, task_seed = self._resume(str(options["resume"]))
         else:
             index, task_seed = int(options.get("index", draws[0])), int(options.get("seed", draws[1]))
-            if not 0 <= index < len(self.source):
-                raise SettingError(f"index must be from 0 to {len(self.source) - 1}, got {index}.")
             self._begin(index, task_seed, draws[2])
         assert self.episode is not None
         if self.render_mode == "human":
@@ -203,16 +201,14 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
 
     def resolve(self, action: str, vectors: ArrayLike) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """The second half: carries out the `action` that was submitted, given the vectors asked for, and keeps it."""
-        assert self.episode is not None
-        assert self._recorder is not None
-        result = self.episode.resolve(vectors)
+        assert self._session is not None
+        result = self._session.resolve(action, vectors)
+        episode = self._session.episode
         self.results = result.results
-        self._recorder.record(self.episode.steps, action, result)
-        info: dict[str, Any] = {"entries": len(self.episode.memory), **count_results(result.results)}
-        if self.episode.stop_reason is not None:
-            info |= outcome_info(self.episode)
-            self._recorder.end(self.episode.stop_reason, self.episode.reward, self.episode.memory)
-        self._write(self._recorder)
+        info: dict[str, Any] = {"entries": len(episode.memory), **count_results(result.results)}
+        if episode.stop_reason is not None:
+            info |= outcome_info(episode)
+        self._write(self._session.recorder)
         if self.render_mode == "human":
             self.render()
         return result.observation, result.reward, result.terminated, result.truncated, info
@@ -233,38 +229,31 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
             self.store.close()
 
     def _begin(self, index: int, task_seed: int, episode_seed: int) -> None:
-        self.episode = Episode(self.source.task(index, task_seed), self.settings, episode_seed)
-        self._recorder = self.store.begin(
+        self._session = EpisodeSession.begin(
+            self.store,
+            self.source,
+            self.settings,
             env_id=self.env_id,
-            task_id=self.episode.task.id,
             index=index,
             task_seed=task_seed,
             episode_seed=episode_seed,
-            settings=self.settings.record(),
         )
+        self.episode = self._session.episode
 
     def _leave(self) -> None:
-        """Keeps what an episode that nobody will finish has in memory."""
-        if self.episode is not None and self._recorder is not None:
-            if self.episode.stop_reason is None and self.episode.steps:
-                self._recorder.end(INTERRUPTED, 0.0, self.episode.memory)
-                self._write(self._recorder)
-            self.episode = self._recorder = None
+        """Stores what an episode that nobody will finish has in memory."""
+        if self.episode is not None and self._session is not None:
+            if self._session.leave():
+                self._write(self._session.recorder)
+            self.episode = self._session = None
 
     def _write(self, recorder: Recorder) -> None:
         self.store.write([recorder])
 
     def _resume(self, episode_id: str) -> tuple[int, int]:
-        """Replays an interrupted episode from the store: the replies again, with the vectors that were kept."""
-        record = self.store.episode(episode_id)
-        if record.status != INTERRUPTED:
-            raise SettingError(
-                f"Episode {episode_id} is over ({record.status}); only an interrupted one can be resumed."
-            )
-        self.episode = initial_episode(record, self.source, self.settings)
-        for _ in replay(self.episode, self.store, episode_id):
-            pass
-        self._recorder = self.store.resume(episode_id)
+        """Replays an interrupted episode of the store; returns the index and the seed of its task."""
+        self._session, record = EpisodeSession.resume(self.store, self.source, self.settings, episode_id)
+        self.episode = self._session.episode
         return record.index, record.task_seed
 
 

@@ -187,7 +187,7 @@ def test_an_environment_id_of_ones_own_goes_through_eval_report_and_grpo(
     (table,) = group(find_runs([tmp_path / "runs"])[0])
     assert (len(table.rows), len(table.rows[0].runs), table.rows[0].numbers["em"]) == (1, 2, 1.0)
     atommem(monkeypatch, "report", "runs")
-    assert env_id in (tmp_path / "runs" / "report" / "report.md").read_text()
+    assert "Riddles-v0" in (tmp_path / "runs" / "report" / "report.md").read_text()
     words = f"grpo {env_id} --model tiny --layout terse --steps 1 --groups 1 --group-size 2 --eval-every 0 --out grpo"
     atommem(monkeypatch, *words.split(), "--max-new-tokens", "8")
     assert (tmp_path / "grpo" / "model" / "config.json").is_file()
@@ -267,7 +267,7 @@ def test_python_and_the_command_line_give_the_same_run(monkeypatch: pytest.Monke
     )
     for name in ("config.json", "episodes.jsonl"):
         assert (tmp_path / "command" / name).read_bytes() == (tmp_path / "python" / name).read_bytes()
-    assert result.episodes == [json.loads(line) for line in (tmp_path / "python" / "episodes.jsonl").open()]
+    assert result.episodes == [*map(json.loads, (tmp_path / "python" / "episodes.jsonl").read_text().splitlines())]
     assert result.table().column("episode").to_pylist() == [0, 1, 2, 3]
 
 

@@ -1,4 +1,4 @@
-"""Embedders: what turns texts into the vectors that a memory is searched by."""
+"""Embedders: they turn texts into the vectors that a memory is searched by."""
 
 from __future__ import annotations
 
@@ -87,27 +87,27 @@ def embed(embedder: Embedder, requests: Sequence[EmbeddingRequest]) -> NDArray[n
         indices = [index for index, request in enumerate(requests) if request.kind == kind]
         if not indices:
             continue
-        found = embedder.embed([requests[index].text for index in indices], kind)
-        if np.shape(found) != (len(indices), embedder.dimension):
+        computed = embedder.embed([requests[index].text for index in indices], kind)
+        if np.shape(computed) != (len(indices), embedder.dimension):
             raise EmbeddingError(
                 f"The embedder {embedder.name!r} must return an array of shape {(len(indices), embedder.dimension)} for "
-                f"{len(indices)} texts, got {np.shape(found)}."
+                f"{len(indices)} texts, got {np.shape(computed)}."
             )
-        vectors[indices] = found
+        vectors[indices] = computed
     return vectors
 
 
 class CachedEmbedder:
-    """Keeps the vectors of the texts asked for last; safe to use from several threads.
+    """Caches the vectors of the texts requested last; safe to use from several threads.
 
     Args:
         embedder: computes what is missing, each text once, in one call.
-        entries: most vectors kept; the ones not asked for longest go first.
+        entries: most vectors in the cache; the least recently used are dropped first.
     """
 
     def __init__(self, embedder: Embedder, entries: int) -> None:
         self.name, self.dimension = embedder.name, embedder.dimension
-        self.hits = 0  # texts found in the cache, or met before in the same call
+        self.hits = 0  # texts that were in the cache, or earlier in the same call
         self.misses = 0  # texts that were embedded
         self._embedder = embedder
         self._entries = entries
@@ -116,11 +116,11 @@ class CachedEmbedder:
 
     def embed(self, texts: Sequence[str], kind: EmbeddingKind) -> NDArray[np.float32]:
         """The unit vectors [len(texts), D] of `texts`, in order."""
-        # A digest stands for its text: the cache would otherwise keep thousands of texts of any size alive.
+        # Digests as keys: otherwise thousands of texts of any size would stay in memory.
         keys = [(kind, blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()) for text in texts]
         with self._lock:
             missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._vectors}
-            # Copies: a row by itself would keep the whole batch that it was computed in.
+            # Copies: a view of a row would keep the whole batch in memory.
             computed = [row.copy() for row in self._embedder.embed(list(missing.values()), kind)] if missing else []
             self._vectors.update(zip(missing, computed, strict=True))
             self.misses += len(missing)
