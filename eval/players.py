@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -19,13 +18,13 @@ from agents.registry import load_policy
 from agents.rollout import Driver, EpisodeSpec, run_blocking
 from atommem_env.env import SETTING_NAMES, AtomMemEnv
 from atommem_env.errors import SettingError
-from atommem_env.plugins import name_of
 from atommem_env.prompts import Layout
 from atommem_env.store.memory_store import MemoryStore
 from atommem_env.tokens import get_tokenizer
 from atommem_env.types import EpisodeSettings, Rollout
 from eval.metrics import SCHEMA_VERSION, episode_cost, episode_record
 from eval.options import EvalConfig, PlayConfig
+from eval.played_as import environment_record
 from eval.run_folder import Record
 
 Env = gym.Env[Any, Any]
@@ -156,18 +155,14 @@ def prepare(config: PlayConfig, parts: Parts) -> tuple[Driver, Policy, Record]:
         config.policy if parts.policy is None else parts.policy, env.settings, sampling, layout, model=parts.model
     )
     resolved_config = {
-        "env_id": config.env_id,
+        **environment_record(config.env_id, env, options, layout),
         "policy": policy.name,
         "episodes": config.episodes,
         "seed": config.seed,
-        # Defaults too, so that the run stays what it is when one changes.
-        "options": {**env.source_options, **options},
-        "layout": name_of(layout),
         "sampling": dataclasses.asdict(sampling),
-        "settings": env.settings.record(),
         "schema_version": SCHEMA_VERSION,
     }
-    return driver, policy, json.loads(json.dumps(resolved_config, default=name_of))
+    return driver, policy, resolved_config
 
 
 def _options_of(env: AtomMemEnv) -> dict[str, Any]:
