@@ -148,7 +148,7 @@ def evaluate(
     player = None if config.workers and parts == Parts() else LocalPlayer(parts)
     if config.workers and player:
         raise SettingError("workers are other processes: name policy, model, layout and environment as texts for them.")
-    evaluate_config(config, _console(progress), player=player)
+    evaluate_config(config, console_for(progress), player=player)
     return _result(folder, temporary=out is None)
 
 
@@ -170,7 +170,7 @@ async def evaluate_async(
     )
     if config.workers:
         raise SettingError("workers are other processes, which have no event loop of the caller's; use evaluate.")
-    await evaluate_config_async(config, LocalPlayer(parts), _console(progress))
+    await evaluate_config_async(config, LocalPlayer(parts), console_for(progress))
     return _result(folder, temporary=out is None)
 
 
@@ -224,7 +224,7 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, str | int | float | Path)
 
 
-def _console(progress: bool) -> Console:
+def console_for(progress: bool) -> Console:
     return Console(stderr=True, quiet=not progress)
 
 
