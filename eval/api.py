@@ -210,7 +210,9 @@ def configure(
         config = kind(env_id=env, policy=name, set=pairs, **fields, **options)
         objects = {key: value for key, value in of_env.items() if not _is_plain(value)}
         if objects:
-            made = make_env(env, **{"store": str(config.out / "memory")} | config.env_options() | objects)
+            made = make_env(
+                env, **{"store": str(config.out / "memory")} | config.env_options(objects.get("source")) | objects
+            )
     given = None if isinstance(policy, str) else policy
     return config, Parts(policy=given, model=model, layout=layout, env=made)
 

@@ -45,7 +45,7 @@ def score(prediction, golds):
 class Riddles:
     dataset = "riddles"
 
-    def __init__(self, count=40, split="train"):
+    def __init__(self, count=40):
         self.count = count
 
     def __len__(self):
@@ -381,7 +381,21 @@ def test_a_task_of_plain_texts_has_an_id_of_its_texts() -> None:
 
 
 def test_collect_in_python_writes_what_the_command_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    atommem(monkeypatch, *"collect AtomMem-Synthetic --policy oracle --num-docs 6 --episodes 4 --out command".split())
+    atommem(
+        monkeypatch,
+        *[
+            "collect",
+            "AtomMem-Synthetic",
+            "--policy",
+            "oracle",
+            "--num-docs",
+            "6",
+            "--episodes",
+            "4",
+            "--out",
+            "command",
+        ],
+    )
     summary = atommem_env.collect("oracle", num_docs=6, episodes=4, out="python", progress=False)
     assert summary["samples"] > 0
     for name in ("config.json", "samples.jsonl"):
