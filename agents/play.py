@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-import gymnasium as gym
 import tyro
 from rich.console import Console
 from rich.panel import Panel
@@ -17,6 +16,7 @@ from agents.registry import METHODS, POLICIES
 from agents.rollout import play_episode
 from atommem_env.dialects import Dialect, get_dialect
 from atommem_env.env import AtomMemEnv
+from atommem_env.make import make_by_id
 from atommem_env.types import Observation, Operation, OperationKind
 
 _SHORT = {
@@ -61,7 +61,7 @@ class _Left(Exception):
 
 
 def main(
-    env_id: tyro.conf.Positional[str] = "AtomMem-Synthetic",
+    env_id: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ENV_ID")] = "AtomMem-Synthetic",
     /,
     *,
     seed: int = 0,
@@ -78,7 +78,7 @@ def main(
     """
     console = Console()
     options: dict[str, Any] = {"num_docs": num_docs, "questions": questions}
-    env = gym.make(env_id, **{name: value for name, value in options.items() if value is not None})
+    env = make_by_id(env_id, **{name: value for name, value in options.items() if value is not None})
     inner = env.unwrapped
     assert isinstance(inner, AtomMemEnv)
     dialect = get_dialect(inner.settings.dialect)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import re
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from agents.baselines import oracle, planner, sanity, world_reader
@@ -21,6 +17,7 @@ from agents.models.load import MODELS, is_model, load_model
 from agents.policy import Policy, as_policy
 from agents.prompting import Method, PromptedPolicy
 from atommem_env.errors import PolicyError
+from atommem_env.plugins import is_target, load_attribute, suggest
 from atommem_env.types import EpisodeSettings
 
 # name → how it is made, and what it does; a star marks the privileged, which are given the golds.
@@ -84,7 +81,6 @@ METHODS: dict[str, tuple[Method, str]] = {
     "append-all": (append_all, "stores every chunk whole, searches for the question, asks with what is found"),
     "memagent": (memagent, "MemAgent: the model writes one memory anew with every chunk, and answers from it"),
 }
-_ATTRIBUTE = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")  # module:attribute
 
 
 def load_policy(
@@ -106,6 +102,7 @@ def load_policy(
 
     Raises:
         PolicyError: there is none of that name.
+        PluginError: `module:attribute` names nothing, or the module cannot be imported.
         ModelNotFound: there is no such model, or it was not fetched yet.
         SettingError: a method cannot work with these settings.
     """
@@ -120,8 +117,8 @@ def load_policy(
         raise PolicyError(f"{left} takes no model; call it {left!r}, got {name!r}. Methods are {', '.join(METHODS)}.")
     if left in METHODS:
         method = METHODS[left][0]
-    elif _ATTRIBUTE.fullmatch(left):
-        found = _attribute(left)
+    elif is_target(left):
+        found = load_attribute(left)
         takes = _parameters(found)
         if not at:
             if takes == 2:
@@ -135,8 +132,9 @@ def load_policy(
             )
         method = found
     else:
+        near = suggest(left, METHODS if at else [*POLICIES, *MODELS, *METHODS]) or "."
         raise PolicyError(
-            f"No policy is called {name!r}. There are {', '.join([*POLICIES, *MODELS])}, METHOD@MODEL with a METHOD of "
+            f"No policy is called {name!r}{near} There are {', '.join([*POLICIES, *MODELS])}, METHOD@MODEL with a METHOD of "
             f"{', '.join(METHODS)}, module:attribute, and module:attribute@MODEL."
         )
     if not model_name:
@@ -153,21 +151,3 @@ def _parameters(found: Any) -> int | None:
     return sum(
         one.default is one.empty and one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD) for one in given
     )
-
-
-def _attribute(name: str) -> Any:
-    """What `module:attribute` names."""
-    module_name, _, attribute = name.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # it is there, and what it imports is not
-        raise PolicyError(
-            f"There is no module {module_name!r} in the working folder, {Path.cwd()}, nor on Python's path."
-        ) from error
-    if not hasattr(module, attribute):
-        raise PolicyError(f"Module {module_name!r} ({module.__file__}) has no {attribute!r}.")
-    return getattr(module, attribute)

@@ -161,7 +161,7 @@ def _ask_missing(config: JudgeConfig, answers: Sequence[_Answer], console: Conso
     write_atomic(path, "".join(map(to_jsonl, kept)))  # without the half line that a killed judge leaves
     with path.open("a", encoding="utf-8", newline="\n") as file, step_progress(console) as progress:
         bar = progress.add_task(
-            f"{config.model} judges", total=len(given), completed=len(given) - len(missing), told=""
+            f"{config.model} judges", total=len(given), completed=len(given) - len(missing), status=""
         )
 
         async def one(answer: _Answer, gate: asyncio.Semaphore) -> None:

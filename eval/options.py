@@ -13,6 +13,16 @@ import atommem_env  # noqa: F401  (registers the environments)
 from agents.chat_policy import GREEDY
 from atommem_env.errors import SettingError
 
+_TEXTS = (
+    "dataset",
+    "durability",
+    "embedder",
+    "render_mode",
+    "source",
+    "store",
+    "tokenizer",
+)  # settings that are no JSON
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnvConfig:
@@ -38,7 +48,8 @@ class EnvConfig:
     durability: str | None = None
     """off; or keep every entry in the folder's memory/, at the end of each episode (episode) or after each reply (step)."""
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE")] = ()
-    """Any other argument of the environment, for example top_k=12 or operations=["create","read"]."""
+    """Any setting of the environment, for example top_k=12 or operations=["create","read"]; `atommem settings ENV_ID` lists
+    them."""
     layout: str = "shared_prefix"
     """How a language model is shown an observation: shared_prefix, terse for small models, or public_code:PATH."""
     temperature: float = GREEDY.temperature
@@ -59,7 +70,7 @@ class EnvConfig:
             name, equals, value = pair.partition("=")
             if not equals:
                 raise SettingError(f"--set takes NAME=VALUE, got {pair!r}.")
-            options[name] = _value(value)
+            options[name] = value if name in _TEXTS else _value(value)
         return options
 
 

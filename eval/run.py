@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
-import gymnasium as gym
 from rich.console import Console
 from rich.progress import (
     Progress,
@@ -31,6 +30,7 @@ from agents.registry import load_policy
 from agents.rollout import Driver, EpisodeSpec, episode_specs, run_blocking
 from atommem_env.env import AtomMemEnv
 from atommem_env.errors import SettingError
+from atommem_env.make import make_by_id
 from atommem_env.tasks import source_options
 from atommem_env.tokens import get_tokenizer
 from atommem_env.types import Rollout
@@ -195,7 +195,7 @@ def prepare(config: PlayConfig) -> tuple[AtomMemEnv, Policy, dict[str, Any]]:
     options = config.env_options()
     if config.episodes < 1:
         raise SettingError(f"episodes must be at least 1, got {config.episodes}.")
-    env = gym.make(config.env_id, **{"store": str(config.out / "memory"), **options}).unwrapped
+    env = make_by_id(config.env_id, **{"store": str(config.out / "memory"), **options}).unwrapped
     assert isinstance(env, AtomMemEnv)
     sampling = Sampling(config.temperature, config.max_new_tokens, config.thinking)
     policy = load_policy(config.policy, env.settings, sampling, config.layout)

@@ -13,6 +13,7 @@ import gymnasium as gym
 import tyro
 
 from atommem_env.errors import SettingError
+from atommem_env.make import make_by_id
 from eval.options import EnvConfig
 from eval.run_folder import require_empty_dir, require_same_config
 
@@ -104,7 +105,7 @@ class GRPOConfig(EnvConfig):
 def make_env(run: GRPOConfig, split: str | None) -> gym.Env[Any, Any]:
     """The environment of a run, with the tasks of one split."""
     options = {**run.env_options(), "store": str(run.out / "memory")}
-    return gym.make(run.env_id, **options | ({"split": split} if split else {}))
+    return make_by_id(run.env_id, **options | ({"split": split} if split else {}))
 
 
 def open_run(run: GRPOConfig) -> str:

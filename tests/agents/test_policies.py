@@ -25,6 +25,7 @@ from atommem_env.errors import (
     EmbeddingError,
     MissingDependency,
     ModelNotFound,
+    PluginError,
     PolicyError,
     PromptTooLong,
     SettingError,
@@ -150,9 +151,11 @@ def test_what_is_no_policy_is_refused() -> None:
     with pytest.raises(PolicyError, match="int"):
         play_episode(env, lambda observation: 3)  # type: ignore[arg-type,return-value]
     settings = driver().settings
-    with pytest.raises(PolicyError, match="oracle"):
+    with pytest.raises(PolicyError, match="No policy is called 'oracel'; did you mean 'oracle'\\? There are oracle, "):
         load_policy("oracel", settings)
-    with pytest.raises(PolicyError, match="no module 'no_such_module' in the working folder"):
+    with pytest.raises(PolicyError, match="; did you mean 'memagent'"):
+        load_policy("memagnet@tiny", settings)
+    with pytest.raises(PluginError, match="no module 'no_such_module' in the working folder"):
         load_policy("no_such_module:policy", settings)
 
 
@@ -165,14 +168,14 @@ def test_a_policy_of_ones_own_is_found_in_the_working_folder(tmp_path: Path, mon
     assert policy.name == "my_own_policy:policy", "the function's name alone would be that of other policies too"
     assert policy.begin(0, None)(driver().source and {}) == "mine"  # type: ignore[arg-type]
     (tmp_path / "my_broken_policy.py").write_text("import no_such_package")
-    with pytest.raises(ModuleNotFoundError, match="no_such_package"):
+    with pytest.raises(PluginError, match=r"ModuleNotFoundError.*no_such_package.*my_broken_policy.py, line 1\)"):
         load_policy("my_broken_policy:policy", settings)
     (tmp_path / "my_own_method.py").write_text("def method(settings, ask): return lambda observation: ''")
     with pytest.raises(PolicyError, match="my_own_method:method@smollm2"):
         load_policy("my_own_method:method", settings)
     with pytest.raises(PolicyError, match="takes no model"):
         load_policy("my_own_policy:policy@tiny", settings)
-    with pytest.raises(PolicyError, match="has no 'other'"):
+    with pytest.raises(PluginError, match="has no 'other'"):
         load_policy("my_own_policy:other", settings)
 
 

@@ -560,14 +560,14 @@ def follow(run: ClusterGRPOConfig, job: Job, service: EmbeddingService | None, c
     """
     told = 0
     with step_progress(console) as progress:
-        bar = progress.add_task("GRPO", total=run.steps, told="starting")
+        bar = progress.add_task("GRPO", total=run.steps, status="starting")
         running = True
         while running:
             running = check_running("The job", job)
             if running and service and not check_running("The embedding service", service):
                 raise JobFailed(f"The embedding service ended. Its log is {service.log}.")
             step, text = _progress(run)
-            progress.update(bar, completed=step, told=text)
+            progress.update(bar, completed=step, status=text)
             if step != told and not console.is_terminal:  # in a file there is no bar
                 told = step
                 console.print(f"step {step} of {run.steps}: {text}", highlight=False)

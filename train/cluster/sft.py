@@ -206,12 +206,12 @@ def train(run: ClusterSFTConfig, console: Console) -> dict[str, Any]:
     with ExitStack() as stack, ended_by_signals(), step_progress(console) as progress:
         job = LocalJob(words, {}, run.out / "job.log")
         stack.callback(job.stop)
-        bar = progress.add_task("SFT", total=total, told="starting")
+        bar = progress.add_task("SFT", total=total, status="starting")
         running = True
         while running:
             running = check_running("The job", job)
             for line in read_jsonl(run.out / _METRICS)[-1:]:
-                progress.update(bar, completed=line["step"], told=f"loss {line['loss']:.3f}")
+                progress.update(bar, completed=line["step"], status=f"loss {line['loss']:.3f}")
             if running:
                 time.sleep(_POLL)
     return read_jsonl(run.out / _METRICS)[-1]
