@@ -16,6 +16,7 @@ from agents.registry import METHODS, POLICIES
 from agents.rollout import play_episode
 from atommem_env.dialects import Dialect, get_dialect
 from atommem_env.env import AtomMemEnv
+from atommem_env.errors import SettingError
 from atommem_env.make import make_by_id
 from atommem_env.types import Observation, Operation, OperationKind
 
@@ -29,7 +30,7 @@ _SHORT = {
 }
 _HELP = """\
 c TEXT     create an entry
-r TEXT     read: search the memory; what is found is shown from the next step on
+r TEXT     read: search the memory; the matches are shown from the next step on
 u ID TEXT  update an entry
 d ID       delete an entry
 p TEXT     rewrite the scratchpad
@@ -57,7 +58,7 @@ def expand(line: str, dialect: Dialect) -> str:
 
 
 class _Left(Exception):
-    """The person left in mid-episode."""
+    """The person left before the end of the episode."""
 
 
 def main(
@@ -72,15 +73,16 @@ def main(
 
     Args:
         env_id: Environment.
-        seed: Draws the task.
-        num_docs: Documents in the context; the environment's own number where left out.
-        questions: Questions of the task; the environment's own number where left out.
+        seed: Selects the task.
+        num_docs: Documents in the context; the environment's default where left out.
+        questions: Questions of the task; the environment's default where left out.
     """
     console = Console()
     options: dict[str, Any] = {"num_docs": num_docs, "questions": questions}
     env = make_by_id(env_id, **{name: value for name, value in options.items() if value is not None})
     inner = env.unwrapped
-    assert isinstance(inner, AtomMemEnv)
+    if not isinstance(inner, AtomMemEnv):
+        raise SettingError(f"A person can play the environments of AtomMem, got {env_id!r}: {type(inner).__name__}.")
     dialect = get_dialect(inner.settings.dialect)
     console.print(Panel(_HELP, title="how to play"))
 
@@ -104,7 +106,7 @@ def main(
     try:
         rollout = play_episode(env, person, seed=seed)
     except _Left:
-        console.print(f"You left; what you stored is kept ({inner.store.folder}).")
+        console.print(f"You left; your entries are in {inner.store.folder}.")
     else:
         for question, outcome in zip(
             inner.episode.task.questions if inner.episode else (), rollout.questions, strict=True

@@ -164,8 +164,8 @@ examples:
 def main() -> None:
     """Entry point of the command `atommem`.
 
-    Exits with 1 after an error that has a cause outside this program, told in one line; with 2 after words that are no command;
-    with 130 where it was interrupted.
+    Exits with 1 after an error whose cause is outside this program, which is one line on stderr; with 2 where there is no such
+    command; with 130 after an interrupt.
     """
     try:
         try:

@@ -1,4 +1,4 @@
-"""Whether `agents`, `eval` and `train` are this project's: their names are common, and other code has packages of these names.
+"""Whether `agents`, `eval` and `train` are this project's: the names are common, and other code has packages of these names.
 
 `configs` holds files alone, which are read by their path: nothing that is called so can hide them.
 """
@@ -24,44 +24,41 @@ def check_packages(top: str = "train", folder: Path | None = None) -> None:
 
     Args:
         top: one of `PACKAGES`.
-        folder: where Python will look before `sys.path`; Ray puts the working folder there in its workers.
+        folder: looked in before `sys.path`: the working folder, where a job or a worker will look first.
 
     Raises:
         ShadowedPackage: one is not; the message names what hides or overwrote it, and what to do.
     """
     for name in PACKAGES[: PACKAGES.index(top) + 1]:
         ours = _ROOT / name / "__init__.py"
-        spec = None if folder is None else PathFinder.find_spec(name, [str(folder)])
-        if spec is None or spec.origin is None:  # a folder without __init__.py hides nothing
-            spec = _spec(name)
+        spec = _spec(name, folder)
         if spec is None:
             continue  # the import will say so
-        if spec.origin is None:
-            _reject_namespace(name, spec, ours)
-        elif Path(spec.origin).resolve() != ours:
-            raise ShadowedPackage(_hidden(name, Path(spec.origin).resolve()))
-        elif _MARK not in ours.read_text(encoding="utf-8", errors="replace"):
+        # A folder without an `__init__.py` has no origin.
+        found = Path(spec.origin or next(iter(spec.submodule_search_locations or ()), name)).resolve()
+        if found == ours.parent:
+            raise ShadowedPackage(
+                f"{ours} is missing: it went when another distribution with a package {name!r} was uninstalled. "
+                f"Reinstall this one: {_REINSTALL}"
+            )
+        if found != ours:
+            raise ShadowedPackage(_hidden(name, found))
+        if _MARK not in ours.read_text(encoding="utf-8", errors="replace"):
             raise ShadowedPackage(_overwritten(name, ours))
 
 
-def _spec(name: str) -> ModuleSpec | None:
+def _spec(name: str, folder: Path | None) -> ModuleSpec | None:
     """What `import name` imports, or has imported."""
+    first = PathFinder.find_spec(name, [str(folder)]) if folder else None
+    if first and first.origin:  # a folder without an `__init__.py` hides no package that has one
+        return first
     try:
         return find_spec(name)
     except ValueError:  # a module that was made without a spec
         return ModuleSpec(name, None, origin=getattr(sys.modules[name], "__file__", None))
 
 
-def _reject_namespace(name: str, spec: ModuleSpec, ours: Path) -> None:
-    folders = [Path(folder).resolve() for folder in spec.submodule_search_locations or ()]
-    if ours.parent in folders:
-        raise ShadowedPackage(
-            f"{ours} is missing: it went when a distribution that has a package {name!r} too was uninstalled. {_REINSTALL}"
-        )
-    raise ShadowedPackage(_hidden(name, folders[0] if folders else Path("a module without a file")))
-
-
-_REINSTALL = "Install this one again: pip install --force-reinstall --no-deps atommem"
+_REINSTALL = "pip install --force-reinstall --no-deps atommem"
 
 
 def _hidden(name: str, found: Path) -> str:
@@ -71,16 +68,16 @@ def _hidden(name: str, found: Path) -> str:
     if owners:
         return f"{text}; {owners} installed it. Give atommem a virtual environment of its own, or uninstall {owners}."
     return (
-        f"{text}. Rename it, or take {where.parent} off Python's path (`python -P` leaves out the folder of a script, "
-        "and with -m the working folder)."
+        f"{text}. Rename it, or keep {where.parent} off Python's path: run from another folder, or with `python -P`, which "
+        "leaves out a script's own folder and, with -m, the working folder."
     )
 
 
 def _overwritten(name: str, ours: Path) -> str:
-    owners = _owners(ours)
+    owners = _owners(ours) or "another distribution"
     return (
-        f"{ours} is no longer the one of atommem: {owners or 'another distribution'} has a package {name!r} too, and wrote its own over it. Give atommem a "
-        f"virtual environment of its own, or uninstall {owners or 'that one'}. {_REINSTALL}"
+        f"{ours} is no longer that of atommem: {owners} has a package {name!r} too, and wrote its own over it. Give atommem a "
+        f"virtual environment of its own; or uninstall {owners}, and reinstall this one: {_REINSTALL}"
     )
 
 
@@ -90,7 +87,8 @@ def _owners(file: Path) -> str:
         distribution.name
         for distribution in importlib.metadata.distributions()
         for path in distribution.files or ()
-        if path.name == file.name and path.parts[-2:-1] in ((), (file.parent.name,))
+        if path.name == file.name
+        and path.parts[-2:-1] in ((), (file.parent.name,))  # else each is looked up on the disk
         if Path(str(distribution.locate_file(path))).resolve() == file
     }
     return ", ".join(sorted(names - {"atommem"}))

@@ -24,6 +24,7 @@ from agents.policy import Policy
 from agents.rollout import Driver, EpisodeSpec
 from atommem_env.env import AtomMemEnv
 from atommem_env.errors import JobFailed, MissingDependency, SettingError
+from atommem_env.packages import check_packages
 from atommem_env.tokens import get_tokenizer
 from eval.metrics import episode_cost, episode_record
 
@@ -90,6 +91,7 @@ class Workers:
     Raises:
         MissingDependency: Ray is not installed.
         SettingError: `count` is below 1, or no Ray answers at RAY_ADDRESS.
+        ShadowedPackage: the working folder has an `agents` or `eval` of its own, which workers would import.
     """
 
     def __init__(self, count: int) -> None:
@@ -101,6 +103,7 @@ class Workers:
             raise MissingDependency(
                 "--workers needs 'ray' on each machine: pip install 'ray[default]', or 'atommem[cluster]'."
             ) from error
+        check_packages("eval", Path.cwd())  # which Ray puts before all else on the path of its workers
         self._ray, self._owns_ray = ray, not ray.is_initialized()
         sys.path += [folder for folder in (str(Path.cwd()),) if folder not in sys.path]  # for errors of a policy's own
         try:

@@ -47,8 +47,8 @@ def get_command(
         dataset: Which dataset.
         split: Which file, and the name to import it under: dev or train.
         corpus: Documents with `title` and `text` that fill contexts; without it, the other questions' do.
-        url: Another address: of the same file, or, with its SHA-256, of any of the dataset's form.
-        sha256: What the file at the URL must have; without it, what the published file has.
+        url: Another address: of the same file, or, with --sha256, of any file in the dataset's form.
+        sha256: SHA-256 of the file at that address; without it, that of the published file.
     """
     check_names(dataset, split)
     url, sha256, size = find_published(dataset, split, url, sha256)
@@ -84,6 +84,7 @@ def import_command(
         split: The name to import it under.
         corpus: Documents with `title` and `text` that fill contexts; without it, the other questions' do.
     """
+    check_names(dataset, split)
     _import(Console(), dataset, split, files, corpus)
 
 
@@ -144,7 +145,7 @@ def _show(console: Console, reports: Sequence[ImportReport], title: str) -> None
     console.print(table)
     for report in reports:
         notes = {"questions left out: unanswerable": report.unanswerable}
-        notes |= {f"questions mended: {what}": count for what, count in report.repairs.items()}
+        notes |= {f"questions repaired: {what}": count for what, count in report.repairs.items()}
         notes["corpus rows left out: blank, or the same as another"] = report.corpus_left_out
         for line in (report.folder, *(f"  {count:,} {what}" for what, count in notes.items() if count)):
             console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -43,6 +43,7 @@ from rich.console import Console
 from agents.models.find import find_model
 from agents.rollout import Driver
 from atommem_env.errors import DataError, JobFailed, MissingDependency, ModelNotFound, SettingError
+from atommem_env.packages import check_packages
 from eval.progress import step_progress
 from eval.run_folder import read_jsonl, write_atomic
 from train.cluster.preflight import (
@@ -133,6 +134,8 @@ def _split(words: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
 
 def main(launched: LaunchConfig) -> None:
     """Train a model on a cluster: checks, Ray, the embedding service, the job, its progress and its end."""
+    if not launched.dry_run:
+        check_packages("train", Path.cwd())  # where the job will look before all else
     launch(launched, Console(), Console(stderr=True))
 
 

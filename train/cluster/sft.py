@@ -37,6 +37,7 @@ from rich.console import Console
 from agents.models.chat_tokenizer import ChatTokenizer
 from agents.models.find import find_model
 from atommem_env.errors import MissingDependency, ModelNotFound, SettingError
+from atommem_env.packages import check_packages
 from eval.progress import step_progress
 from eval.run_folder import read_jsonl, require_empty_dir, to_jsonl, write_atomic
 from train.cluster.launch import LocalJob, check_running, ended_by_signals
@@ -175,6 +176,7 @@ def main(run: ClusterSFTConfig) -> None:
             model = Path(run.model)
         out.print(shlex.join(launch_command(run, model)), soft_wrap=True, markup=False, highlight=False)
         return
+    check_packages("train", Path.cwd())  # where the job will look before all else
     metrics = train(run, Console(stderr=True))
     out.print(
         f"Loss {metrics['loss']:.3f} in the last of {metrics['step']} updates.\n"
