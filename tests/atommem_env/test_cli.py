@@ -4,6 +4,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,13 +19,25 @@ def atommem(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", CODE, *words], capture_output=True, text=True, timeout=120, **options)  # type: ignore[call-overload,no-any-return]
 
 
-def failed(*words: str, **options: object) -> str:
-    """What a command that fails for a cause outside this program says: one line."""
-    ran = atommem(*words, **options)
-    assert ran.returncode == 1, ran
-    assert ran.stdout == ""
-    assert ran.stderr.count("\n") == 1, ran.stderr
-    return ran.stderr
+@pytest.fixture
+def failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What a command says that fails, in an empty folder, for a cause outside this program: one line."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("a_script", "broken", "helper", "unfinished"):  # of another test's folder
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+    def run(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["atommem", *words])
+        with pytest.raises(SystemExit) as end:
+            main()
+        said = capsys.readouterr()
+        assert end.value.code == 1
+        assert said.out == ""
+        assert said.err.count("\n") == 1, said.err
+        return said.err
+
+    return run
 
 
 def test_help_names_every_command() -> None:
@@ -118,13 +131,15 @@ def test_a_reader_that_has_seen_enough_is_no_error(words: tuple[str, ...]) -> No
         (("AtomMem-Synthetic", "--policy", "helper:plicy"), "did you mean 'policy'?"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_an_evaluation_is_one_line(words: tuple[str, ...], said: str, tmp_path: Path) -> None:
+def test_what_is_wrong_with_an_evaluation_is_one_line(
+    words: tuple[str, ...], said: str, tmp_path: Path, failed: Callable[..., str]
+) -> None:
     (tmp_path / "a-file").write_text("")
     (tmp_path / "broken.py").write_text("import helper\nhelper.fail()\n")
     (tmp_path / "helper.py").write_text("policy = None\ndef fail():\n    {}['x']\n")
     (tmp_path / "unfinished.py").write_text("policy = (\n")
     (tmp_path / "a_script.py").write_text("import sys\nsys.exit(2)\n")
-    line = failed("eval", *words, "--episodes", "1", cwd=tmp_path)
+    line = failed("eval", *words, "--episodes", "1")
     assert line.startswith("atommem eval: ")
     assert said.replace("HERE", str(tmp_path.resolve())) in line
 
@@ -143,8 +158,10 @@ def test_what_is_wrong_with_an_evaluation_is_one_line(words: tuple[str, ...], sa
         (("grpo", "AtomMem-Sinthetic", "--model", "tiny", "--out", "run"), "did you mean 'AtomMem-Synthetic'?"),
     ],
 )
-def test_what_is_wrong_with_other_commands_is_one_line(words: tuple[str, ...], said: str, tmp_path: Path) -> None:
-    assert said in failed(*words, cwd=tmp_path)
+def test_what_is_wrong_with_other_commands_is_one_line(
+    words: tuple[str, ...], said: str, failed: Callable[..., str]
+) -> None:
+    assert said in failed(*words)
 
 
 @pytest.mark.parametrize(
