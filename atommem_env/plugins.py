@@ -93,7 +93,7 @@ def name_of(part: object) -> str:
 def suggest(word: str, known: Iterable[str]) -> str:
     """What was probably meant, to be added to a sentence; "" where nothing is near.
 
-    >>> suggest("orcale", ["oracle", "random"]), suggest("xyz", ["oracle"])
+    >>> suggest("oracel", ["oracle", "random"]), suggest("xyz", ["oracle"])
     ("; did you mean 'oracle'?", '')
     """
     near = difflib.get_close_matches(word, list(known), n=1)

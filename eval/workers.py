@@ -97,13 +97,13 @@ class Workers:
     def __init__(self, count: int) -> None:
         if count < 1:
             raise SettingError(f"workers must be at least 1, got {count}.")
+        check_packages("eval", Path.cwd())  # which Ray puts before all else on the path of its workers
         try:
             import ray
         except ImportError as error:
             raise MissingDependency(
                 "--workers needs 'ray' on each machine: pip install 'ray[default]', or 'atommem[cluster]'."
             ) from error
-        check_packages("eval", Path.cwd())  # which Ray puts before all else on the path of its workers
         self._ray, self._owns_ray = ray, not ray.is_initialized()
         sys.path += [folder for folder in (str(Path.cwd()),) if folder not in sys.path]  # for errors of a policy's own
         try:

@@ -64,7 +64,7 @@ def test_a_group_lists_its_commands_with_their_purposes(group: str) -> None:
         (("import",), "atommem: no command 'import'; did you mean 'data import'?\n"),
         (("xyzzy",), "atommem: no command 'xyzzy'.\n"),
         (("--vresion",), "atommem: no command '--vresion'.\n"),
-        (("data", "impotr"), "atommem data: no command 'impotr'; did you mean 'import'?\n"),
+        (("data", "imp0rt"), "atommem data: no command 'imp0rt'; did you mean 'import'?\n"),
         (("train", "xyzzy"), "atommem train: no command 'xyzzy'.\n"),
     ],
 )
@@ -122,7 +122,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(words: tuple[str, ...]) -> No
         (("AtomMem-Synthetic", "--set", "reward_terms=[1]"), "reward_terms must be finite weights"),
         (("AtomMem-Synthetic", "--set", "scratchpad=5"), "scratchpad must be True or False, got 5."),
         (("AtomMem-Synthetic", "--set", "embedder=5"), "embedder must be"),
-        (("AtomMem-Synthetic", "--policy", "orcale"), "No policy is called 'orcale'; did you mean 'oracle'? "),
+        (("AtomMem-Synthetic", "--policy", "oracel"), "No policy is called 'oracel'; did you mean 'oracle'? "),
         (("AtomMem-Synthetic", "--policy", "rga@tiny"), "No policy is called 'rga@tiny'; did you mean 'rag'? "),
         (("AtomMem-Synthetic", "--policy", "rag@smolm2"), "got 'smolm2'; did you mean 'smollm2'?"),
         (("AtomMem-Synthetic", "--policy", "broken:policy"), "cannot be imported: KeyError: 'x' (HERE/helper.py, line 3)."),
