@@ -10,14 +10,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-import atommem_env  # noqa: F401  (registers the environments)
 from agents.models.load import MODELS
 from agents.registry import METHODS, POLICIES
 from agents.rollout import play_episode
 from atommem_env.dialects import Dialect, get_dialect
-from atommem_env.env import AtomMemEnv
-from atommem_env.errors import SettingError
-from atommem_env.make import make_by_id
+from atommem_env.make import make_env
 from atommem_env.types import Observation, Operation, OperationKind
 
 _SHORT = {
@@ -79,11 +76,8 @@ def main(
     """
     console = Console()
     options: dict[str, Any] = {"num_docs": num_docs, "questions": questions}
-    env = make_by_id(env_id, **{name: value for name, value in options.items() if value is not None})
-    inner = env.unwrapped
-    if not isinstance(inner, AtomMemEnv):
-        raise SettingError(f"A person can play the environments of AtomMem, got {env_id!r}: {type(inner).__name__}.")
-    dialect = get_dialect(inner.settings.dialect)
+    env = make_env(env_id, **{name: value for name, value in options.items() if value is not None})
+    dialect = get_dialect(env.settings.dialect)
     console.print(Panel(_HELP, title="how to play"))
 
     def person(observation: Observation) -> str:
@@ -106,11 +100,9 @@ def main(
     try:
         rollout = play_episode(env, person, seed=seed)
     except _Left:
-        console.print(f"You left; your entries are in {inner.store.folder}.")
+        console.print(f"You left; your entries are in {env.store.folder}.")
     else:
-        for question, outcome in zip(
-            inner.episode.task.questions if inner.episode else (), rollout.questions, strict=True
-        ):
+        for question, outcome in zip(env.episode.task.questions if env.episode else (), rollout.questions, strict=True):
             console.print(
                 f"{question.text}  gold: [bold]{'; '.join(question.answers) or 'none'}[/]  yours: {outcome.prediction}"
             )

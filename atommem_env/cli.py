@@ -331,6 +331,8 @@ def _values(command: str, argument: str, words: Sequence[str]) -> Iterator[str]:
             yield from ("hashing", "minilm")
         case "--layout":
             yield from ("shared_prefix", "terse")
+        case "--dialect":
+            yield from ("tags", "public_code", "tool_calls")
         case "--durability":
             yield from ("off", "episode", "step")
         case "--set":

@@ -144,7 +144,8 @@ def _read_help(text: str) -> tuple[dict[str, list[str]], list[str], list[str]]:
     ... │              Of --this, too.''')
     ({'--what': ['entries', 'turns']}, ['--help'], ['hotpotqa', 'musique', 'PATH'])
     """
-    options: dict[str, list[str]] = {"--recipe": []} if "--recipe NAME" in text else {}
+    # Options that are read before all others, as --recipe, are explained above the list.
+    options: dict[str, list[str]] = {name: [] for name in re.findall(r"^(--[\w-]+) [A-Z]+ ", text, flags=re.MULTILINE)}
     switches: list[str] = []
     for names, metavar in re.findall(r"^[│ ] ((?:-\w, )?--[\w-]+(?:, --[\w-]+)*)(?: (\S+))?", text, flags=re.MULTILINE):
         long_names = [name for name in names.split(", ") if name.startswith("--")]

@@ -5,34 +5,52 @@ from __future__ import annotations
 from typing import Any
 
 import gymnasium as gym
+from gymnasium.envs.registration import EnvSpec, load_env_creator
 
-from atommem_env import ENVIRONMENTS
+from atommem_env.env import AtomMemEnv
 from atommem_env.errors import SettingError
-from atommem_env.plugins import suggest
+from atommem_env.plugins import load_module, suggest
 
 
-def make_by_id(env_id: str, **options: Any) -> gym.Env[Any, Any]:
-    """`gym.make`, where an id that does not exist is a `SettingError` which lists those that do.
+def make_env(env_id: str, **options: Any) -> AtomMemEnv:
+    """An environment by `gym.make`, without the wrappers.
+
+    Args:
+        env_id: of one that is registered, or `module:ID` of one that a module of the working folder registers.
 
     Raises:
-        SettingError: no environment has this id.
-        Exception: what the environment raises when it is made.
+        SettingError: there is no such environment, it is not one of ours, or an option cannot work.
+        PluginError: there is no such module.
     """
+    made = gym.make(find_spec(env_id), **options).unwrapped
+    if not isinstance(made, AtomMemEnv):
+        raise _of_others(env_id, type(made))
+    return made
+
+
+def find_spec(env_id: str) -> EnvSpec:
+    """What Gymnasium registered under an id, or under `module:ID` once the module is imported.
+
+    Raises:
+        SettingError: there is no such environment, or another class than `AtomMemEnv` makes it.
+        PluginError: there is no such module.
+    """
+    module, colon, name = env_id.rpartition(":")
+    if colon:
+        load_module(module)
     try:
-        return gym.make(env_id, **options)
+        spec = gym.spec(name)
     except gym.error.Error as error:
-        raise unknown_id(env_id) from error
-    except ModuleNotFoundError as error:
-        if ":" in env_id:  # "module:id"
-            raise unknown_id(env_id) from error
-        raise
+        ours = sorted(known for known in gym.registry if known.startswith("AtomMem-"))
+        raise SettingError(
+            f"There is no environment {env_id!r}{suggest(name, gym.registry) or '.'} There are {', '.join(ours)}, and module:ID "
+            "of one that your module registers."
+        ) from error
+    made = load_env_creator(spec.entry_point) if isinstance(spec.entry_point, str) else spec.entry_point
+    if isinstance(made, type) and not issubclass(made, AtomMemEnv):
+        raise _of_others(env_id, made)
+    return spec
 
 
-def unknown_id(env_id: str) -> SettingError:
-    """The error of an id that no environment has."""
-    ids = [f"AtomMem-{name}" for name in ENVIRONMENTS]
-    near = suggest(env_id, [*ids, *(f"AtomMem/{name}-v0" for name in ENVIRONMENTS)]) or "."
-    return SettingError(
-        f"No environment is called {env_id!r}{near} There are: {', '.join(ids)}, and what a module of yours registers with "
-        "Gymnasium, as module:id."
-    )
+def _of_others(env_id: str, made: type) -> SettingError:
+    return SettingError(f"{env_id} must be an environment of AtomMem, got {made.__name__}.")

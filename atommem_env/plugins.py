@@ -11,7 +11,8 @@ import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 from traceback import extract_tb
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeGuard
 
 from atommem_env.errors import PluginError, ShadowedPackage
 
@@ -21,7 +22,7 @@ MODULES = (
 _TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
-def is_target(name: object) -> bool:
+def is_target(name: object) -> TypeGuard[str]:
     """Whether a name is of the form `module:attribute`.
 
     >>> is_target("my_module:policy"), is_target("my.package:Class.method"), is_target("oracle"), is_target("openai:a/b")
@@ -30,39 +31,30 @@ def is_target(name: object) -> bool:
     return isinstance(name, str) and _TARGET.fullmatch(name) is not None
 
 
-def load_attribute(target: str) -> Any:
-    """What `module:attribute` names; the module is looked for in the working folder first.
+def load_module(name: str) -> ModuleType:
+    """A module, which is looked for in the working folder first.
 
     Raises:
-        PluginError: there is no such module, it cannot be imported, or it has no such attribute; the message is one line.
-        ShadowedPackage: the module imports `agents`, `eval` or `train`, and finds a package that is not this project's.
+        PluginError: there is none, or it cannot be imported; the message is one line.
+        ShadowedPackage: it imports `agents`, `eval` or `train`, and finds a package that is not this project's.
     """
-    module_name, _, attribute = target.partition(":")
     for folder in filter(None, (os.environ.get(MODULES), str(Path.cwd()))):
         if folder not in sys.path:
             sys.path.insert(0, folder)
     try:
-        found: Any = importlib.import_module(module_name)
+        return importlib.import_module(name)
     except ShadowedPackage:
         raise
     except (Exception, SystemExit) as error:  # of any kind: the module is anybody's
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        if missing and f"{module_name}.".startswith(f"{missing}."):
+        if missing and f"{name}.".startswith(f"{missing}."):
             raise PluginError(
-                f"There is no module {module_name!r} in the working folder, {Path.cwd()}, nor on Python's path."
+                f"There is no module {name!r} in the working folder, {Path.cwd()}, nor on Python's path."
             ) from error
         cause = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
         raise PluginError(
-            f"Module {module_name!r} cannot be imported: {type(error).__name__}: {cause} ({_raised_at(error)})."
+            f"Module {name!r} cannot be imported: {type(error).__name__}: {cause} ({_raised_at(error)})."
         ) from error
-    where = getattr(found, "__file__", None)
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise PluginError(
-                f"Module {module_name!r} ({where}) has no {attribute!r}{suggest(part, dir(found)) or '.'}"
-            )
-        found = getattr(found, part)
-    return found
 
 
 def _raised_at(error: BaseException) -> str:
@@ -76,6 +68,42 @@ def _raised_at(error: BaseException) -> str:
     ]  # the first is this module
     last = (of_ones_own or frames)[-1]
     return f"{last.filename}, line {last.lineno}"
+
+
+def load_attribute(target: str) -> Any:
+    """What `module:attribute` names; the module is looked for in the working folder first.
+
+    Raises:
+        PluginError: there is no such module, it cannot be imported, or it has no such attribute.
+        ShadowedPackage: as in `load_module`.
+    """
+    module_name, _, attribute = target.partition(":")
+    found: Any = load_module(module_name)
+    where = getattr(found, "__file__", None)
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise PluginError(
+                f"Module {module_name!r} ({where}) has no {attribute!r}{suggest(part, dir(found)) or '.'}"
+            )
+        found = getattr(found, part)
+    return found
+
+
+def load_part(target: str) -> Any:
+    """What `module:attribute` names where an object is wanted: a class is made into one, without arguments.
+
+    Raises:
+        PluginError: it names nothing, or a class that needs arguments.
+    """
+    found = load_attribute(target)
+    if not isinstance(found, type):
+        return found
+    try:
+        return found()
+    except TypeError as error:
+        raise PluginError(
+            f"{target} is a class that cannot be made without arguments ({error}); name an object."
+        ) from error
 
 
 def name_of(part: object) -> str:

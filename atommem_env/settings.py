@@ -16,15 +16,13 @@ from functools import partial
 from io import StringIO
 from typing import Annotated, Any
 
-import gymnasium as gym
 import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from atommem_env.env import AtomMemEnv
-from atommem_env.errors import SettingError
-from atommem_env.make import unknown_id
+from atommem_env.make import find_spec
 from atommem_env.tasks import SOURCES, source_options
 from atommem_env.types import EpisodeSettings
 
@@ -61,15 +59,9 @@ def settings_of(env_id: str) -> dict[str, list[Setting]]:
 
     Raises:
         SettingError: there is no such environment, or it is not of this project.
+        PluginError: as in `find_spec`.
     """
-    try:
-        spec = gym.spec(env_id)
-    except gym.error.Error as error:
-        raise unknown_id(env_id) from error
-    if spec.entry_point not in (AtomMemEnv, f"{AtomMemEnv.__module__}:{AtomMemEnv.__name__}"):
-        raise SettingError(
-            f"{env_id} is an environment of another project, made by {spec.entry_point}; see its own page."
-        )
+    spec = find_spec(env_id)
     arguments = inspect.signature(AtomMemEnv).parameters
     episode = {field.name: field.default for field in fields(EpisodeSettings)}
     groups = {"Episode": (dict(_field_comments(EpisodeSettings)), episode)}

@@ -51,9 +51,7 @@ def test_the_command_lists_them(capsys: pytest.CaptureFixture[str], monkeypatch:
         assert text in shown
 
 
-@pytest.mark.parametrize(
-    ("env_id", "said"), [("AtomMem-Sinthetic", "did you mean"), ("CartPole-v1", "another project")]
-)
+@pytest.mark.parametrize(("env_id", "said"), [("AtomMem-Sinthetic", "did you mean"), ("CartPole-v1", "of AtomMem")])
 def test_other_environments_are_rejected(env_id: str, said: str) -> None:
     with pytest.raises(SettingError, match=said):
         settings_of(env_id)

@@ -1,10 +1,11 @@
-"""What a cluster run is, and how OpenRLHF is told: a recipe's settings, and the flags that they become."""
+"""What a cluster run is: a recipe's settings, and the flags of OpenRLHF that they become."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +16,16 @@ import tyro
 from agents.rollout import EpisodeSpec, episode_specs
 from atommem_env.errors import SettingError
 from eval.options import EnvConfig
+from eval.played_as import CARD, record_of, write_card
 from eval.run_folder import to_jsonl, write_atomic
-from eval.toml_tables import fields_of, read_table, read_toml
+from eval.toml_tables import fields_of, read_recipe_file, read_table, shipped_recipes
 from train.settings import GRPOConfig
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "cluster"
-VERSION = "0.11.2"  # of OpenRLHF; another is refused
+VERSION = "0.11.2"  # of OpenRLHF; another is rejected
 AGENT = Path(__file__).with_name("agent.py")
 RUN_VARIABLE = "ATOMMEM_RUN"  # names the folder of the run to every process of its job
-SPARES = 3  # of each prompt
+REPLACEMENTS = 3  # of each prompt
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 
@@ -44,11 +46,11 @@ class ClusterGRPOConfig(GRPOConfig):
     zero_stage: int = 3
     """DeepSpeed: 2 shards gradients and moments over the GPUs, 3 the weights as well."""
     offload_optimizer: bool = False
-    """Keep Adam's moments in the machines' memory instead of the GPUs'."""
+    """Hold Adam's moments in the machines' memory instead of the GPUs'."""
     gradient_checkpointing: bool = True
-    """Compute activations twice instead of keeping them: less memory, more time."""
+    """Compute activations twice instead of storing them: less memory, more time."""
     max_tokens: int = 16_384
-    """Longest prompt and reply together; a longer prompt ends the run: nothing is cut."""
+    """Longest prompt and reply together; a longer prompt ends the run: nothing is truncated."""
     gpu_memory_utilization: float = 0.6
     """Share of its GPU's memory that an engine may take."""
     asynchronous: bool = False
@@ -56,9 +58,9 @@ class ClusterGRPOConfig(GRPOConfig):
     partial_rollouts: bool = False
     """With `asynchronous`: new weights reach episodes in the middle."""
     dynamic_filtering: bool = False
-    """Play another task in the place of one whose rollouts all have the same reward."""
+    """Play another task instead of one whose rollouts all have the same reward."""
     retries: int = 2
-    """How often an episode that the infrastructure failed is played anew before its group is dropped and replaced."""
+    """How often an episode that the infrastructure failed is played again before its group is dropped and replaced."""
     embedding_model: str | None = None
     """The model that an embedding service of the run's own serves, for the embedder openai:MODEL; else it runs elsewhere."""
     embedding_gpu_memory: float = 0.1
@@ -94,44 +96,41 @@ class Prompt:
     """What OpenRLHF takes for a prompt: the name of an episode."""
 
     split: str  # train or held_out
-    place: int  # among the prompts of its file; a spare has the place of what it replaces
+    position: int  # among the prompts of its file; a replacement has that of what it replaces
     spec: EpisodeSpec
 
     def text(self) -> str:
-        return json.dumps({"split": self.split, "place": self.place, **dataclasses.asdict(self.spec)})
+        return json.dumps({"split": self.split, "position": self.position, **dataclasses.asdict(self.spec)})
 
     @classmethod
     def of(cls, text: str) -> Prompt:
         fields = json.loads(text)
-        return cls(fields.pop("split"), fields.pop("place"), EpisodeSpec(**fields))
+        return cls(fields.pop("split"), fields.pop("position"), EpisodeSpec(**fields))
 
 
 def read_recipe(name: str) -> ClusterGRPOConfig:
     """The recipe of that name in `configs/cluster/`, or the one in that TOML file.
 
     Raises:
-        SettingError: there is none, or something in it is not as it must be.
+        SettingError: as in `read_recipe_file`, or something in a file is not as it must be.
     """
-    names = recipe_names()
-    path = FOLDER / f"{name}.toml" if name in names else Path(name)
-    if not path.is_file():
-        raise SettingError(f"RECIPE is one of {', '.join(names)}, or the path of a TOML file; got {name!r}.")
-    tables = read_toml(path)
-    for table in tables:
+    file = read_recipe_file(name, FOLDER, joined=("set", "openrlhf"))
+    for table in file.tables:
         if table not in ("env", "cluster"):
-            raise SettingError(f"{path}: there is no table [{table}]. There are: env, cluster.")
-    env = read_table(path, "env", tables.get("env", {}), fields_of(EnvConfig))
-    own = read_table(path, "cluster", tables.get("cluster", {}), fields_of(ClusterGRPOConfig))
+            raise SettingError(f"{file}: there is no table [{table}]. There are: env, cluster.")
+    env = read_table(file, "env", file.tables.get("env", {}), fields_of(EnvConfig))
+    fields = {field: kind for field, kind in fields_of(ClusterGRPOConfig).items() if field != "recipe"}
+    own = read_table(file, "cluster", file.tables.get("cluster", {}), fields)
     if "env_id" not in env:
-        raise SettingError(f"{path}: [env] must name env_id, for example AtomMem-HotpotQA.")
+        raise SettingError(f"{file}: [env] must name env_id, for example AtomMem-HotpotQA.")
     try:
-        return ClusterGRPOConfig(**env | own)
+        return ClusterGRPOConfig(**env | own, recipe=file.name)
     except SettingError as error:
-        error.add_note(f"in {path}")
+        error.add_note(f"in {file}")
         raise
 
 
-def running() -> ClusterGRPOConfig:
+def read_run() -> ClusterGRPOConfig:
     """The run that this process is a part of: the one in the folder that the variable `ATOMMEM_RUN` names.
 
     Raises:
@@ -149,25 +148,40 @@ def running() -> ClusterGRPOConfig:
 
 def recipe_names() -> list[str]:
     """The recipes that come with this package."""
-    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+    return shipped_recipes(FOLDER)
 
 
 def write_prompts(run: ClusterGRPOConfig, train_tasks: int, held_out_tasks: int) -> None:
     """Writes the files of prompts into the run's folder: a prompt names a task, which the executor plays.
 
-    OpenRLHF reads `prompts.jsonl`, exactly those of all steps, and `held_out.jsonl`. The tasks of `spares.jsonl` take the
-    places of those whose group is dropped or filtered: the spares of place p are its lines p, p + N, …, with N prompts in all,
-    so that a resumed run takes the same ones.
+    OpenRLHF reads `prompts.jsonl`, exactly those of all steps, and `held_out.jsonl`. The tasks of `replacements.jsonl` replace
+    those whose group is dropped or filtered: the replacements of prompt p are its lines p, p + N, …, with N prompts in all, so
+    that a resumed run takes the same ones.
     """
     wanted = run.steps * run.groups
-    train = episode_specs(train_tasks, (1 + SPARES) * wanted, run.seed)
-    files = {"prompts": ("train", train[:wanted]), "spares": ("train", train[wanted:])}
+    train = episode_specs(train_tasks, (1 + REPLACEMENTS) * wanted, run.seed)
+    files = {"prompts": ("train", train[:wanted]), "replacements": ("train", train[wanted:])}
     if run.eval_every:
         files["held_out"] = ("held_out", episode_specs(held_out_tasks, run.eval_episodes, run.seed))
     for name, (split, specs) in files.items():
-        prompts = (Prompt(split=split, place=place % wanted, spec=spec).text() for place, spec in enumerate(specs))
+        prompts = (Prompt(split, number % wanted, spec).text() for number, spec in enumerate(specs))
         lines = "".join(to_jsonl({"prompt": prompt, "datasource": split}) for prompt in prompts)
         write_atomic(run.out / f"{name}.jsonl", lines)
+
+
+def write_run_card(run: ClusterGRPOConfig) -> None:
+    """Writes `atommem.json` into the run's folder, from where it goes into that of every model (`add_card`)."""
+    environment = record_of(run)
+    write_card(
+        run.out, environment, run.max_new_tokens, command="atommem train cluster", run=run.out, recipe=run.recipe
+    )
+
+
+def add_card(run: ClusterGRPOConfig) -> None:
+    """Puts the run's `atommem.json` into the folder of the model that OpenRLHF wrote, if it has written one."""
+    card, model = run.out / CARD, run.out / "model"
+    if card.is_file() and model.is_dir():  # a folder that an earlier version prepared has no card
+        shutil.copyfile(card, model / CARD)
 
 
 def openrlhf_flags(run: ClusterGRPOConfig, model: Path) -> list[str]:
