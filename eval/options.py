@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +12,8 @@ import tyro
 from agents.chat_policy import GREEDY
 from atommem_env.env import AtomMemEnv
 from atommem_env.errors import SettingError
-from atommem_env.make import make_env
+from atommem_env.make import find_spec, make_env
+from atommem_env.tasks import Source, source_options
 
 # settings whose values are text, and so no JSON
 _TEXTS = {"dialect", "durability", "embedder", "render_mode", "reward", "source", "store", "tokenizer"}
@@ -61,8 +62,12 @@ class EnvConfig:
     in_flight: int = 64
     """Episodes played at the same time; changes the speed only."""
 
-    def env_options(self) -> dict[str, Any]:
-        """The keyword arguments of `gym.make` that were given."""
+    def env_options(self, source: Source | None = None) -> dict[str, Any]:
+        """The keyword arguments of `gym.make` that were given; a split that is a command's default, where there are splits.
+
+        Args:
+            source: an object in the place of `self.source`.
+        """
         names = (
             "split",
             "data",
@@ -84,6 +89,9 @@ class EnvConfig:
             if not equals:
                 raise SettingError(f"--set takes NAME=VALUE, got {pair!r}.")
             options[name] = value if name in _TEXTS else _value(value)
+        default = next(field.default for field in fields(self) if field.name == "split")
+        if "split" in options and self.split == default and not has_splits(self.env_id, options.get("source", source)):
+            del options["split"]
         return options
 
     def make_env(self, **options: Any) -> AtomMemEnv:
@@ -123,6 +131,12 @@ class EvalConfig(PlayConfig):
     the data."""
     resume: bool = False
     """Go on with an interrupted run in the same folder: only what is missing is played."""
+
+
+def has_splits(env_id: str, source: Source | None) -> bool:
+    """Whether the task source of an environment has an option `split`; `source` takes the place of the registered one."""
+    source = find_spec(env_id).kwargs.get("source") if source is None else source
+    return source is not None and "split" in source_options(source)
 
 
 def _value(text: str) -> Any:
