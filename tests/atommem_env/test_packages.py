@@ -61,14 +61,14 @@ def test_the_environment_works_beside_packages_of_ones_own(crowded: Path) -> Non
 
 
 def test_a_script_beside_packages_of_its_own_is_told_which_hides_ours(crowded: Path) -> None:
-    (crowded / "script.py").write_text("import atommem_env.packages\natommem_env.packages.check_packages('eval')\n")
+    (crowded / "script.py").write_text("import atommem_env\natommem_env.evaluate\n")
     ran = run("script.py", cwd=crowded)
     last = ran.stderr.splitlines()[-1]
     assert last.startswith(f"atommem_env.errors.ShadowedPackage: {crowded / 'agents'} hides the package 'agents'")
     assert f"Rename it, or keep {crowded} off Python's path" in last
     shutil.rmtree(crowded / "agents")
     assert run("script.py", cwd=crowded).returncode == 0, "evaluation does without train"
-    (crowded / "script.py").write_text("import eval, atommem_env.packages\natommem_env.packages.check_packages()\n")
+    (crowded / "script.py").write_text("import eval, atommem_env\natommem_env.collect\n")
     assert f"{crowded / 'train.py'} hides" in run("script.py", cwd=crowded).stderr
 
 
@@ -137,6 +137,7 @@ def site(tmp_path: Path) -> Path:
     "words",
     [
         ("-c", COMMAND, "policies"),
+        ("-c", "import atommem_env; atommem_env.evaluate"),
         ("-c", "import eval"),
         ("-c", "import train"),
         ("-c", "import agents.registry"),
