@@ -1,10 +1,14 @@
 """Policies, the models and methods behind them, and what plays episodes with them."""
 
-from agents.chat_policy import ChatModel, Sampling
-from agents.policy import Act, Policy, as_policy
-from agents.prompting import Ask, Method, render_reply
-from agents.registry import load_policy
-from agents.rollout import play_episode, play_episode_async
+from atommem_env.packages import check_packages
+
+check_packages("agents")
+
+from agents.chat_policy import ChatModel, Sampling  # noqa: E402
+from agents.policy import Act, Policy, as_policy  # noqa: E402
+from agents.prompting import Ask, Method, render_reply  # noqa: E402
+from agents.registry import load_policy  # noqa: E402
+from agents.rollout import play_episode, play_episode_async  # noqa: E402
 
 __all__ = [
     "Act",

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-import gymnasium as gym
 import tyro
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-import atommem_env  # noqa: F401  (registers the environments)
 from agents.models.load import MODELS
 from agents.registry import METHODS, POLICIES
 from agents.rollout import play_episode
 from atommem_env.dialects import Dialect, get_dialect
-from atommem_env.env import AtomMemEnv
+from atommem_env.make import make_env
 from atommem_env.types import Observation, Operation, OperationKind
 
 _SHORT = {
@@ -29,7 +27,7 @@ _SHORT = {
 }
 _HELP = """\
 c TEXT     create an entry
-r TEXT     read: search the memory; what is found is shown from the next step on
+r TEXT     read: search the memory; the matches are shown from the next step on
 u ID TEXT  update an entry
 d ID       delete an entry
 p TEXT     rewrite the scratchpad
@@ -57,11 +55,11 @@ def expand(line: str, dialect: Dialect) -> str:
 
 
 class _Left(Exception):
-    """The person left in mid-episode."""
+    """The person left before the end of the episode."""
 
 
 def main(
-    env_id: tyro.conf.Positional[str] = "AtomMem-Synthetic",
+    env_id: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ENV_ID")] = "AtomMem-Synthetic",
     /,
     *,
     seed: int = 0,
@@ -72,16 +70,14 @@ def main(
 
     Args:
         env_id: Environment.
-        seed: Draws the task.
-        num_docs: Documents in the context; the environment's own number where left out.
-        questions: Questions of the task; the environment's own number where left out.
+        seed: Selects the task.
+        num_docs: Documents in the context; the environment's default where left out.
+        questions: Questions of the task; the environment's default where left out.
     """
     console = Console()
     options: dict[str, Any] = {"num_docs": num_docs, "questions": questions}
-    env = gym.make(env_id, **{name: value for name, value in options.items() if value is not None})
-    inner = env.unwrapped
-    assert isinstance(inner, AtomMemEnv)
-    dialect = get_dialect(inner.settings.dialect)
+    env = make_env(env_id, **{name: value for name, value in options.items() if value is not None})
+    dialect = get_dialect(env.settings.dialect)
     console.print(Panel(_HELP, title="how to play"))
 
     def person(observation: Observation) -> str:
@@ -104,11 +100,9 @@ def main(
     try:
         rollout = play_episode(env, person, seed=seed)
     except _Left:
-        console.print(f"You left; what you stored is kept ({inner.store.folder}).")
+        console.print(f"You left; your entries are in {env.store.folder}.")
     else:
-        for question, outcome in zip(
-            inner.episode.task.questions if inner.episode else (), rollout.questions, strict=True
-        ):
+        for question, outcome in zip(env.episode.task.questions if env.episode else (), rollout.questions, strict=True):
             console.print(
                 f"{question.text}  gold: [bold]{'; '.join(question.answers) or 'none'}[/]  yours: {outcome.prediction}"
             )

@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from atommem_env.errors import PolicyError
+from atommem_env.packages import check_packages
 from atommem_env.types import Observation, Reply, Task
+
+check_packages("agents")  # here too: where another's `__init__.py` lies over ours, ours does not run
 
 Act = Callable[[Observation], str | Reply | Awaitable[str | Reply]]
 """Replies to an observation, at once or as a coroutine."""

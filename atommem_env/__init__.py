@@ -64,6 +64,11 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
+    from atommem_env.packages import PACKAGES, check_packages
+
+    package = _MODULES[name].partition(".")[0]
+    if package in PACKAGES:
+        check_packages(package)
     return getattr(import_module(_MODULES[name]), name)
 
 

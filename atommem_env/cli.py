@@ -2,65 +2,151 @@
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 import importlib
 import importlib.metadata
+import io
+import os
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
-from atommem_env.errors import AtomMemError, ShadowedPackage
+from gymnasium.error import Error as GymnasiumError
 
-# command → ("module:function", what it does). The only place where this package names those above it.
+from atommem_env.errors import AtomMemError
+from atommem_env.packages import PACKAGES, check_packages
+from atommem_env.plugins import suggest
+
+
+class Command(NamedTuple):
+    """A subcommand."""
+
+    target: str  # "module:function"
+    purpose: str
+    example: str  # what follows its name
+
+
+# The only place where this package names those above it.
 COMMANDS = {
-    "eval": ("eval.run:main", "Evaluate a policy, or by a recipe many on many environments: tables, every number."),
-    "compare": (
+    "eval": Command(
+        "eval.run:main",
+        "Evaluate a policy, or by a recipe many on many environments: tables, every number.",
+        "AtomMem-Synthetic --policy store-all --episodes 20 --set top_k=4 --out runs/store-all",
+    ),
+    "compare": Command(
         "eval.compare:main",
         "Compare two runs on the same episodes: which questions were won, and whether by chance.",
+        "runs/oracle runs/store-all",
     ),
-    "judge": ("eval.judge:main", "Let a language model pass or fail the answers of a run, beside exact match."),
-    "report": (
+    "judge": Command(
+        "eval.judge:main",
+        "Let a language model pass or fail the answers of a run, beside exact match.",
+        "runs/oracle --model openai:gpt-4o-mini",
+    ),
+    "report": Command(
         "eval.report.report:main",
         "Turn runs into tables (Markdown, CSV, LaTeX) and plots, beside published figures.",
+        "runs/quick",
     ),
-    "grpo": ("train.grpo:main", "Train a model by reinforcement learning, on this machine."),
-    "sft": ("train.sft:main", "Fine-tune a chat model on collected samples."),
-    "collect": ("train.collect:main", "Collect a policy's trajectories, as prompts and completions to train on."),
-    "play": ("agents.play:main", "Be the policy yourself, in the terminal."),
-    "policies": ("agents.play:list_policies", "List the policies that are known by name."),
-    "trace": ("eval.viewer.trace:main", "Write an episode, or a run, as a page to open in a browser."),
-    "quickstart": (
+    "grpo": Command(
+        "train.grpo:main",
+        "Train a model by reinforcement learning, on this machine.",
+        "--recipe tiny --model runs/sft/model --out runs/grpo",
+    ),
+    "sft": Command(
+        "train.sft:main",
+        "Fine-tune a chat model on collected samples.",
+        "runs/samples --recipe tiny --out runs/sft",
+    ),
+    "collect": Command(
+        "train.collect:main",
+        "Collect a policy's trajectories, as prompts and completions to train on.",
+        "--recipe tiny --episodes 300 --out runs/samples",
+    ),
+    "play": Command("agents.play:main", "Be the policy yourself, in the terminal.", "AtomMem-Synthetic --num-docs 8"),
+    "policies": Command("agents.play:list_policies", "List the policies that are known by name.", ""),
+    "settings": Command(
+        "atommem_env.settings:settings_command",
+        "List what can be set in an environment, with its defaults.",
+        "AtomMem-HotpotQA",
+    ),
+    "trace": Command(
+        "eval.viewer.trace:main",
+        "Write an episode, or a run, as a page to open in a browser.",
+        "runs/oracle --episode 3",
+    ),
+    "quickstart": Command(
         "train.quickstart:main",
         "Train a small policy by SFT, then GRPO, and see what it gains; needs no data.",
+        "--out runs/quickstart",
     ),
-    "train cluster": (
+    "train cluster": Command(
         "train.cluster.launch:main",
         "Train on one or many GPU machines, by OpenRLHF, DeepSpeed, vLLM and Ray.",
+        "qwen3-8b-hotpotqa --dry-run",
     ),
-    "train cluster-sft": ("train.cluster.sft:main", "Fine-tune on collected samples on many GPUs, by OpenRLHF."),
-    "data get": (
+    "train cluster-sft": Command(
+        "train.cluster.sft:main",
+        "Fine-tune on collected samples on many GPUs, by OpenRLHF.",
+        "runs/samples --model Qwen/Qwen3-8B --out runs/sft",
+    ),
+    "data get": Command(
         "atommem_env.tasks.catalogue_commands:get_command",
         "Download a dataset's published file and import it.",
+        "hotpotqa --split dev",
     ),
-    "data import": ("atommem_env.tasks.catalogue_commands:import_command", "Make a dataset's file known to gym.make."),
-    "data list": ("atommem_env.tasks.catalogue_commands:list_command", "Show which datasets were imported."),
-    "data verify": ("atommem_env.tasks.catalogue_commands:verify_command", "Check imported data against their hashes."),
-    "memory ls": ("atommem_env.store.commands:ls_command", "List the episodes that a memory store keeps."),
-    "memory show": ("atommem_env.store.commands:show_command", "Show what an episode did to its memory, and kept."),
-    "memory at-step": ("atommem_env.store.commands:at_step_command", "Show an episode's memory as of any reply."),
-    "memory search": ("atommem_env.store.commands:search_command", "Search what episodes kept, one or all."),
-    "memory export": (
+    "data import": Command(
+        "atommem_env.tasks.catalogue_commands:import_command",
+        "Make a dataset's file known to gym.make.",
+        "hotpotqa hotpot_dev_distractor_v1.json --split dev",
+    ),
+    "data list": Command("atommem_env.tasks.catalogue_commands:list_command", "Show which datasets were imported.", ""),
+    "data verify": Command(
+        "atommem_env.tasks.catalogue_commands:verify_command",
+        "Check imported data against their hashes.",
+        "hotpotqa",
+    ),
+    "memory ls": Command(
+        "atommem_env.store.commands:ls_command",
+        "List the episodes in a memory store.",
+        "runs/oracle/memory --last 10",
+    ),
+    "memory show": Command(
+        "atommem_env.store.commands:show_command",
+        "Show an episode's changes to its memory, and the entries at its end.",
+        "runs/oracle/memory 3f2a",
+    ),
+    "memory at-step": Command(
+        "atommem_env.store.commands:at_step_command",
+        "Show an episode's memory as of any reply.",
+        "runs/oracle/memory 3f2a 5",
+    ),
+    "memory search": Command(
+        "atommem_env.store.commands:search_command",
+        "Search the entries of all episodes, or of one.",
+        "runs/oracle/memory 'Who lives in Rome?' --k 5",
+    ),
+    "memory export": Command(
         "atommem_env.store.commands:export_command",
-        "Write what a store keeps as JSON lines or Parquet.",
+        "Write the rows of a store as one file.",
+        "runs/oracle/memory --out entries.parquet",
     ),
-    "models get": ("agents.models.download:get_command", "Fetch a model's weights and make them ready."),
+    "models get": Command(
+        "agents.models.download:get_command", "Fetch a model's weights and make them ready.", "smollm2"
+    ),
+    "completion": Command(
+        "atommem_env.completion:script_command",
+        "Print the script by which bash, zsh or fish completes these commands.",
+        "bash",
+    ),
 }
-_OURS = ("agents", "eval", "train")
 # those whose options can come from a file: what parses their words and calls their function
 _PARSERS = dict.fromkeys(("collect", "sft", "grpo"), "train.recipes:call") | {
     "eval": "eval.recipe:call",
     "train cluster": "train.cluster.launch:call",
 }
+_RECIPES = Path(__file__).resolve().parents[1] / "configs"
 
 _EXAMPLES = """\
 examples:
@@ -71,70 +157,185 @@ examples:
   atommem eval AtomMem-HotpotQA --num-docs 200 --policy my_module:policy --out runs/mine
   atommem eval quick.toml --out runs/quick
 
-`atommem COMMAND --help` explains a command's options."""
+`atommem COMMAND --help` explains a command's options, `atommem settings` what can be set in an environment;
+`atommem completion --help` says how a shell completes all of them."""
 
 
 def main() -> None:
-    """Entry point of the command `atommem`."""
-    words = sys.argv[1:]
-    command = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else " ".join(words[:1])
-    if command not in COMMANDS:
-        asked_for_help = not words or words[0] in ("-h", "--help")
-        print(overview() if asked_for_help else f"atommem: no command {words[0]!r}{_meant(words[0])}\n\n{overview()}")
-        sys.exit(0 if asked_for_help else 2)
-    import tyro
+    """Entry point of the command `atommem`.
 
+    Exits with 1 after an error whose cause is outside this program, which is one line on stderr; with 2 where there is no such
+    command; with 130 after an interrupt.
+    """
     try:
-        function, rest = load(COMMANDS[command][0]), words[len(command.split()) :]
-        if command in _PARSERS:
-            load(_PARSERS[command])(command, function, rest)
-        else:
-            tyro.cli(function, prog=f"atommem {command}", args=rest, config=(tyro.conf.OmitArgPrefixes,))
-    except AtomMemError as error:
-        notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
-        print(f"atommem {command}: {error}{notes}", file=sys.stderr)
+        try:
+            _run(sys.argv[1:])
+        finally:
+            sys.stdout.flush()  # while a closed pipe can still be handled
+    except BrokenPipeError:
+        # Who reads has seen enough (`atommem --help | head -1`). What is left in the buffers must go somewhere.
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         sys.exit(1)
 
 
-def _meant(word: str) -> str:
-    near = difflib.get_close_matches(word, {name.split()[0] for name in COMMANDS}, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+def _run(words: Sequence[str]) -> None:
+    """Does what the words of a command line say."""
+    match words:
+        case [] | ["-h" | "--help", *_]:
+            print(overview())
+            return
+        case ["-V" | "--version", *_]:
+            print(f"atommem {_version()}")
+            return
+        case ["--complete", shell, _, *_]:
+            print(*_complete(shell, words[2:]), sep="\n", end="")
+            return
+        case [group] | [group, "-h" | "--help", *_] if _subcommands(group):
+            print(overview(group))
+            return
+    command = _command(words)
+    if command is None:
+        _reject(words)
+    name = f"atommem {command}"
+    rest = words[len(command.split()) :]
+    try:
+        _call(command, rest)
+    except BrokenPipeError:
+        raise
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (AtomMemError, GymnasiumError, OSError) as error:
+        print(f"{name}: {_message(error)}", file=sys.stderr)
+        sys.exit(1)
 
 
-def overview() -> str:
-    """The text of `atommem --help`."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {command:<{width}} {purpose}" for command, (_, purpose) in COMMANDS.items()]
-    head = [
-        "usage: atommem COMMAND …",
-        "",
-        "Agents that manage their own memory: environment, policies, evaluation.",
-        "",
-    ]
-    return "\n".join([*head, "commands:", *lines, "", _EXAMPLES])
+def _command(words: Sequence[str]) -> str | None:
+    """The command that the words begin with."""
+    names = (" ".join(words[:count]) for count in (2, 1))
+    return next((name for name in names if name in COMMANDS), None)
+
+
+def _call(command: str, words: Sequence[str]) -> None:
+    import tyro
+
+    function = load(COMMANDS[command].target)
+    try:
+        if command in _PARSERS:
+            load(_PARSERS[command])(command, function, words)
+        else:
+            tyro.cli(function, prog=f"atommem {command}", args=words, config=(tyro.conf.OmitArgPrefixes,))
+    except SystemExit as end:
+        if not end.code and {"-h", "--help"} & set(words):
+            print(f"\nexample:\n  atommem {command} {COMMANDS[command].example}".rstrip())
+        raise
+
+
+def _message(error: Exception) -> str:
+    """An error in words, with its notes."""
+    text = str(error)
+    if not isinstance(error, AtomMemError):
+        if isinstance(error, OSError) and error.strerror:
+            text = error.strerror + ("" if error.filename is None else f": {error.filename}")
+        text = " ".join(text.split()) or type(error).__name__
+    return " ".join([text, *(f"({note})" for note in getattr(error, "__notes__", ()))])
+
+
+def _reject(words: Sequence[str]) -> NoReturn:
+    group = words[0] if _subcommands(words[0]) else ""
+    name, word = (f"atommem {group}", words[1]) if group else ("atommem", words[0])
+    known = _subcommands(group) if group else [*(command.split()[0] for command in COMMANDS), *COMMANDS]
+    print(f"{name}: no command {word!r}{suggest(word, known) or '.'}\n\n{overview(group)}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _subcommands(group: str) -> list[str]:
+    """Those of `data`, for example; [] where it is no group."""
+    return [command.split()[1] for command in COMMANDS if command.startswith(f"{group} ")]
+
+
+def overview(group: str = "") -> str:
+    """The text of `atommem --help`, or of `atommem data` and the like."""
+    commands = {name: command for name, command in COMMANDS.items() if name.startswith(f"{group} " if group else "")}
+    width = max(map(len, commands))
+    lines = [f"  {name:<{width}} {command.purpose}" for name, command in commands.items()]
+    if group:
+        return "\n".join([f"usage: atommem {group} COMMAND …", "", "commands:", *lines])
+    about = "Agents that manage their own memory: environment, policies, evaluation."
+    return "\n".join(["usage: atommem COMMAND …", "", about, "", "commands:", *lines, "", _EXAMPLES])
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("atommem")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
 
 
 def load(target: str) -> Any:
     """The object that "module:attribute" names.
 
     Raises:
-        ShadowedPackage: another distribution's package stands where ours should.
+        ShadowedPackage: another package stands where one of ours should.
     """
     module, _, attribute = target.partition(":")
     package = module.partition(".")[0]
-    if package in _OURS:
-        _check_not_shadowed(package)
+    if package in PACKAGES:
+        check_packages(package)
     return getattr(importlib.import_module(module), attribute)
 
 
-def _check_not_shadowed(package: str) -> None:
-    found = importlib.import_module(package)
-    ours = Path(__file__).resolve().parents[1] / package
-    where = Path(found.__file__ or next(iter(found.__path__), "")).resolve()
-    if where.parent != ours and where != ours:
-        owners = importlib.metadata.packages_distributions().get(package, [])
-        culprits = sorted(set(owners) - {"atommem"}) or ["a folder on sys.path"]
-        raise ShadowedPackage(
-            f"The package {package!r} of {', '.join(culprits)} ({where}) hides ours ({ours}). "
-            f"Uninstall it, or use a virtual environment of its own for atommem."
-        )
+# ---------------------------------------------------------------------------------------------------------- completion
+
+
+def _complete(shell: str, typed: Sequence[str]) -> list[str]:
+    """What a shell offers for the last of the words after `atommem`."""
+    from atommem_env.completion import candidates
+
+    return candidates(shell, typed, COMMANDS, _help, _values)
+
+
+def _help(command: str) -> str:
+    """The text of its --help, without line breaks for a narrow terminal."""
+    os.environ["COLUMNS"] = "1000"
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        _call(command, ["--help"])
+    return text.getvalue()
+
+
+def _values(command: str, argument: str, words: Sequence[str]) -> Iterator[str]:
+    """The values of an option, or of an argument without a name, that are known.
+
+    Args:
+        argument: `--policy`, or the metavar ENV_ID, for example.
+        words: of the command so far.
+    """
+    environments = [f"AtomMem-{name}" for name in load("atommem_env:ENVIRONMENTS")]
+    match argument:
+        case "ENV_ID" if command != "train cluster":  # whose recipe names it
+            yield from environments
+            if command == "eval":
+                yield from (path.name for path in sorted((_RECIPES / "eval").glob("*.toml")))
+        case "RECIPE" | "--recipe":
+            folder = "cluster" if argument == "RECIPE" else "train"
+            yield from (path.stem for path in sorted((_RECIPES / folder).glob("*.toml")))
+        case "--policy":
+            models = [name for name in load("agents.models.load:MODELS") if name.islower() and name.isalnum()]
+            yield from (*load("agents.registry:POLICIES"), *models)
+            yield from (f"{method}@{model}" for method in load("agents.registry:METHODS") for model in models)
+        case "--model":
+            yield from (name for name in load("agents.models.load:MODELS") if name.islower() and name.isalnum())
+        case "--embedder":
+            yield from ("hashing", "minilm")
+        case "--layout":
+            yield from ("shared_prefix", "terse")
+        case "--dialect":
+            yield from ("tags", "public_code", "tool_calls")
+        case "--durability":
+            yield from ("off", "episode", "step")
+        case "--set":
+            env_id = next((word for word in words if word in environments), environments[0])
+            for settings in load("atommem_env.settings:settings_of")(env_id).values():
+                yield from (f"{setting.name}=" for setting in settings)

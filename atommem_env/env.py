@@ -16,7 +16,7 @@ from atommem_env.dialects import get_dialect
 from atommem_env.embedders import Embedder, embed, get_embedder
 from atommem_env.episode import Episode
 from atommem_env.errors import SettingError
-from atommem_env.plugins import name_of
+from atommem_env.plugins import name_of, suggest
 from atommem_env.rewards import get_reward
 from atommem_env.spaces import Text
 from atommem_env.store.memory_store import MemoryStore
@@ -300,11 +300,13 @@ def split_options(source: Source | None, options: dict[str, Any]) -> tuple[Episo
         raise SettingError("The argument dataset is called source now.")
     unknown = sorted(set(options) - SETTING_NAMES - of_source)
     if unknown:
-        known = ", ".join(sorted(SETTING_NAMES | of_source | {"ablation", "embedder", "store", "durability"}))
-        raise SettingError(f"No setting is called {', '.join(unknown)}. There are: {known}.")
+        known = sorted(SETTING_NAMES | of_source | {"ablation", "embedder", "store", "durability"})
+        near = suggest(unknown[0], known) or "."
+        raise SettingError(f"No setting is called {', '.join(unknown)}{near} There are: {', '.join(known)}.")
     if ablation is not None:
-        if ablation not in ABLATIONS:
-            raise SettingError(f"ablation must be one of {', '.join(ABLATIONS)}, got {ablation!r}.")
+        if not isinstance(ablation, str) or ablation not in ABLATIONS:
+            near = suggest(str(ablation), ABLATIONS) or "."
+            raise SettingError(f"ablation must be one of {', '.join(ABLATIONS)}, got {ablation!r}{near}")
         twice = sorted(set(ABLATIONS[ablation]) & set(options))
         if twice:
             raise SettingError(f"ablation={ablation!r} sets {', '.join(twice)}; leave that out, or the ablation.")

@@ -7,12 +7,14 @@ import importlib
 import os
 import re
 import sys
+import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
+from traceback import extract_tb
 from types import ModuleType
 from typing import Any, TypeGuard
 
-from atommem_env.errors import PluginError
+from atommem_env.errors import PluginError, ShadowedPackage
 
 MODULES = (
     "ATOMMEM_MODULES"  # variable with the folder that modules are looked for in after the working folder: on a cluster
@@ -33,35 +35,56 @@ def load_module(name: str) -> ModuleType:
     """A module, which is looked for in the working folder first.
 
     Raises:
-        PluginError: there is none.
-        Exception: what it raises when it is imported.
+        PluginError: there is none, or it cannot be imported; the message is one line.
+        ShadowedPackage: it imports `agents`, `eval` or `train`, and finds a package that is not this project's.
     """
     for folder in filter(None, (os.environ.get(MODULES), str(Path.cwd()))):
         if folder not in sys.path:
             sys.path.insert(0, folder)
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise  # it is there, and what it imports is not
+    except ShadowedPackage:
+        raise
+    except (Exception, SystemExit) as error:  # of any kind: the module is anybody's
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{name}.".startswith(f"{missing}."):
+            raise PluginError(
+                f"There is no module {name!r} in the working folder, {Path.cwd()}, nor on Python's path."
+            ) from error
+        cause = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
         raise PluginError(
-            f"There is no module {name!r} in the working folder, {Path.cwd()}, nor on Python's path."
+            f"Module {name!r} cannot be imported: {type(error).__name__}: {cause} ({_raised_at(error)})."
         ) from error
+
+
+def _raised_at(error: BaseException) -> str:
+    """File and line: the last that is not of an installed package, where there is one."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}, line {error.lineno}"
+    installed = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
+    frames = [frame for frame in extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen ")]
+    of_ones_own = [
+        frame for frame in frames[1:] if not frame.filename.startswith(installed)
+    ]  # the first is this module
+    last = (of_ones_own or frames)[-1]
+    return f"{last.filename}, line {last.lineno}"
 
 
 def load_attribute(target: str) -> Any:
     """What `module:attribute` names; the module is looked for in the working folder first.
 
     Raises:
-        PluginError: there is no such module, or it has no such attribute.
-        Exception: what the module raises when it is imported.
+        PluginError: there is no such module, it cannot be imported, or it has no such attribute.
+        ShadowedPackage: as in `load_module`.
     """
     module_name, _, attribute = target.partition(":")
     found: Any = load_module(module_name)
     where = getattr(found, "__file__", None)
     for part in attribute.split("."):
         if not hasattr(found, part):
-            raise PluginError(f"Module {module_name!r} ({where}) has no {attribute!r}{suggest(part, dir(found))}.")
+            raise PluginError(
+                f"Module {module_name!r} ({where}) has no {attribute!r}{suggest(part, dir(found)) or '.'}"
+            )
         found = getattr(found, part)
     return found
 
@@ -98,7 +121,7 @@ def name_of(part: object) -> str:
 def suggest(word: str, known: Iterable[str]) -> str:
     """What was probably meant, to be added to a sentence; "" where nothing is near.
 
-    >>> suggest("orcale", ["oracle", "random"]), suggest("xyz", ["oracle"])
+    >>> suggest("oracel", ["oracle", "random"]), suggest("xyz", ["oracle"])
     ("; did you mean 'oracle'?", '')
     """
     near = difflib.get_close_matches(word, list(known), n=1)

@@ -7,7 +7,7 @@ a prompt, `T_out` the tokens of a completion.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from hashlib import sha256
@@ -209,10 +209,13 @@ class EpisodeSettings:
                 raise SettingError(f"{name} must be {expected}, got {getattr(self, name)!r}.")
 
         known = ("create", "read", "update", "delete")
+        check("tokenizer", isinstance(self.tokenizer, str), "'builtin' or a path, as text")
+        check("scratchpad", isinstance(self.scratchpad, bool), "True or False")
+        listed = isinstance(self.operations, Collection) and not isinstance(self.operations, str)
+        check("operations", listed, f"a list, a selection of {known}")
         object.__setattr__(self, "operations", tuple(str(name) for name in self.operations))
-        terms = self.reward_terms
-        pairs = list(terms.items() if isinstance(terms, Mapping) else terms)
-        ok = all(len(pair) == 2 and pair[0] in REWARD_TERMS and _finite(pair[1]) for pair in pairs)
+        pairs = _pairs(self.reward_terms)
+        ok = all(name in tuple(REWARD_TERMS) and _finite(weight) for name, weight in pairs)
         check("reward_terms", ok, f"finite weights of {', '.join(REWARD_TERMS)}")
         object.__setattr__(self, "reward_terms", tuple(sorted((name, float(weight)) for name, weight in pairs)))
         check("operations", set(self.operations) <= set(known), f"a selection of {known}")
@@ -234,6 +237,15 @@ class EpisodeSettings:
         """The settings as plain data, as records and stores have them: parts of one's own by `module:attribute`."""
         named = {name: name_of(getattr(self, name)) for name in ("dialect", "reward")}
         return {field.name: getattr(self, field.name) for field in fields(self)} | named
+
+
+def _pairs(terms: object) -> list[tuple[Any, Any]]:
+    """The items of a dict, or of a list of pairs; for anything else a pair that is wrong."""
+    if isinstance(terms, Mapping):
+        return list(terms.items())
+    if isinstance(terms, Sequence) and all(isinstance(pair, Sequence) and len(pair) == 2 for pair in terms):
+        return [(name, weight) for name, weight in terms]
+    return [("", None)]
 
 
 def _finite(value: object) -> bool:

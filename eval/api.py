@@ -27,11 +27,12 @@ from rich.console import Console
 from agents.chat_policy import ChatModel
 from atommem_env.env import AtomMemEnv
 from atommem_env.errors import SettingError
+from atommem_env.make import make_env
 from atommem_env.paths import remove_with, temporary_folder
 from atommem_env.plugins import name_of
 from atommem_env.types import Task, TaskSource
 from eval.compare import compare, read_run
-from eval.options import EnvConfig, EvalConfig, PlayConfig, make_env
+from eval.options import EnvConfig, EvalConfig, PlayConfig
 from eval.players import AnyPolicy, LocalPlayer, Parts
 from eval.run import evaluate as evaluate_config
 from eval.run import evaluate_async as evaluate_config_async

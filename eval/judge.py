@@ -30,10 +30,10 @@ from agents.chat_policy import ChatModel
 from agents.models.load import load_model
 from agents.rollout import episode_specs, run_blocking
 from atommem_env.errors import SettingError
+from atommem_env.make import make_env
 from atommem_env.types import Message, Question
 from eval.compare import Run, read_run
 from eval.metrics import bootstrap_ci95
-from eval.options import make_env
 from eval.progress import step_progress
 from eval.run_folder import read_jsonl, to_jsonl, write_atomic
 
@@ -159,7 +159,7 @@ def _ask_missing(config: JudgeConfig, answers: Sequence[_Answer], console: Conso
     write_atomic(path, "".join(map(to_jsonl, kept)))  # without the half line that a killed judge leaves
     with path.open("a", encoding="utf-8", newline="\n") as file, step_progress(console) as progress:
         bar = progress.add_task(
-            f"{config.model} judges", total=len(given), completed=len(given) - len(missing), told=""
+            f"{config.model} judges", total=len(given), completed=len(given) - len(missing), status=""
         )
 
         async def one(answer: _Answer, gate: asyncio.Semaphore) -> None:

@@ -7,15 +7,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import gymnasium as gym
 import tyro
-from gymnasium.envs.registration import EnvSpec
 
 from agents.chat_policy import GREEDY
 from atommem_env.env import AtomMemEnv
 from atommem_env.errors import SettingError
-from atommem_env.plugins import load_module, suggest
+from atommem_env.make import find_spec, make_env
 from atommem_env.tasks import Source, source_options
+
+# settings whose values are text, and so no JSON
+_TEXTS = {"dialect", "durability", "embedder", "render_mode", "reward", "source", "store", "tokenizer"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +50,8 @@ class EnvConfig:
     durability: str | None = None
     """off; or keep every entry in the folder's memory/, at the end of each episode (episode) or after each reply (step)."""
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE")] = ()
-    """Any other argument of the environment, for example top_k=12 or operations=["create","read"]."""
+    """Any setting of the environment, for example top_k=12 or operations=["create","read"]; `atommem settings ENV_ID` lists
+    them."""
     layout: str = "shared_prefix"
     """How a language model is shown an observation: shared_prefix, terse for small models, public_code:PATH, or
     module:attribute."""
@@ -86,7 +88,7 @@ class EnvConfig:
             name, equals, value = pair.partition("=")
             if not equals:
                 raise SettingError(f"--set takes NAME=VALUE, got {pair!r}.")
-            options[name] = _value(value)
+            options[name] = value if name in _TEXTS else _value(value)
         default = next(field.default for field in fields(self) if field.name == "split")
         if "split" in options and self.split == default and not has_splits(self.env_id, options.get("source", source)):
             del options["split"]
@@ -131,45 +133,10 @@ class EvalConfig(PlayConfig):
     """Go on with an interrupted run in the same folder: only what is missing is played."""
 
 
-def make_env(env_id: str, **options: Any) -> AtomMemEnv:
-    """An environment by `gym.make`, without the wrappers.
-
-    Args:
-        env_id: of one that is registered, or `module:ID` of one that a module of the working folder registers.
-
-    Raises:
-        SettingError: there is no such environment, it is not one of ours, or an option cannot work.
-    """
-    made = gym.make(find_spec(env_id), **options).unwrapped
-    if not isinstance(made, AtomMemEnv):
-        raise SettingError(f"{env_id} must be an environment of AtomMem, got {type(made).__name__}.")
-    return made
-
-
 def has_splits(env_id: str, source: Source | None) -> bool:
     """Whether the task source of an environment has an option `split`; `source` takes the place of the registered one."""
     source = find_spec(env_id).kwargs.get("source") if source is None else source
     return source is not None and "split" in source_options(source)
-
-
-def find_spec(env_id: str) -> EnvSpec:
-    """What Gymnasium registered under an id, or under `module:ID` once the module is imported.
-
-    Raises:
-        SettingError: there is no such environment.
-        PluginError: there is no such module.
-    """
-    module, colon, name = env_id.rpartition(":")
-    if colon:
-        load_module(module)
-    try:
-        return gym.spec(name)
-    except gym.error.Error as error:
-        ours = sorted(known for known in gym.registry if known.startswith("AtomMem-"))
-        raise SettingError(
-            f"There is no environment {env_id!r}{suggest(name, gym.registry) or '.'} There are {', '.join(ours)}, and module:ID "
-            "of one that your module registers."
-        ) from error
 
 
 def _value(text: str) -> Any:

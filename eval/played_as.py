@@ -26,9 +26,10 @@ from typing import Any
 
 from atommem_env.env import AtomMemEnv
 from atommem_env.errors import AtomMemError, SettingError
+from atommem_env.make import find_spec, make_env
 from atommem_env.plugins import name_of
 from atommem_env.types import ABLATIONS, EpisodeSettings
-from eval.options import EnvConfig, find_spec, make_env
+from eval.options import EnvConfig
 from eval.run_folder import Record, read_config, write_atomic
 from eval.toml_tables import fields_of, read_table
 

@@ -12,16 +12,20 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
+from rich.text import Text
 
 
 @dataclass(slots=True)
 class EpisodeBar:
-    """Counts episodes, and tells of replies and of the mean reward beside."""
+    """Counts episodes, and shows the number of replies and the mean reward beside."""
 
     display: Progress
     bar: TaskID
@@ -38,7 +42,7 @@ class EpisodeBar:
 
     def show(self) -> None:
         em = f", EM {fmean(self.rewards):.3f}" if self.rewards else ""
-        self.display.update(self.bar, completed=len(self.rewards), told=f"{self.replies} replies{em}")
+        self.display.update(self.bar, completed=len(self.rewards), status=f"{self.replies} replies{em}")
 
 
 @contextmanager
@@ -47,7 +51,7 @@ def episode_bar(
 ) -> Iterator[EpisodeBar]:
     """A bar for some episodes more than those with `rewards`, in `progress` where that is running."""
     with nullcontext(progress) if progress else step_progress(console or Console(stderr=True)) as display:
-        bar = display.add_task(name, total=len(rewards) + episodes, told="")
+        bar = display.add_task(name, total=len(rewards) + episodes, status="")
         shown = EpisodeBar(display, bar, list(rewards))
         shown.show()
         try:
@@ -57,14 +61,29 @@ def episode_bar(
                 progress.remove_task(bar)
 
 
+class _Description(ProgressColumn):
+    """What is counted; its end is left out where the line is too short for all of it."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.description, no_wrap=True, overflow="ellipsis")
+
+
 def step_progress(console: Console) -> Progress:
-    """A bar that counts, and tells of more beside: its tasks have the field `told`."""
+    """A bar with a count, times and a text: its tasks have the field `status`.
+
+    Where the terminal is narrow, the bar shrinks, then the description; the others stay whole.
+    """
+
+    def whole() -> Column:
+        return Column(no_wrap=True)
+
     return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[told]}"),
+        _Description(),
+        BarColumn(bar_width=None, table_column=Column(ratio=1)),
+        MofNCompleteColumn(table_column=whole()),
+        TimeElapsedColumn(table_column=whole()),
+        TimeRemainingColumn(table_column=whole()),
+        TextColumn("{task.fields[status]}", markup=False, table_column=whole()),
         console=console,
+        expand=True,
     )

@@ -290,7 +290,7 @@ def play_recipe(
     failures = workers.call(check, runs) if workers else check(runs)  # where models are loaded for what follows
     with step_progress(console or Console(stderr=True)) as progress:
         done = sum(run.done for run in runs)
-        bar = progress.add_task("all runs", total=len(runs), completed=done, told="")
+        bar = progress.add_task("all runs", total=len(runs), completed=done, status="")
         for run in runs:
             if run.done or run in failures:
                 continue
@@ -302,7 +302,7 @@ def play_recipe(
                 progress.console.print(escape(f"{run.name} failed. {failures[run]}\n{trace}"))
             else:
                 done += 1
-            progress.update(bar, completed=done, told=f"{len(failures)} failed" if failures else "")
+            progress.update(bar, completed=done, status=f"{len(failures)} failed" if failures else "")
     return failures
 
 

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 from agents.rollout import EpisodeSpec
 from atommem_env.errors import JobFailed, MissingDependency, SettingError
+from atommem_env.packages import check_packages
 from atommem_env.tokens import get_tokenizer
 from eval.metrics import episode_cost, episode_record
 from eval.options import EvalConfig
@@ -90,11 +91,13 @@ class Workers:
     Raises:
         MissingDependency: Ray is not installed.
         SettingError: `count` is below 1, or no Ray answers at RAY_ADDRESS.
+        ShadowedPackage: the working folder has an `agents` or `eval` of its own, which workers would import.
     """
 
     def __init__(self, count: int) -> None:
         if count < 1:
             raise SettingError(f"workers must be at least 1, got {count}.")
+        check_packages("eval", Path.cwd())  # which Ray puts before all else on the path of its workers
         try:
             import ray
         except ImportError as error:

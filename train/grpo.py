@@ -113,7 +113,7 @@ class Trainer:
         """Trains to the end, writes `model/`, and returns the last line of `metrics.jsonl`."""
         run = self.run
         with step_progress(self.console) as progress:
-            bar = progress.add_task("GRPO", total=run.steps, completed=self.step, told="")
+            bar = progress.add_task("GRPO", total=run.steps, completed=self.step, status="")
             if self.step == 0 and run.eval_every:
                 self._keep_line({"step": 0, **self.evaluate()})
             while self.step < run.steps:
@@ -123,8 +123,8 @@ class Trainer:
                 self._keep_line(line)
                 if self.step % run.save_every == 0 or self.step == run.steps:
                     self.save()
-                told = f"reward {line['reward']:.3f}, best held-out EM {max(self.best['em'], 0):.3f}"
-                progress.update(bar, completed=self.step, told=told)
+                status = f"reward {line['reward']:.3f}, best held-out EM {max(self.best['em'], 0):.3f}"
+                progress.update(bar, completed=self.step, status=status)
         self.tensorboard.close()
         self.export()
         return read_jsonl(run.out / METRICS)[-1]

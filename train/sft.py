@@ -121,12 +121,12 @@ def train(run: SFTConfig) -> dict[str, Any]:
     )
     trainer.remove_callback(ProgressCallback)  # it prints a dictionary for each update
     with step_progress(Console(stderr=True)) as progress:
-        bar = progress.add_task("SFT", total=None, told="")
+        bar = progress.add_task("SFT", total=None, status="")
 
         class Bar(TrainerCallback):
             def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
                 told = f"loss {logs['loss']:.3f}" if "loss" in logs else ""
-                progress.update(bar, total=state.max_steps, completed=state.global_step, told=told)
+                progress.update(bar, total=state.max_steps, completed=state.global_step, status=told)
 
         trainer.add_callback(Bar())
         trainer.train()

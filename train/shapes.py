@@ -10,12 +10,13 @@ from typing import Any, get_type_hints
 
 from atommem_env.env import split_options
 from atommem_env.errors import MissingDependency
+from atommem_env.make import find_spec
 from atommem_env.prompts import get_layout
 from atommem_env.tasks import Source, source_options
 from atommem_env.tasks.haystack import MOST_QUESTIONS
 from atommem_env.tokens import BuiltinTokenizer
 from atommem_env.types import EpisodeSettings, Observation
-from eval.options import EnvConfig, find_spec
+from eval.options import EnvConfig
 
 SHORT = 64  # tokens of a usual entry or reply: a sentence or two
 # Of a usual document, title included: the means over the paragraphs of each dataset.

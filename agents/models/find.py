@@ -7,6 +7,7 @@ from pathlib import Path
 
 from atommem_env.errors import MissingDependency, ModelNotFound
 from atommem_env.paths import data_folder
+from atommem_env.plugins import suggest
 
 TINY = Path(__file__).parent / "tiny"  # a base model of the synthetic world, made by train/tiny_base.py
 
@@ -33,7 +34,8 @@ def find_model(name_or_path: str) -> Path:
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name_or_path):
         return _find_in_cache(name_or_path)
     raise ModelNotFound(
-        f"Expected the folder of a Hugging Face model (with a config.json), 'tiny' or 'smollm2', got {name_or_path!r}."
+        f"Expected the folder of a Hugging Face model (with a config.json), 'tiny' or 'smollm2', got {name_or_path!r}"
+        f"{suggest(name_or_path, ('tiny', 'smollm2')) or '.'}"
     )
 
 

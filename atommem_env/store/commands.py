@@ -1,4 +1,4 @@
-"""The commands `atommem memory ls`, `show`, `at-step`, `search` and `export`: what is in a store."""
+"""The commands `atommem memory ls`, `show`, `at-step`, `search` and `export`: the content of a store."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def ls_command(store: Store, /, *, last: int = 50) -> None:
     """List the episodes of a store, the latest at the end.
 
     Args:
-        store: The store's folder, for example `memory` in what `atommem eval --out` wrote.
+        store: The store's folder, for example `memory` in a folder that `atommem eval --out` wrote.
         last: How many to list, the latest ones; 0: all.
     """
     records = _open(store).episodes()
@@ -47,11 +47,11 @@ def ls_command(store: Store, /, *, last: int = 50) -> None:
 
 
 def show_command(store: Store, episode: Text, /) -> None:
-    """Show an episode: how it went, its changes to the memory step by step, and what it kept.
+    """Show an episode: its outcome, its changes to the memory step by step, and the entries at its end.
 
     Args:
         store: The store's folder.
-        episode: The episode's id, or its first characters, as many as it takes.
+        episode: The episode's id, or as many of its first characters as no other has.
     """
     opened = _open(store)
     record = _find(opened, episode)
@@ -68,7 +68,7 @@ def show_command(store: Store, episode: Text, /) -> None:
     for change in opened.changes(record.episode_id):
         table.add_row(str(change["step"]), change["operation"], change["entry_id"], escape(change["text"]))
     console.print(table)
-    _print_entries(console, opened.memory_at(record.episode_id, record.steps), "Kept")
+    _print_entries(console, opened.memory_at(record.episode_id, record.steps), "At the end")
 
 
 def at_step_command(store: Store, episode: Text, step: Annotated[int, tyro.conf.Positional], /) -> None:
@@ -87,7 +87,7 @@ def at_step_command(store: Store, episode: Text, step: Annotated[int, tyro.conf.
 def search_command(
     store: Store, text: Text, /, *, embedder: str = "hashing", k: int = 10, episode: str | None = None
 ) -> None:
-    """Search the entries that episodes kept, by meaning: exact, by cosine similarity.
+    """Search the entries at the end of episodes by meaning: exact search, by cosine similarity.
 
     Args:
         store: The store's folder.
@@ -115,21 +115,21 @@ def export_command(
     what: Literal["entries", "episodes", "journal", "turns"] = "entries",
     vectors: bool = False,
 ) -> None:
-    """Write what a store keeps as one file, to be read without LanceDB.
+    """Write the rows of a store as one file, to be read without LanceDB.
 
     Args:
         store: The store's folder.
         out: The file, JSON lines if it ends in .jsonl, Parquet if in .parquet.
-        what: A row for each entry that was kept, each episode, each change and search, or each reply.
+        what: The rows: an entry at the end of an episode, an episode, a change or search, or a reply.
         vectors: Write the vectors of entries and journal as well.
 
     Raises:
-        SettingError: another kind of file, or it is there already.
+        SettingError: another kind of file, or one that exists.
     """
     if out.suffix not in (".jsonl", ".parquet"):
         raise SettingError(f"--out must end in .jsonl or .parquet, got {out.name!r}.")
     if out.exists():
-        raise SettingError(f"{out} is there already; name another file, or remove it.")
+        raise SettingError(f"{out} exists; name another file, or remove it.")
     opened = _open(store)
     out.parent.mkdir(parents=True, exist_ok=True)
     rows = list(_rows(opened, what, vectors))
@@ -148,7 +148,7 @@ def _open(folder: Path) -> MemoryStore:
     """The store in a folder.
 
     Raises:
-        StoreError: there is none; the message names those below the folder.
+        StoreError: there is none; the message names stores in its subfolders.
     """
     if not (folder / "episodes.lance").is_dir():
         below = sorted(path.parent for path in folder.glob("*/episodes.lance"))
@@ -158,18 +158,18 @@ def _open(folder: Path) -> MemoryStore:
 
 
 def _find(store: MemoryStore, prefix: str) -> EpisodeRecord:
-    """The episode whose id begins so.
+    """The episode whose id begins with `prefix`.
 
     Raises:
         StoreError: there is none, or more than one.
     """
-    found = [record for record in store.episodes() if record.episode_id.startswith(prefix)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        some = ", ".join(record.episode_id[: len(prefix) + 4] for record in found[:5])
+    matching = [record for record in store.episodes() if record.episode_id.startswith(prefix)]
+    if len(matching) == 1:
+        return matching[0]
+    if matching:
+        some = ", ".join(record.episode_id[: len(prefix) + 4] for record in matching[:5])
         raise StoreError(
-            f"{len(found)} episodes begin with {prefix!r}: {some}{', …' * (len(found) > 5)}. Name more of it."
+            f"{len(matching)} episodes begin with {prefix!r}: {some}{', …' * (len(matching) > 5)}. Give more characters."
         )
     raise StoreError(f"No episode begins with {prefix!r}. List them: atommem memory ls {store.folder}")
 

@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from atommem_env.errors import DataError, DatasetNotFound, SettingError
 from atommem_env.paths import data_folder
+from atommem_env.plugins import suggest
 from atommem_env.tasks import hotpotqa, musique, twowiki
 from atommem_env.tasks.jsonl import JsonLines, JsonLinesWriter, read_records
 from atommem_env.tasks.records import Record, required
@@ -122,7 +123,7 @@ def import_dataset(
         DatasetNotFound: there is no such file.
         SettingError: there is no such dataset, no file is given, or the split's name cannot be a file's.
     """
-    _check_names(dataset, split)
+    check_names(dataset, split)
     files = (file,) if isinstance(file, Path) else tuple(file)
     if not files:
         raise SettingError(f"file must name at least one file of {dataset}, got none.")
@@ -153,7 +154,7 @@ def open_file(dataset: str, split: str, file: Path, corpus: Path | None = None) 
         DatasetNotFound: there is no such file.
         SettingError: there is no such dataset.
     """
-    _check_names(dataset, split)
+    check_names(dataset, split)
     key = hashlib.blake2b(repr((FORMAT, dataset)).encode(), digest_size=12)
     for path in filter(None, (file, corpus)):
         if not path.is_file():
@@ -347,7 +348,7 @@ def _read_report(folder: Path) -> ImportReport:
 
 
 def _folder_in_force(dataset: str, split: str) -> Path:
-    _check_names(dataset, split)
+    check_names(dataset, split)
     pointer = data_folder("data", dataset, f"{split}.json")
     if not pointer.is_file():
         others = imported_splits(dataset)
@@ -361,8 +362,10 @@ def _folder_in_force(dataset: str, split: str) -> Path:
     return pointer.with_name(json.loads(pointer.read_text(encoding="utf-8"))["folder"])
 
 
-def _check_names(dataset: str, split: str) -> None:
+def check_names(dataset: str, split: str = "dev") -> None:
+    """Raises `SettingError` where there is no such dataset, or the split's name cannot be a file's."""
     if dataset not in PARSERS:
-        raise SettingError(f"dataset must be one of {', '.join(PARSERS)}; got {dataset!r}.")
+        near = suggest(dataset, PARSERS) or "."
+        raise SettingError(f"dataset must be one of {', '.join(PARSERS)}; got {dataset!r}{near}")
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", split):
         raise SettingError(f"split must be a name of letters, digits, '_', '-' and '.', got {split!r}.")

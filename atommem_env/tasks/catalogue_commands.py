@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -17,6 +17,7 @@ from atommem_env.paths import data_folder
 from atommem_env.tasks.catalogue import (
     PARSERS,
     ImportReport,
+    check_names,
     import_dataset,
     imported_splits,
     open_dataset,
@@ -25,12 +26,12 @@ from atommem_env.tasks.catalogue import (
 )
 from atommem_env.tasks.download import download, find_published
 
-Dataset = Literal["hotpotqa", "2wikimultihopqa", "musique"]
+Dataset = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar=f"{{{','.join(PARSERS)}}}")]
 _COLUMNS = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
 
 
 def get_command(
-    dataset: tyro.conf.Positional[Dataset],
+    dataset: Dataset,
     /,
     *,
     split: str = "dev",
@@ -40,15 +41,16 @@ def get_command(
 ) -> None:
     """Download a dataset's published file, check it against its known SHA-256, and import it.
 
-    What broke off is gone on with when the command is run again.
+    The same command again resumes a download that broke off.
 
     Args:
         dataset: Which dataset.
         split: Which file, and the name to import it under: dev or train.
         corpus: Documents with `title` and `text` that fill contexts; without it, the other questions' do.
-        url: Another address: of the same file, or, with its SHA-256, of any of the dataset's form.
-        sha256: What the file at the URL must have; without it, what the published file has.
+        url: Another address: of the same file, or, with --sha256, of any file in the dataset's form.
+        sha256: SHA-256 of the file at that address; without it, that of the published file.
     """
+    check_names(dataset, split)
     url, sha256, size = find_published(dataset, split, url, sha256)
     console = Console()
     if split in imported_splits(dataset):
@@ -65,7 +67,7 @@ def get_command(
 
 
 def import_command(
-    dataset: tyro.conf.Positional[Dataset],
+    dataset: Dataset,
     files: tyro.conf.Positional[tuple[Path, ...]],
     /,
     *,
@@ -82,10 +84,11 @@ def import_command(
         split: The name to import it under.
         corpus: Documents with `title` and `text` that fill contexts; without it, the other questions' do.
     """
+    check_names(dataset, split)
     _import(Console(), dataset, split, files, corpus)
 
 
-def _import(console: Console, dataset: Dataset, split: str, files: Sequence[Path], corpus: Path | None) -> None:
+def _import(console: Console, dataset: str, split: str, files: Sequence[Path], corpus: Path | None) -> None:
     with Progress(*_COLUMNS, console=console, transient=True) as bar:
         sizes = {path: path.stat().st_size for path in (*files, corpus) if path is not None and path.is_file()}
         tasks = {path: bar.add_task(f"Reading {path.name}", total=size) for path, size in sizes.items()}
@@ -100,12 +103,16 @@ def _import(console: Console, dataset: Dataset, split: str, files: Sequence[Path
     )
 
 
-def verify_command(dataset: tyro.conf.Positional[Dataset | None] = None) -> None:
+def verify_command(
+    dataset: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar=f"[{{{','.join(PARSERS)}}}]")] = None, /
+) -> None:
     """Check imported datasets against the hashes and counts taken when they were imported.
 
     Args:
         dataset: Which dataset; all when left out.
     """
+    if dataset is not None:
+        check_names(dataset)
     names = _imported(dataset)
     _show(Console(), [verify_dataset(*name) for name in names], "Verified, unchanged since the import")
 
@@ -116,7 +123,7 @@ def list_command() -> None:
     _show(Console(), reports, "Imported")
 
 
-def _imported(dataset: Dataset | None) -> list[tuple[str, str]]:
+def _imported(dataset: str | None) -> list[tuple[str, str]]:
     """(dataset, split) of every import; `DatasetNotFound` if there is none."""
     names = [(name, split) for name in ([dataset] if dataset else PARSERS) for split in imported_splits(name)]
     if not names:
@@ -138,7 +145,7 @@ def _show(console: Console, reports: Sequence[ImportReport], title: str) -> None
     console.print(table)
     for report in reports:
         notes = {"questions left out: unanswerable": report.unanswerable}
-        notes |= {f"questions mended: {what}": count for what, count in report.repairs.items()}
+        notes |= {f"questions repaired: {what}": count for what, count in report.repairs.items()}
         notes["corpus rows left out: blank, or the same as another"] = report.corpus_left_out
         for line in (report.folder, *(f"  {count:,} {what}" for what, count in notes.items() if count)):
             console.print(line, markup=False, highlight=False, soft_wrap=True)

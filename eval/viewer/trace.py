@@ -25,6 +25,7 @@ import atommem_env  # noqa: F401  (registers the environments)
 from atommem_env.dialects import get_dialect
 from atommem_env.episode import Episode, legal_text
 from atommem_env.errors import SettingError, StoreError
+from atommem_env.make import make_env
 from atommem_env.scoring import holds
 from atommem_env.store.memory_store import MemoryStore
 from atommem_env.store.recorder import INTERRUPTED, EpisodeRecord
@@ -43,7 +44,6 @@ from atommem_env.types import (
 )
 from eval.compare import read_run
 from eval.metrics import summarise
-from eval.options import make_env
 
 MOST_EPISODES = 50  # a page of more is slow to open
 

@@ -34,6 +34,7 @@ import tyro
 from rich.console import Console
 
 from atommem_env.errors import DataError, JobFailed, SettingError
+from atommem_env.packages import check_packages
 from atommem_env.plugins import MODULES
 from eval.progress import step_progress
 from eval.run_folder import read_jsonl, write_atomic
@@ -138,6 +139,8 @@ def _split(words: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
 
 def main(config: LaunchConfig) -> None:
     """Train a model on a cluster: checks, Ray, the embedding service, the job, its progress and its end."""
+    if not config.dry_run:
+        check_packages("train", Path.cwd())  # which Ray puts before all else on the path of a job's workers
     launch(config, Console(), Console(stderr=True))
 
 
@@ -313,14 +316,14 @@ def follow(run: ClusterGRPOConfig, job: Job, service: EmbeddingService | None, c
     """
     printed = 0
     with step_progress(console) as progress:
-        bar = progress.add_task("GRPO", total=run.steps, told="starting")
+        bar = progress.add_task("GRPO", total=run.steps, status="starting")
         running = True
         while running:
             running = check_running("The job", job)
             if running and service and not check_running("The embedding service", service):
                 raise JobFailed(f"The embedding service ended. Its log is {service.log}.")
             step, text = _progress(run)
-            progress.update(bar, completed=step, told=text)
+            progress.update(bar, completed=step, status=text)
             if step != printed and not console.is_terminal:  # in a file there is no bar
                 printed = step
                 console.print(f"step {step} of {run.steps}: {text}", highlight=False)

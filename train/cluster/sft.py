@@ -214,12 +214,12 @@ def train(run: ClusterSFTConfig, console: Console) -> dict[str, Any]:
         # In the run's folder: for several machines DeepSpeed puts the working folder into PYTHONPATH.
         job = LocalJob(words, _SAFE_PATH, run.out / "job.log", folder=run.out)
         stack.callback(job.stop)
-        bar = progress.add_task("SFT", total=total, told="starting")
+        bar = progress.add_task("SFT", total=total, status="starting")
         running = True
         while running:
             running = check_running("The job", job)
             for line in read_jsonl(run.out / _METRICS)[-1:]:
-                progress.update(bar, completed=line["step"], told=f"loss {line['loss']:.3f}")
+                progress.update(bar, completed=line["step"], status=f"loss {line['loss']:.3f}")
             if running:
                 time.sleep(_POLL)
     write_samples_card(run.samples, run.out, command="atommem train cluster-sft")

@@ -68,7 +68,7 @@ def test_show_and_at_step_tell_an_episode_named_by_a_prefix(store: Path, atommem
     status, said = atommem("show", store, record.episode_id[:6])
     assert status == 0
     assert record.episode_id in said
-    for shown in ("Ada [the first] lives in Rome.", "update", "delete", "Where is Ada?", "Kept: 1 entries"):
+    for shown in ("Ada [the first] lives in Rome.", "update", "delete", "Where is Ada?", "At the end: 1 entries"):
         assert shown in said
     after_one, after_two = (atommem("at-step", store, record.episode_id, step)[1] for step in (1, 2))
     assert "[the first]" in after_one
@@ -115,7 +115,7 @@ def test_what_cannot_be_done_says_what_can(store: Path, tmp_path: Path, atommem)
         (("show", store, ""), "3 episodes begin with ''"),
         (("at-step", store, episode, 99), "step must be from 0"),
         (("export", store, "--out", tmp_path / "rows.csv"), ".jsonl or .parquet"),
-        (("export", store, "--out", tmp_path / "there.jsonl"), "there already"),
+        (("export", store, "--out", tmp_path / "there.jsonl"), "there.jsonl exists; name another file"),
         (("search", store, "Ada", "--embedder", "nothing"), "embedder"),
     ):
         status, said = atommem(*words)

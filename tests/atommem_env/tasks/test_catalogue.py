@@ -361,8 +361,8 @@ def test_commands(
     bad = row(1) | {"_id": None, "supporting_facts": [["T1", 9]]}
     import_command("2wikimultihopqa", (write(tmp_path / "rows", [row(0), bad]),), split="mine", corpus=corpus)
     shown = capsys.readouterr().out
-    assert "1 questions mended: no id" in shown
-    assert "1 questions mended: a supporting sentence does not exist" in shown
+    assert "1 questions repaired: no id" in shown
+    assert "1 questions repaired: a supporting sentence does not exist" in shown
     assert "2 corpus rows left out" in shown
     assert 'gymnasium.make("AtomMem-2WikiMultiHopQA", split="mine")' in shown.replace("\n", "")
     verify_command("2wikimultihopqa")
