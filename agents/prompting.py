@@ -1,8 +1,8 @@
 """A method that prompts a chat model, as a policy: what an episode shows → prompts of the method's own → one reply.
 
-`ChatPolicy` lets the model write the operations itself. Here a few lines of program decide what it is asked, and what is done
-with what it says. Every baseline with a model is such a method (`agents/baselines/`), and so may be yours. In `notes.py`,
-played as `notes:notes@smollm2`:
+`ChatPolicy` lets the model write the operations itself. Here a few lines of code decide what it is asked and how its replies are
+used. Every baseline with a model is such a method (`agents/baselines/`), and you can write your own. In `notes.py`, played as
+`notes:notes@smollm2`; or in a cell of a notebook, as `load_policy(notes, settings, model="smollm2")`:
 
     def notes(settings, ask):
         async def act(observation):
@@ -16,11 +16,10 @@ played as `notes:notes@smollm2`:
 from __future__ import annotations
 
 import dataclasses
-import zlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from agents.chat_policy import GREEDY, ChatModel, Sampling
+from agents.chat_policy import GREEDY, ChatModel, Sampling, sample
 from agents.policy import Act, reply_to
 from atommem_env.dialects import get_dialect
 from atommem_env.episode import legal_text
@@ -43,7 +42,7 @@ class PromptedPolicy:
 
     Args:
         name: what tables call it.
-        method: called once an episode, and once when the policy is made, so that settings it cannot work with are refused
+        method: called once an episode, and once when the policy is made, so that settings it cannot work with are rejected
             before anything is played.
         model: answers what the method asks.
         settings: the dynamics of the episodes.
@@ -70,8 +69,7 @@ class PromptedPolicy:
         async def ask(messages: Sequence[Message]) -> Reply:
             nonlocal asked
             asked += 1
-            own_seed = zlib.crc32(f"{seed}/{asked}".encode())
-            call = await self.model.complete(messages, **dataclasses.asdict(self.sampling), seed=own_seed)
+            call = await sample(self.model, messages, self.sampling, seed, asked)
             calls.append(call)
             return call
 
@@ -84,8 +82,8 @@ class PromptedPolicy:
             if reply.usage:  # a method counts no calls: its reply may be the model's own, usage and all
                 usage = dataclasses.replace(usage, dropped_tokens=reply.usage.dropped_tokens)
             one = calls[0] if len(calls) == 1 else Reply("")
-            cut = any(call.stop == "length" for call in calls)
-            return dataclasses.replace(one, text=reply.text, stop="length" if cut else "stop", usage=usage)
+            truncated = any(call.stop == "length" for call in calls)
+            return dataclasses.replace(one, text=reply.text, stop="length" if truncated else "stop", usage=usage)
 
         return act
 

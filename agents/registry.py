@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import re
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from agents.baselines import oracle, planner, sanity, world_reader
@@ -16,14 +11,16 @@ from agents.baselines.full_context import full_context
 from agents.baselines.memagent import memagent
 from agents.baselines.no_memory import no_memory
 from agents.baselines.rag import rag
-from agents.chat_policy import GREEDY, ChatPolicy, Sampling
-from agents.models.load import MODELS, is_model, load_model
-from agents.policy import Policy, as_policy
+from agents.chat_policy import GREEDY, ChatModel, ChatPolicy, Sampling
+from agents.models.load import MODELS, as_model, is_model, load_model
+from agents.policy import Act, Policy, as_policy, is_method, name_of_function
 from agents.prompting import Method, PromptedPolicy
-from atommem_env.errors import PolicyError
+from atommem_env.errors import PluginError, PolicyError
+from atommem_env.plugins import is_target, load_attribute, suggest
+from atommem_env.prompts import Layout
 from atommem_env.types import EpisodeSettings
 
-# name → how it is made, and what it does; a star marks the privileged, which are given the golds.
+# name → its factory, and what it does; a star marks the privileged, which are given the golds.
 POLICIES: dict[str, tuple[Callable[[EpisodeSettings], Policy], str]] = {
     "oracle": (
         lambda settings: oracle.PerfectReader("oracle", settings, oracle.keep_evidence),
@@ -51,7 +48,7 @@ POLICIES: dict[str, tuple[Callable[[EpisodeSettings], Policy], str]] = {
     ),
     "type-match": (
         lambda settings: world_reader.WorldReader("type-match", settings, world_reader.keep_by_type),
-        "synthetic tasks only: stores facts of the relations that the question names, about whomever",
+        "synthetic tasks only: stores facts of the relations that the question names, about anything",
     ),
     "first-link": (
         lambda settings: world_reader.WorldReader("first-link", settings, world_reader.keep_first_link),
@@ -70,7 +67,7 @@ POLICIES: dict[str, tuple[Callable[[EpisodeSettings], Policy], str]] = {
     "random": (sanity.Random, "random operations with random words of what it sees"),
     "spam": (sanity.Spam, "floods the memory and answers in every turn"),
 }
-# name → the method, which a model is put behind: `rag@smollm2`
+# name → the method, which is given a model: `rag@smollm2`
 METHODS: dict[str, tuple[Method, str]] = {
     "no-memory": (no_memory, "asks the question alone: what the model knows by itself"),
     "full-context": (
@@ -79,95 +76,99 @@ METHODS: dict[str, tuple[Method, str]] = {
     ),
     "rag": (
         rag,
-        "stores every document, searches for the question, asks with what is found; --set retrieval=bm25 or hybrid",
+        "stores every document, searches for the question, asks with the matches; --set retrieval=bm25 or hybrid",
     ),
-    "append-all": (append_all, "stores every chunk whole, searches for the question, asks with what is found"),
-    "memagent": (memagent, "MemAgent: the model writes one memory anew with every chunk, and answers from it"),
+    "append-all": (append_all, "stores every chunk whole, searches for the question, asks with the matches"),
+    "memagent": (memagent, "MemAgent: the model rewrites one memory with every chunk, and answers from it"),
 }
-_ATTRIBUTE = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")  # module:attribute
 
 
 def load_policy(
-    name: str, settings: EpisodeSettings, sampling: Sampling = GREEDY, layout: str = "shared_prefix"
+    policy: str | Policy | Act | ChatModel | Method,
+    settings: EpisodeSettings,
+    sampling: Sampling = GREEDY,
+    layout: str | Layout = "shared_prefix",
+    *,
+    model: ChatModel | str | None = None,
 ) -> Policy:
-    """The policy called `name`, for episodes with these settings.
+    """The policy that a name or an object stands for, for episodes with these settings.
 
     Args:
-        name: one of
+        policy: an object, or a name. An object is
+
+            - a function observation → text, plain or asynchronous, or a `Policy`: itself;
+            - a `ChatModel`: that model as an AtomMem agent;
+            - a method (`agents.prompting.Method`), a function (settings, ask) → act: with `model` behind it.
+
+            A name is
 
             - `NAME`, one of `POLICIES`, or `constant=TEXT`;
             - `MODEL`, one of `agents.models.load.MODELS`: that model as an AtomMem agent;
-            - `METHOD@MODEL`, one of `METHODS` with any model behind it;
-            - `module:attribute`, a function or `Policy` of yours; `module:attribute@MODEL`, a method of yours
-              (`agents.prompting.Method`) with any model behind it. The module is looked for in the working folder first.
+            - `METHOD@MODEL`, one of `METHODS` with any model behind it; or `METHOD` alone, and `model`;
+            - `module:attribute`, any of the objects above; `module:attribute@MODEL`, your own method with any model behind
+              it. The module is looked for in the working folder first, and nothing that it holds is called.
         settings: the dynamics of the episodes; a policy writes in their dialect.
         sampling: how a language model samples; nothing to other policies.
         layout: how a model that is the agent is shown an observation, see `atommem_env.prompts`; nothing to other policies.
+        model: behind a method, where its name does not hold one: an object or a name.
 
     Raises:
-        PolicyError: there is none of that name.
+        PolicyError: there is none of that name; it is no policy; a method lacks a model, or another policy was given one.
         ModelNotFound: there is no such model, or it was not fetched yet.
         SettingError: a method cannot work with these settings.
     """
+    part: Any = policy
+    label = None
+    if isinstance(policy, str):
+        part, label, model_name = _find(policy, settings)
+        if model_name is not None and model is not None:
+            raise PolicyError(f"{policy} names its model already; leave out model=.")
+        model = model_name if model is None else model
+    if is_method(part):
+        return _with_model(part, label or name_of_function(part), settings, sampling, model)
+    if model is not None:
+        raise PolicyError(
+            f"A method is a function (settings, ask) -> act, got {part!r}{f' for {label!r}' if label else ''}. "
+            f"A policy takes no model{f': {label}' if label else ''}."
+        )
+    if isinstance(part, ChatModel) and not isinstance(part, Policy | type):
+        return ChatPolicy(part, settings, sampling, layout)
+    return as_policy(part, label)
+
+
+def _with_model(
+    method: Method, label: str, settings: EpisodeSettings, sampling: Sampling, model: ChatModel | str | None
+) -> Policy:
+    if not model:
+        raise PolicyError(
+            f"{label} needs a model: {label}@smollm2, or model=… in Python. Models are {', '.join(MODELS)}."
+        )
+    loaded = as_model(model)
+    return PromptedPolicy(f"{label}@{loaded.name}", method, loaded, settings, sampling)
+
+
+def _find(name: str, settings: EpisodeSettings) -> tuple[Any, str | None, str | None]:
+    """What a name stands for, as an object; what tables call that, where the object does not say; the model named with it."""
     if name.startswith("constant="):
-        return sanity.Constant(settings, name.removeprefix("constant="))
+        return sanity.Constant(settings, name.removeprefix("constant=")), None, None
     if name in POLICIES:
-        return POLICIES[name][0](settings)
+        return POLICIES[name][0](settings), name, None
     if is_model(name) or ("/" in name and ":" not in name and "@" not in name):
-        return ChatPolicy(load_model(name), settings, sampling, layout)
+        return load_model(name), name, None
     left, at, model_name = name.partition("@")
-    if left in POLICIES and left not in METHODS:
+    if left in POLICIES:
         raise PolicyError(f"{left} takes no model; call it {left!r}, got {name!r}. Methods are {', '.join(METHODS)}.")
     if left in METHODS:
-        method = METHODS[left][0]
-    elif _ATTRIBUTE.fullmatch(left):
-        found = _attribute(left)
-        takes = _parameters(found)
-        if not at:
-            if takes == 2:
-                raise PolicyError(
-                    f"{left} takes two arguments, as a method (settings, ask) does: write {left}@smollm2."
-                )
-            return as_policy(found, left)
-        if takes != 2:
-            raise PolicyError(
-                f"A method is a function (settings, ask) -> act, got {found!r} for {left!r}. A policy takes no model: {left}."
-            )
-        method = found
+        part: Any = METHODS[left][0]
+    elif is_target(left):
+        try:
+            part = load_attribute(left)
+        except PluginError as error:
+            raise PolicyError(f"The policy {name!r} cannot be loaded: {error}") from error
     else:
+        hint = suggest(left, [*POLICIES, *METHODS, *MODELS])
         raise PolicyError(
-            f"No policy is called {name!r}. There are {', '.join([*POLICIES, *MODELS])}, METHOD@MODEL with a METHOD of "
-            f"{', '.join(METHODS)}, module:attribute, and module:attribute@MODEL."
+            f"No policy is called {name!r}{hint or '.'} There are {', '.join([*POLICIES, *MODELS])}, METHOD@MODEL with a METHOD "
+            f"of {', '.join(METHODS)}, module:attribute, and module:attribute@MODEL."
         )
-    if not model_name:
-        raise PolicyError(f"{left} needs a model: {left}@smollm2. Models are {', '.join(MODELS)}.")
-    model = load_model(model_name)
-    return PromptedPolicy(f"{left}@{model.name}", method, model, settings, sampling)
-
-
-def _parameters(found: Any) -> int | None:
-    """How many arguments a function must be given; None: it is no function."""
-    if not inspect.isroutine(found):
-        return None
-    given = inspect.signature(found).parameters.values()
-    return sum(
-        one.default is one.empty and one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD) for one in given
-    )
-
-
-def _attribute(name: str) -> Any:
-    """What `module:attribute` names."""
-    module_name, _, attribute = name.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # it is there, and what it imports is not
-        raise PolicyError(
-            f"There is no module {module_name!r} in the working folder, {Path.cwd()}, nor on Python's path."
-        ) from error
-    if not hasattr(module, attribute):
-        raise PolicyError(f"Module {module_name!r} ({module.__file__}) has no {attribute!r}.")
-    return getattr(module, attribute)
+    return part, left, model_name if at else None

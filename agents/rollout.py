@@ -1,9 +1,8 @@
-"""The driver: plays episodes, many at a time, with embeddings batched over all that wait for some."""
+"""The driver: plays episodes, many at a time, with embeddings batched over all that wait for one."""
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,17 +21,20 @@ from atommem_env.episode import Episode
 from atommem_env.errors import DataError, EngineDied, MissingDependency, PromptTooLong, SettingError
 from atommem_env.store.memory_store import MemoryStore
 from atommem_env.store.recorder import Recorder
-from atommem_env.types import EmbeddingRequest, EpisodeSettings, Rollout, TaskSource, Turn, Vector
+from atommem_env.store.session import EpisodeSession
+from atommem_env.types import EmbeddingRequest, EpisodeSettings, Rollout, StopReason, TaskSource, Turn, Vector
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-_PAUSE = 0.5  # seconds before an episode is played anew, doubled each time
+_PAUSE = 0.5  # seconds before an episode is played again, doubled each time
+# What `gym.make` itself adds; these check how an environment is used, and change nothing.
+_IDLE_WRAPPERS = (gym.wrappers.OrderEnforcing, gym.wrappers.PassiveEnvChecker)
 NON_RETRYABLE_ERRORS = (SettingError, DataError, PromptTooLong, MissingDependency, EngineDied)
 
 
 @dataclass(frozen=True, slots=True)
 class EpisodeSpec:
-    """Names an episode: the same spec is the same episode everywhere."""
+    """Identifies an episode: the same spec is the same episode everywhere."""
 
     index: int  # of the task in its source
     task_seed: int  # draws and orders the documents
@@ -48,23 +50,35 @@ class Driver:
     settings: EpisodeSettings
     embedder: Embedder
     store: MemoryStore
-    # Whether embedding leaves the event loop free, as one by a distant service should. It is off because a local model has a
-    # thread of its own: a race of two would change who shares a batch, and so last bits.
+    # Whether embedding leaves the event loop free, as it should with a remote service. It is off because a local model has its
+    # own thread: a race of two would change which texts share a batch, and so last bits.
     embed_in_thread: bool = False
     _batcher: Batcher[tuple[EmbeddingRequest, ...], list[Vector]] = field(init=False, repr=False, compare=False)
     _committer: Batcher[Recorder, None] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_batcher", Batcher(self._embed, max_batch=256, thread=self.embed_in_thread))
-        # For the same reason a commit has a thread of its own only where embedding has one.
+        # For the same reason a commit has its own thread only where embedding has one.
         object.__setattr__(self, "_committer", Batcher(self._commit, max_batch=512, thread=self.embed_in_thread))
 
     @classmethod
     def of(cls, env: gym.Env[Any, Any], *, embed_in_thread: bool = False) -> Driver:
-        """The parts of an environment of ours, so that a run has the settings of `gym.make`."""
-        inner = env.unwrapped
-        if not isinstance(inner, AtomMemEnv):
-            raise SettingError(f"Expected an AtomMem environment, got {type(inner).__name__}.")
+        """The parts of an AtomMem environment, so that a run has the settings of `gym.make`.
+
+        Raises:
+            SettingError: it is none; or a wrapper, or a subclass, has a `reset` or `step` of its own, which would be ignored.
+        """
+        inner = _unwrapped(env)
+        layer = env
+        while isinstance(layer, gym.Wrapper) and type(layer) in _IDLE_WRAPPERS:
+            layer = layer.env
+        own = type(layer)
+        if layer is not inner or (own.reset, own.step) != (AtomMemEnv.reset, AtomMemEnv.step):
+            raise SettingError(
+                f"{own.__name__} would be ignored, since a run of many episodes calls neither reset nor "
+                "step: give gym.make your own reward as reward=… or a step limit as max_steps=…, or play with "
+                "agents.play_episode(env, policy), which honours wrappers."
+            )
         return cls(inner.env_id, inner.source, inner.settings, inner.embedder, inner.store, embed_in_thread)
 
     async def run(
@@ -89,7 +103,7 @@ class Driver:
 
         Raises:
             Exception: whatever policy, embedder or store raised first; the other episodes are stopped. A failure is never
-                scored, and what `finished` was told before stands.
+                scored, and calls of `finished` before it are valid.
         """
         rollouts = await self._each(specs, policy, in_flight, finished, replied, retries=None, begun=begun)
         return [rollout for rollout in rollouts if rollout is not None]  # all of them: a failure was raised
@@ -107,13 +121,13 @@ class Driver:
         """`run` for training, where one lost episode must not end hours of work.
 
         Args:
-            retries: how often an episode that fails is played anew, from its start.
+            retries: how often an episode that fails is played again, from its start.
 
         Returns:
             The rollouts, in the order of `specs`; None is one that failed each time, which was logged as a warning.
 
         Raises:
-            AtomMemError: what playing anew cannot mend: settings, data, prompts that are too long.
+            AtomMemError: what playing again cannot fix: settings, data, prompts that are too long.
         """
         return await self._each(specs, policy, in_flight, finished, replied, retries)
 
@@ -155,7 +169,7 @@ class Driver:
     async def play_with_retries(
         self, spec: EpisodeSpec, policy: Policy, *, retries: int, replied: Callable[[], None] = lambda: None
     ) -> Rollout | Exception:
-        """One episode of `run_with_retries`, for a caller that has an event loop of its own; a lost one is the last error."""
+        """One episode of `run_with_retries`, for a caller with its own event loop; after the last failure its error."""
         lost: Exception | None = None
         for attempt in range(retries + 1):
             if attempt:
@@ -172,35 +186,32 @@ class Driver:
 
     async def play(self, spec: EpisodeSpec, policy: Policy, *, replied: Callable[[], None] = lambda: None) -> Rollout:
         """One episode of `run`; what is embedded shares its batches with all other episodes of this driver."""
-        task = self.source.task(spec.index, spec.task_seed)
-        episode = Episode(task, self.settings, spec.seed)
-        recorder = self.store.begin(
+        session = EpisodeSession.begin(
+            self.store,
+            self.source,
+            self.settings,
             env_id=self.env_id,
-            task_id=task.id,
             index=spec.index,
             task_seed=spec.task_seed,
             episode_seed=spec.seed,
-            settings=dataclasses.asdict(self.settings),
         )
-        act = policy.begin(spec.seed, task if policy.privileged else None)
+        episode = session.episode
+        act = policy.begin(spec.seed, episode.task if policy.privileged else None)
         turns: list[Turn] = []
         try:
             while episode.stop_reason is None:
                 observation = episode.observe()
                 reply = await reply_to(act, observation)
                 requests = episode.submit(reply.text)
-                result = episode.resolve(await self._batcher(requests) if requests else [])
-                recorder.record(episode.steps, reply.text, result)
-                if episode.stop_reason is not None:
-                    recorder.end(episode.stop_reason, episode.reward, episode.memory)
-                if recorder.due:
-                    await self._committer(recorder)
+                result = session.resolve(reply.text, await self._batcher(requests) if requests else [])
+                if session.recorder.due:
+                    await self._committer(session.recorder)
                 turns.append(Turn(observation, reply, result.results))
                 replied()
         except Exception as error:
-            error.add_note(f"in episode {spec} of {task.id}, reply {episode.steps + 1}, policy {policy.name}")
+            error.add_note(f"in episode {spec} of {episode.task.id}, reply {episode.steps + 1}, policy {policy.name}")
             raise
-        return _rollout(episode, turns)
+        return _rollout(episode, turns, episode.reward)
 
     def _embed(self, waiting: list[tuple[EmbeddingRequest, ...]]) -> list[list[Vector]]:
         """The vectors of each waiting episode, by one batch for all of them."""
@@ -220,33 +231,55 @@ def play_episode(
     seed: int | None = None,
     options: dict[str, Any] | None = None,
 ) -> Rollout:
-    """Plays one episode of an environment of ours, wrappers and all, through `reset` and `step`.
+    """`play_episode_async` for code that is no coroutine; from within an event loop, as in a notebook, the policy has another.
 
     >>> import gymnasium as gym, atommem_env
     >>> env = gym.make("AtomMem-Synthetic", durability="off")
     >>> play_episode(env, lambda observation: "", seed=0).reward
     0.0
     """
+    return run_blocking(play_episode_async(env, policy, seed=seed, options=options))
+
+
+async def play_episode_async(
+    env: gym.Env[Any, Any],
+    policy: Policy | Act,
+    *,
+    seed: int | None = None,
+    options: dict[str, Any] | None = None,
+) -> Rollout:
+    """Plays one episode of an AtomMem environment through `reset` and `step`, with all that its wrappers make of it.
+
+    The policy runs in the caller's event loop, so that it may use a client which belongs to that loop. A step of the
+    environment blocks the loop.
+
+    Args:
+        seed: of `reset`, as are `options`.
+
+    Returns:
+        The rollout. Its observations are those that the policy was shown, its reward is the sum of the rewards that `step`
+        returned; an episode that a wrapper ended early has the stop reason "step_budget" and the outcomes it came to.
+
+    Raises:
+        SettingError: `env` is no AtomMem environment.
+        PolicyError: `policy` is none, or gave something else than a reply.
+    """
     policy = as_policy(policy)
-
-    async def play() -> Rollout:
-        observation, _ = env.reset(seed=seed, options=options)
-        inner = env.unwrapped
-        if not isinstance(inner, AtomMemEnv) or inner.episode is None:
-            raise SettingError(f"Expected an AtomMem environment, got {type(inner).__name__}.")
-        episode = inner.episode
-        act = policy.begin(episode.seed, episode.task if policy.privileged else None)
-        turns: list[Turn] = []
-        ended = False
-        while not ended:
-            reply = await reply_to(act, observation)
-            seen = observation
-            observation, _, terminated, truncated, _ = env.step(reply.text)
-            turns.append(Turn(seen, reply, inner.results))
-            ended = terminated or truncated
-        return _rollout(episode, turns)
-
-    return run_blocking(play())
+    inner = _unwrapped(env)
+    observation, _ = env.reset(seed=seed, options=options)
+    assert inner.episode is not None
+    episode = inner.episode
+    act = policy.begin(episode.seed, episode.task if policy.privileged else None)
+    turns: list[Turn] = []
+    reward, ended = 0.0, False
+    while not ended:
+        reply = await reply_to(act, observation)
+        seen = observation
+        observation, step_reward, terminated, truncated, _ = env.step(reply.text)
+        turns.append(Turn(seen, reply, inner.results))
+        reward += float(step_reward)
+        ended = terminated or truncated
+    return _rollout(episode, turns, reward)
 
 
 def run_blocking(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -259,20 +292,26 @@ def run_blocking(coroutine: Coroutine[Any, Any, T]) -> T:
         return thread.submit(asyncio.run, coroutine).result()
 
 
-def _rollout(episode: Episode, turns: list[Turn]) -> Rollout:
-    assert episode.stop_reason is not None
+def _unwrapped(env: gym.Env[Any, Any]) -> AtomMemEnv:
+    inner = env.unwrapped
+    if not isinstance(inner, AtomMemEnv):
+        raise SettingError(f"Expected an AtomMem environment, got {type(inner).__name__}.")
+    return inner
+
+
+def _rollout(episode: Episode, turns: list[Turn], reward: float) -> Rollout:
     return Rollout(
         task_id=episode.task.id,
         seed=episode.seed,
         turns=tuple(turns),
-        reward=episode.reward,
-        stop_reason=episode.stop_reason,
+        reward=reward,
+        stop_reason=episode.stop_reason or StopReason.STEP_BUDGET,
         questions=episode.outcomes,
     )
 
 
 def episode_specs(length: int, episodes: int, seed: int) -> list[EpisodeSpec]:
-    """Which episodes an evaluation plays: tasks in a random order without repetition, and over again once all were played.
+    """Which episodes an evaluation plays: tasks in a random order without repetition, and again once all were played.
 
     >>> [spec.index for spec in episode_specs(3, 5, seed=0)]
     [2, 0, 1, 2, 0]

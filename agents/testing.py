@@ -1,4 +1,4 @@
-"""The checker that users run on a policy of their own; those of other parts are in `atommem_env.testing`."""
+"""The checker that users run on their own policies; those of other parts are in `atommem_env.testing`."""
 
 from __future__ import annotations
 
@@ -7,26 +7,35 @@ from typing import Any
 
 import gymnasium as gym
 
-from agents.policy import as_policy, reply_to
+from agents.chat_policy import GREEDY, Sampling
+from agents.policy import reply_to
+from agents.registry import load_policy
 from agents.rollout import run_blocking
 from atommem_env.dialects import Dialect, get_dialect
 from atommem_env.embedders import embed
 from atommem_env.episode import Episode
 from atommem_env.testing import doing, require
-from atommem_env.types import (
-    Operation,
-    OperationKind,
-)
+from atommem_env.types import Operation, OperationKind
 
 
-def check_policy(policy: Any, env_id: str = "AtomMem-Synthetic", *, deterministic: bool = True, **options: Any) -> None:
-    """Checks a policy, a function observation -> text or an `agents.Policy`, by five episodes of an environment.
+def check_policy(
+    policy: Any,
+    env_id: str = "AtomMem-Synthetic",
+    *,
+    model: Any = None,
+    sampling: Sampling = GREEDY,
+    layout: str = "shared_prefix",
+    deterministic: bool = True,
+    **options: Any,
+) -> None:
+    """Checks a policy, all that `agents.load_policy` takes, by five episodes of an environment.
 
     - It replies with a `str` or a `Reply` to every observation, in both phases, and leaves the observation as it is.
-    - It bears observations that its own replies did not lead to: nothing stored or found, and faults in every notice.
+    - It copes with observations that its own replies did not lead to: nothing stored or retrieved, and faults in every notice.
     - It plays several episodes at the same time. The same seed gives the same replies, whatever else it plays.
 
     Args:
+        policy, model, sampling, layout: as for `agents.load_policy`.
         env_id: what to play; the policy may need one with tasks of its kind.
         deterministic: whether the same seed gives the same replies. A model whose batches change its last bits may not.
         options: of the environment, as for `gym.make`.
@@ -34,13 +43,8 @@ def check_policy(policy: Any, env_id: str = "AtomMem-Synthetic", *, deterministi
     Raises:
         AssertionError: it does not; the message says how.
     """
-    absent = [name for name in ("name", "privileged") if hasattr(policy, "begin") and not hasattr(policy, name)]
-    require(not absent, f"A policy with begin() must also have {' and '.join(absent)}, see agents.policy.Policy.")
-    with doing("Taking it as a policy"):
-        player = as_policy(policy)
-    require(isinstance(player.name, str) and bool(player.name), f"name must be a text, got {player.name!r}.")
-    require(isinstance(player.privileged, bool), f"privileged must be True or False, got {player.privileged!r}.")
     env = gym.make(env_id, **{"durability": "off", **options})
+    settings = env.unwrapped.settings  # type: ignore[attr-defined]
 
     async def play_all() -> None:
         seeds = (0, 1)
@@ -50,14 +54,17 @@ def check_policy(policy: Any, env_id: str = "AtomMem-Synthetic", *, deterministi
             differ = next((step for step, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), None)
             require(
                 not deterministic or one == other,
-                f"The same seed must give the same replies: with seed {seed}, played anew beside another episode, reply "
+                f"The same seed must give the same replies: with seed {seed}, played again beside another episode, reply "
                 f"{differ} differs. What belongs to an episode lives in what begin() returns, and what is random is drawn "
                 "from its seed; or pass deterministic=False.",
             )
-        dialect = get_dialect(env.unwrapped.settings.dialect)  # type: ignore[attr-defined]
-        await _play(player, env.unwrapped, 2, instead=_faults(dialect))
+        await _play(player, env.unwrapped, 2, instead=_faults(get_dialect(settings.dialect)))
 
     try:
+        with doing("Taking it as a policy"):
+            player = load_policy(policy, settings, sampling, layout, model=model)
+        require(isinstance(player.name, str) and bool(player.name), f"name must be a text, got {player.name!r}.")
+        require(isinstance(player.privileged, bool), f"privileged must be True or False, got {player.privileged!r}.")
         run_blocking(play_all())
     finally:
         env.close()
@@ -71,8 +78,8 @@ def _faults(dialect: Dialect) -> str:
         Operation(OperationKind.CREATE, ""),
         Operation(OperationKind.READ, "what was never stored"),
     ]
-    cut = dialect.write(Operation(OperationKind.CREATE, "This was cut"))
-    return "".join(map(dialect.write, operations)) + "\x00\ud800" + cut[: len(cut) * 2 // 3]
+    last = dialect.write(Operation(OperationKind.CREATE, "This was cut"))
+    return "".join(map(dialect.write, operations)) + "\x00\ud800" + last[: len(last) * 2 // 3]
 
 
 async def _play(player: Any, env: Any, seed: int, *, instead: str | None = None) -> list[str]:

@@ -2,28 +2,29 @@
 
 >>> import gymnasium as gym
 >>> import atommem_env
->>> env = gym.make("AtomMem-Synthetic", durability="off")
+>>> env = gym.make("AtomMem-Synthetic")
 >>> observation, info = env.reset(seed=0)
 >>> observation["phase"]
 'read'
+
+What a program needs beside `gym.make` is here as well, and loaded when it is asked for: `evaluate`, `play_episode`, `collect`,
+`load_policy`, `render_reply`, the checkers of parts of one's own, and the types of the data contract.
 """
 
 from typing import Any
 
 from gymnasium.envs.registration import register
 
-from atommem_env.episode import Episode
-from atommem_env.types import EpisodeSettings
-
-__all__ = ["ENVIRONMENTS", "Episode", "EpisodeSettings"]
+__all__ = ["ENVIRONMENTS"]
 
 # What the bare id of each environment stands for; the dynamics are the paper's, but for chunks that fit short documents.
 ENVIRONMENTS: dict[str, dict[str, Any]] = {
-    "HotpotQA": {"dataset": "hotpotqa"},
-    "2WikiMultiHopQA": {"dataset": "2wikimultihopqa"},
-    "MuSiQue": {"dataset": "musique"},
-    "Synthetic": {"dataset": "synthetic", "chunk_tokens": 128},
-    "Files": {"dataset": "files"},
+    "HotpotQA": {"source": "hotpotqa"},
+    "2WikiMultiHopQA": {"source": "2wikimultihopqa"},
+    "MuSiQue": {"source": "musique"},
+    "Synthetic": {"source": "synthetic", "chunk_tokens": 128},
+    "Files": {"source": "files"},
+    "Custom": {"chunk_tokens": 128},  # with source=: tasks of one's own
 }
 
 for _name, _kwargs in ENVIRONMENTS.items():
@@ -34,3 +35,37 @@ for _name, _kwargs in ENVIRONMENTS.items():
             vector_entry_point="atommem_env.vector:AtomMemVectorEnv",
             kwargs=_kwargs,
         )
+
+# The front door: where each name is defined.
+_DOOR = {
+    "eval.api": ("evaluate", "evaluate_async", "Result"),
+    "train.collect": ("collect",),
+    "agents.rollout": ("play_episode", "play_episode_async"),
+    "agents.registry": ("load_policy",),
+    "agents.policy": ("Policy",),
+    "agents.models.load": ("load_model",),
+    "agents.prompting": ("render_reply",),
+    "agents.testing": ("check_policy",),
+    "atommem_env.testing": ("check_dialect", "check_embedder", "check_env", "check_task_source"),
+    "atommem_env.episode": ("Episode",),
+    "atommem_env.store.memory_store": ("MemoryStore",),
+    "atommem_env.errors": ("AtomMemError", "SettingError"),
+    "atommem_env.types": (
+        *("Document", "EpisodeSettings", "EpisodeSummary", "Evidence", "Observation", "Operation", "OperationKind"),
+        *("Question", "Reply", "Rollout", "Score", "Task"),
+    ),
+}
+_MODULES = {name: module for module, names in _DOOR.items() for name in names}
+__all__ += _MODULES
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -11,15 +11,17 @@ import gymnasium as gym
 from gymnasium.utils import EzPickle
 from numpy.typing import ArrayLike
 
+from atommem_env.dialects import get_dialect
 from atommem_env.embedders import Embedder, embed, get_embedder
 from atommem_env.episode import Episode
 from atommem_env.errors import SettingError
-from atommem_env.paths import data_folder
+from atommem_env.plugins import name_of
+from atommem_env.rewards import get_reward
 from atommem_env.spaces import Text
 from atommem_env.store.memory_store import MemoryStore
-from atommem_env.store.recorder import INTERRUPTED, Recorder
-from atommem_env.store.replay import initial_episode, replay
-from atommem_env.tasks import make_source, source_options
+from atommem_env.store.recorder import Recorder
+from atommem_env.store.session import EpisodeSession
+from atommem_env.tasks import SOURCES, Source, make_source, source_options
 from atommem_env.types import (
     ABLATIONS,
     EmbeddingRequest,
@@ -27,7 +29,6 @@ from atommem_env.types import (
     Fault,
     Observation,
     OperationResult,
-    TaskSource,
 )
 
 _MOST_STEPS = 2**31 - 1  # of the integer spaces; no episode comes near it
@@ -90,15 +91,18 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
 
     ## Arguments
     * `embedder` ("hashing"): "hashing", "minilm", "st:MODEL" (of sentence-transformers), "openai:MODEL" (a service, at
-      OPENAI_BASE_URL), or an object with the methods of `atommem_env.embedders.Embedder`.
-    * `store` (None): the LanceDB folder that keeps the memories, or a `MemoryStore`, which whoever made it closes; None is
-      `memory/EMBEDDER` in the data folder.
+      OPENAI_BASE_URL), an object with the methods of `atommem_env.embedders.Embedder`, or `module:attribute` of one.
+    * `source`: whose tasks are played; each id has its own, and `AtomMem-Custom` none. A list of `atommem_env.Task`, an object
+      like `atommem_env.types.TaskSource`, a class or function that makes one, or `module:attribute` of any of these.
+    * `store` (None): the LanceDB folder that keeps the memories, or a `MemoryStore`, which whoever made it closes; None is a
+      temporary folder, which goes with `close()` or the end of the process.
     * `durability` ("episode"): "episode": committed when the episode ends, is left or the environment is closed; "step":
       before `step` returns; "off": never.
     * `render_mode` (None): "ansi" or "human".
     * `ablation` (None): one of the paper's by name: `no_update`, `no_delete`, `no_scratchpad`, `no_storage`, `no_memory`,
       `random_retrieval`; `atommem_env.types.ABLATIONS` says what each one sets.
-    * any field of `atommem_env.EpisodeSettings`, for example `chunk_tokens`, `top_k`, `operations`, `capacity`.
+    * any field of `atommem_env.EpisodeSettings`, for example `chunk_tokens`, `top_k`, `operations`, `capacity`. `dialect` and
+      `reward` also take an object of one's own, or `module:attribute`.
     * any option of the task source: `split`, `data`, `corpus`, `num_docs`, `questions` for the datasets
       (`atommem_env.tasks.haystack`), `hops`, `corrections` and others for the synthetic one (`atommem_env.tasks.synthetic`),
       `files`, `data`, `question` and `questions` for one's own (`atommem_env.tasks.files`).
@@ -111,7 +115,7 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
 
     def __init__(
         self,
-        dataset: str | TaskSource,
+        source: Source | None = None,
         *,
         embedder: str | Embedder = "hashing",
         store: str | Path | MemoryStore | None = None,
@@ -121,7 +125,7 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
     ) -> None:
         EzPickle.__init__(
             self,
-            dataset,
+            source,
             embedder=embedder,
             store=store,
             durability=durability,
@@ -130,16 +134,24 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
         )
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise SettingError(f"render_mode must be None, 'ansi' or 'human', got {render_mode!r}.")
-        self.settings, source_kwargs = split_options(dataset, options)
-        self.source = make_source(dataset, **source_kwargs) if isinstance(dataset, str) else dataset
+        self.settings, source_kwargs = split_options(source, options)
+        assert source is not None  # or split_options would have said so
+        get_dialect(self.settings.dialect)  # what is wrong is said before anything is played
+        get_reward(self.settings.reward)
+        self.source = make_source(source, **source_kwargs)
+        defaults = {name: option.default for name, option in source_options(source).items()}
+        self.source_options = {**defaults, **source_kwargs}  # of the task source, those left out too
+        if not (isinstance(source, str) and source in SOURCES):
+            self.source_options["source"] = name_of(source)
         self.embedder = get_embedder(embedder) if isinstance(embedder, str) else embedder
-        self.store = open_store(store, self.embedder, durability)
+        self.embedder_name = embedder if isinstance(embedder, str) else embedder.name
+        self.store = open_store(store, durability)
         self._owns_store = self.store is not store
         self.store.expect_dimension(self.embedder.dimension)
         self.render_mode = render_mode
         self.episode: Episode | None = None
         self.results: tuple[OperationResult, ...] = ()  # of the last reply
-        self._recorder: Recorder | None = None
+        self._session: EpisodeSession | None = None
         count = gym.spaces.Discrete(_MOST_STEPS)
         self.action_space = Text()
         self.observation_space = gym.spaces.Dict(  # type: ignore[assignment]  # a TypedDict is a dict
@@ -154,7 +166,7 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
     @property
     def episode_id(self) -> str:
         """The name of the running episode in the store; "" before the first reset."""
-        return self._recorder.episode_id if self._recorder else ""
+        return self._session.recorder.episode_id if self._session else ""
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -171,8 +183,6 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
             index, task_seed = self._resume(str(options["resume"]))
         else:
             index, task_seed = int(options.get("index", draws[0])), int(options.get("seed", draws[1]))
-            if not 0 <= index < len(self.source):
-                raise SettingError(f"index must be from 0 to {len(self.source) - 1}, got {index}.")
             self._begin(index, task_seed, draws[2])
         assert self.episode is not None
         if self.render_mode == "human":
@@ -191,16 +201,14 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
 
     def resolve(self, action: str, vectors: ArrayLike) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """The second half: carries out the `action` that was submitted, given the vectors asked for, and keeps it."""
-        assert self.episode is not None
-        assert self._recorder is not None
-        result = self.episode.resolve(vectors)
+        assert self._session is not None
+        result = self._session.resolve(action, vectors)
+        episode = self._session.episode
         self.results = result.results
-        self._recorder.record(self.episode.steps, action, result)
-        info: dict[str, Any] = {"entries": len(self.episode.memory), **count_results(result.results)}
-        if self.episode.stop_reason is not None:
-            info |= outcome_info(self.episode)
-            self._recorder.end(self.episode.stop_reason, self.episode.reward, self.episode.memory)
-        self._write(self._recorder)
+        info: dict[str, Any] = {"entries": len(episode.memory), **count_results(result.results)}
+        if episode.stop_reason is not None:
+            info |= outcome_info(episode)
+        self._write(self._session.recorder)
         if self.render_mode == "human":
             self.render()
         return result.observation, result.reward, result.terminated, result.truncated, info
@@ -221,58 +229,57 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
             self.store.close()
 
     def _begin(self, index: int, task_seed: int, episode_seed: int) -> None:
-        self.episode = Episode(self.source.task(index, task_seed), self.settings, episode_seed)
-        self._recorder = self.store.begin(
+        self._session = EpisodeSession.begin(
+            self.store,
+            self.source,
+            self.settings,
             env_id=self.env_id,
-            task_id=self.episode.task.id,
             index=index,
             task_seed=task_seed,
             episode_seed=episode_seed,
-            settings=dataclasses.asdict(self.settings),
         )
+        self.episode = self._session.episode
 
     def _leave(self) -> None:
-        """Keeps what an episode that nobody will finish has in memory."""
-        if self.episode is not None and self._recorder is not None:
-            if self.episode.stop_reason is None and self.episode.steps:
-                self._recorder.end(INTERRUPTED, 0.0, self.episode.memory)
-                self._write(self._recorder)
-            self.episode = self._recorder = None
+        """Stores what an episode that nobody will finish has in memory."""
+        if self.episode is not None and self._session is not None:
+            if self._session.leave():
+                self._write(self._session.recorder)
+            self.episode = self._session = None
 
     def _write(self, recorder: Recorder) -> None:
         self.store.write([recorder])
 
     def _resume(self, episode_id: str) -> tuple[int, int]:
-        """Replays an interrupted episode from the store: the replies again, with the vectors that were kept."""
-        record = self.store.episode(episode_id)
-        if record.status != INTERRUPTED:
-            raise SettingError(
-                f"Episode {episode_id} is over ({record.status}); only an interrupted one can be resumed."
-            )
-        self.episode = initial_episode(record, self.source, self.settings)
-        for _ in replay(self.episode, self.store, episode_id):
-            pass
-        self._recorder = self.store.resume(episode_id)
+        """Replays an interrupted episode of the store; returns the index and the seed of its task."""
+        self._session, record = EpisodeSession.resume(self.store, self.source, self.settings, episode_id)
+        self.episode = self._session.episode
         return record.index, record.task_seed
 
 
-def open_store(store: str | Path | MemoryStore | None, embedder: Embedder, durability: str) -> MemoryStore:
+def open_store(store: str | Path | MemoryStore | None, durability: str) -> MemoryStore:
     """The store that the arguments of an environment name; one that is given as it is stays its maker's."""
     if isinstance(store, MemoryStore):
         return store
-    # A store holds vectors of one embedder, so that each has a default folder of its own.
-    return MemoryStore(data_folder("memory", embedder.name) if store is None else store, durability)
+    return MemoryStore.temporary(durability) if store is None else MemoryStore(store, durability)
 
 
-def split_options(dataset: str | TaskSource, options: dict[str, Any]) -> tuple[EpisodeSettings, dict[str, Any]]:
+def split_options(source: Source | None, options: dict[str, Any]) -> tuple[EpisodeSettings, dict[str, Any]]:
     """Sorts keyword arguments into settings of the episode, an ablation's among them, and options of the task source.
 
     Raises:
         SettingError: one belongs to neither, or is set by the ablation as well; the message lists what exists.
     """
-    of_source = set(source_options(dataset)) if isinstance(dataset, str) else set()
+    if source is None:
+        raise SettingError(
+            "This environment plays tasks of your own: give source=, a list of atommem_env.Task, an object like "
+            "atommem_env.types.TaskSource, what makes one, or module:attribute of any of these."
+        )
+    of_source = set(source_options(source))
     options = {**options}
     ablation = options.pop("ablation", None)
+    if "dataset" in options:
+        raise SettingError("The argument dataset is called source now.")
     unknown = sorted(set(options) - SETTING_NAMES - of_source)
     if unknown:
         known = ", ".join(sorted(SETTING_NAMES | of_source | {"ablation", "embedder", "store", "durability"}))

@@ -24,7 +24,7 @@ from atommem_env.dialects import get_dialect
 from atommem_env.errors import EmbeddingError, EpisodeStateError, SettingError
 from atommem_env.memory import WorkingMemory, unit
 from atommem_env.rewards import final_reward
-from atommem_env.scoring import holds, score
+from atommem_env.scoring import holds, rule_of, score
 from atommem_env.tokens import get_tokenizer, truncate
 from atommem_env.types import (
     EmbeddingKind,
@@ -394,7 +394,7 @@ class Episode:
     def _settle(self, answer: str | None) -> None:
         """Scores the question asked now and goes on to the next."""
         question = self.task.questions[len(self.outcomes)]
-        graded = None if answer is None else score(answer, question.answers, self.task.dataset)
+        graded = None if answer is None else score(answer, question.answers, rule_of(self.task))
         kept = self.kept_text()
         # What the policy had in view when it replied, not what a later operation of the reply changed.
         view = _SEPARATOR.join([self._observation["scratchpad"], *(entry.text for entry in self._shown)])

@@ -13,6 +13,10 @@ class SettingError(AtomMemError, ValueError):
     """A setting has a value that cannot work."""
 
 
+class OutOfRange(SettingError, IndexError):
+    """A task that a source does not have, by its index or its seed."""
+
+
 class DataError(AtomMemError, ValueError):
     """A data file is damaged or not of the expected form; the message names file, line and field."""
 

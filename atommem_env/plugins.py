@@ -9,7 +9,8 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeGuard
 
 from atommem_env.errors import PluginError
 
@@ -19,13 +20,33 @@ MODULES = (
 _TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
-def is_target(name: object) -> bool:
+def is_target(name: object) -> TypeGuard[str]:
     """Whether a name is of the form `module:attribute`.
 
     >>> is_target("my_module:policy"), is_target("my.package:Class.method"), is_target("oracle"), is_target("openai:a/b")
     (True, True, False, False)
     """
     return isinstance(name, str) and _TARGET.fullmatch(name) is not None
+
+
+def load_module(name: str) -> ModuleType:
+    """A module, which is looked for in the working folder first.
+
+    Raises:
+        PluginError: there is none.
+        Exception: what it raises when it is imported.
+    """
+    for folder in filter(None, (os.environ.get(MODULES), str(Path.cwd()))):
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # it is there, and what it imports is not
+        raise PluginError(
+            f"There is no module {name!r} in the working folder, {Path.cwd()}, nor on Python's path."
+        ) from error
 
 
 def load_attribute(target: str) -> Any:
@@ -36,23 +57,30 @@ def load_attribute(target: str) -> Any:
         Exception: what the module raises when it is imported.
     """
     module_name, _, attribute = target.partition(":")
-    for folder in filter(None, (os.environ.get(MODULES), str(Path.cwd()))):
-        if folder not in sys.path:
-            sys.path.insert(0, folder)
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # it is there, and what it imports is not
-        raise PluginError(
-            f"There is no module {module_name!r} in the working folder, {Path.cwd()}, nor on Python's path."
-        ) from error
+    found: Any = load_module(module_name)
     where = getattr(found, "__file__", None)
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise PluginError(f"Module {module_name!r} ({where}) has no {attribute!r}{suggest(part, dir(found))}.")
         found = getattr(found, part)
     return found
+
+
+def load_part(target: str) -> Any:
+    """What `module:attribute` names where an object is wanted: a class is made into one, without arguments.
+
+    Raises:
+        PluginError: it names nothing, or a class that needs arguments.
+    """
+    found = load_attribute(target)
+    if not isinstance(found, type):
+        return found
+    try:
+        return found()
+    except TypeError as error:
+        raise PluginError(
+            f"{target} is a class that cannot be made without arguments ({error}); name an object."
+        ) from error
 
 
 def name_of(part: object) -> str:

@@ -13,47 +13,72 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
 
 from atommem_env.errors import DataError, SettingError
-
-DATASETS = ("hotpotqa", "2wikimultihopqa", "musique", "synthetic", "files")
+from atommem_env.plugins import is_target, load_attribute, suggest
+from atommem_env.types import Score, ScoringRule, Task
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
 _VERDICTS = frozenset(("yes", "no", "noanswer"))
 
 
-@dataclass(frozen=True, slots=True)
-class Score:
-    """How well a prediction matches; each metric lies in [0, 1]."""
-
-    em: float  # 1 where the folded texts are equal
-    f1: float  # harmonic mean of precision and recall
-    precision: float  # share of the prediction's words that are in the gold
-    recall: float  # share of the gold's words that are in the prediction
-
-
-def score(prediction: str, golds: Sequence[str], dataset: str) -> Score:
+def score(prediction: str, golds: Sequence[str], rule: str | ScoringRule) -> Score:
     """The score of an answer to one question: for each metric by itself, the maximum over that question's golds.
 
-    Answers of the datasets "synthetic" and "files" are scored as HotpotQA's. A question of "files" may have no gold; it scores 0.
+    Answers of "synthetic" and "files" are scored as HotpotQA's. A question of "files" may have no gold; it scores 0.
+
+    Args:
+        rule: a name of `RULES`, `module:attribute` of a function of one's own, or the function.
 
     >>> score("the Eiffel tower, Paris", ("Paris", "Eiffel Tower"), "hotpotqa")
     Score(em=0.0, f1=0.8, precision=0.6666666666666666, recall=1.0)
 
     Raises:
-        SettingError: `dataset` is none of `DATASETS`.
-        DataError: `golds` is empty, and the dataset is not "files".
+        SettingError: there is no such rule, or one of one's own does not give a `Score`.
+        DataError: `golds` is empty, and the rule is not "files".
     """
-    if dataset not in DATASETS:
-        raise SettingError(f"dataset must be one of {', '.join(DATASETS)}, got {dataset!r}.")
-    if dataset == "files" and not golds:
-        return Score(0.0, 0.0, 0.0, 0.0)
+    if rule == "files" and not golds:
+        return Score.exact(0.0)
     if isinstance(golds, str) or not golds:
         raise DataError(f"golds must be a sequence of at least one answer, got {golds!r}; give gold and aliases.")
-    scores = [_score_one(_fold(prediction), _fold(gold), musique=dataset == "musique") for gold in golds]
-    return Score(*map(max, zip(*scores, strict=True)))
+    given = get_rule(rule)(prediction, golds)
+    if not isinstance(given, Score):
+        raise SettingError(
+            f"The scoring rule {rule!r} must return an atommem_env.Score, got {given!r} for {prediction!r}."
+        )
+    return given
+
+
+def get_rule(rule: str | ScoringRule) -> ScoringRule:
+    """The scoring rule of a name, `module:attribute`, or function.
+
+    Raises:
+        SettingError: there is none of that name, or it cannot be called.
+        PluginError: `module:attribute` names nothing.
+    """
+    if isinstance(rule, str) and rule in RULES:
+        return RULES[rule]
+    found: Any = _load(rule) if isinstance(rule, str) and is_target(rule) else rule
+    if isinstance(found, str) or not callable(found):
+        raise SettingError(
+            f"A scoring rule must be one of {', '.join(RULES)}, module:attribute, or a function (prediction, golds) -> Score, "
+            f"got {rule!r}{suggest(str(rule), RULES) or '.'}"
+        )
+    given: ScoringRule = found
+    return given
+
+
+_load = cache(load_attribute)
+
+
+def rule_of(task: Task) -> str | ScoringRule:
+    """What the answers of a task are scored by: its own rule, else its dataset's, HotpotQA's where that has none."""
+    if task.scoring is not None:
+        return task.scoring
+    return task.dataset if task.dataset in RULES else "hotpotqa"
 
 
 def holds(text: str, passage: str) -> bool:
@@ -73,6 +98,11 @@ def _fold(text: str) -> str:
     return " ".join(_ARTICLE.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
+def _best(prediction: str, golds: Sequence[str], *, musique: bool) -> Score:
+    scores = [_score_one(_fold(prediction), _fold(gold), musique=musique) for gold in golds]
+    return Score(*map(max, zip(*scores, strict=True)))
+
+
 def _score_one(prediction: str, gold: str, musique: bool) -> tuple[float, float, float, float]:
     """(em, f1, precision, recall) of two folded texts."""
     em = float(prediction == gold)
@@ -86,3 +116,13 @@ def _score_one(prediction: str, gold: str, musique: bool) -> tuple[float, float,
         return em, 0.0, 0.0, 0.0
     precision, recall = shared / len(predicted), shared / len(expected)
     return em, 2 * precision * recall / (precision + recall), precision, recall
+
+
+_HOTPOTQA = partial(_best, musique=False)
+RULES: dict[str, ScoringRule] = {
+    "hotpotqa": _HOTPOTQA,
+    "2wikimultihopqa": _HOTPOTQA,
+    "musique": partial(_best, musique=True),
+    "synthetic": _HOTPOTQA,
+    "files": _HOTPOTQA,
+}

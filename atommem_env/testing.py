@@ -28,7 +28,7 @@ from gymnasium.utils.env_checker import check_env as gymnasium_check_env
 
 from atommem_env.dialects import Dialect
 from atommem_env.embedders import Embedder
-from atommem_env.scoring import score
+from atommem_env.scoring import rule_of, score
 from atommem_env.tasks.files import UNGRADED
 from atommem_env.types import (
     EmbeddingKind,
@@ -414,7 +414,7 @@ def _check_task(task: Task, dataset: str) -> None:
         golds = isinstance(question.answers, tuple) and (bool(question.answers) or question.kind == UNGRADED)
         require(golds, f"{about} has no gold answers, and is not of the kind {UNGRADED!r}.")
         for gold in question.answers:
-            reached = score(gold, question.answers, task.dataset).em
+            reached = score(gold, question.answers, rule_of(task)).em
             require(bool(gold.strip()) and reached == 1.0, f"{about}: the gold {gold!r} scores {reached}.")
         for evidence in question.evidence:
             holders = [document.text for document in task.documents if document.title == evidence.title]

@@ -7,15 +7,17 @@ a prompt, `T_out` the tokens of a completion.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import Literal, Protocol, TypedDict
+from hashlib import sha256
+from typing import Any, Literal, Protocol, Self, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from atommem_env.errors import SettingError
+from atommem_env.plugins import name_of
 
 Vector = NDArray[np.float32]
 EmbeddingKind = Literal["document", "query"]
@@ -46,9 +48,28 @@ class Question:
     id: str
     text: str
     answers: tuple[str, ...]  # the gold answer first, then its aliases; of "files" alone there may be none
-    evidence: tuple[Evidence, ...]  # in the order of the dataset
-    kind: str  # the dataset's own type, e.g. "bridge", "comparison", "2hop"
-    hops: int  # reasoning steps; for HotpotQA the number of supporting documents
+    evidence: tuple[Evidence, ...] = ()  # in the order of the dataset
+    kind: str = ""  # the dataset's own type, e.g. "bridge", "comparison", "2hop"
+    hops: int = 1  # reasoning steps; for HotpotQA the number of supporting documents
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How well a prediction matches; each metric lies in [0, 1]."""
+
+    em: float  # exact match: 1 where the normalised texts are equal
+    f1: float  # harmonic mean of precision and recall
+    precision: float  # share of the prediction's words that are in the gold
+    recall: float  # share of the gold's words that are in the prediction
+
+    @classmethod
+    def exact(cls, match: float) -> Self:
+        """The score of a rule that knows right and wrong alone, or shares of it: all four metrics are `match`."""
+        return cls(match, match, match, match)
+
+
+ScoringRule = Callable[[str, Sequence[str]], Score]
+"""The score of a prediction against a question's golds, of which there is at least one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +77,73 @@ class Task:
     """What one episode is about: a context and the questions on it."""
 
     id: str
-    dataset: str  # names the scoring rule: one of `scoring.DATASETS`
+    dataset: str  # any name; what it is scored by, unless `scoring` says otherwise
     documents: tuple[Document, ...]
     questions: tuple[Question, ...]
+    scoring: str | ScoringRule | None = (
+        None  # a name of `scoring.RULES`, module:attribute, or a function; None: the dataset's
+    )
+
+    @classmethod
+    def of(
+        cls,
+        documents: Sequence[str | tuple[str, str] | Document],
+        questions: Sequence[tuple[str, str | Sequence[str]] | Question],
+        *,
+        id: str | None = None,
+        dataset: str = "custom",
+        scoring: str | ScoringRule | None = None,
+    ) -> Self:
+        """A task from plain texts.
+
+        Args:
+            documents: each a text, (title, text) or a `Document`; a bare text is titled by its number.
+            questions: each (text, answer), (text, answers) or a `Question`.
+            id: names the task in records; left out, it is made of the texts, so that the same task has the same.
+            dataset: what records call its dataset.
+            scoring: as the field of that name.
+
+        >>> task = Task.of(["Ada moved to Rome."], [("Where does Ada live?", "Rome")])
+        >>> task.documents[0].title, task.questions[0].answers
+        ('Document 1', ('Rome',))
+
+        Raises:
+            SettingError: something in it has another form.
+        """
+        held = tuple(_document(number, given) for number, given in enumerate(documents, 1))
+        asked = tuple(_question(number, given) for number, given in enumerate(questions, 1))
+        digest = sha256(repr((held, asked)).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        return cls(f"{dataset}/{digest}" if id is None else id, dataset, held, asked, scoring)
+
+
+def _document(number: int, given: object) -> Document:
+    match given:
+        case Document():
+            return given
+        case str():
+            return Document(f"Document {number}", given)
+        case (str() as title, str() as text):
+            return Document(title, text)
+    raise SettingError(f"A document must be a text, (title, text) or a Document, got {given!r} as number {number}.")
+
+
+def _question(number: int, given: object) -> Question:
+    match given:
+        case Question():
+            return given
+        case (str() as text, str() as answer):
+            return Question(f"q{number}", text, (answer,))
+        case (str() as text, [*answers]) if all(isinstance(answer, str) for answer in answers):
+            return Question(f"q{number}", text, tuple(map(str, answers)))
+    raise SettingError(
+        f"A question must be (text, answer), (text, answers) or a Question, got {given!r} as number {number}."
+    )
 
 
 class TaskSource(Protocol):
     """Makes tasks. The same index and seed give the same task in every process."""
 
-    dataset: str
+    dataset: str  # any name
 
     def __len__(self) -> int:
         """How many different tasks there are."""
@@ -102,7 +181,7 @@ ABLATIONS: dict[str, dict[str, object]] = {
 class EpisodeSettings:
     """The dynamics of an episode. The defaults are the AtomMem paper's (arXiv 2601.08323); the rest are its ablations."""
 
-    dialect: str = "tags"  # how operations are written as text
+    dialect: str | Dialect = "tags"  # how operations are written as text: a name, module:attribute or an object
     tokenizer: str = "builtin"  # what counts tokens: "builtin", or the path of a tokenizer.json
     chunk_tokens: int = 4096  # size of the piece of document shown at each reading step
     operations: tuple[str, ...] = ("create", "read", "update", "delete")  # the memory operations that exist
@@ -119,6 +198,9 @@ class EpisodeSettings:
     capacity: int | None = None  # most entries at a time; a Create beyond it is a fault
     replies_per_question: int = 4  # after so many replies without an answer the question stays unanswered
     max_steps: int | None = None  # step budget; None: as many as the episode can need, never fewer
+    reward: str | Reward = (
+        "exact_match"  # of an episode: a name, module:attribute or a function of its `EpisodeSummary`
+    )
     reward_terms: tuple[tuple[str, float], ...] = ()  # weights by name, of `REWARD_TERMS`; a dict is taken as well
 
     def __post_init__(self) -> None:
@@ -147,6 +229,11 @@ class EpisodeSettings:
             check(
                 name, value is None or (isinstance(value, int) and value >= 1), "None or a whole number of at least 1"
             )
+
+    def record(self) -> dict[str, Any]:
+        """The settings as plain data, as records and stores have them: parts of one's own by `module:attribute`."""
+        named = {name: name_of(getattr(self, name)) for name in ("dialect", "reward")}
+        return {field.name: getattr(self, field.name) for field in fields(self)} | named
 
 
 def _finite(value: object) -> bool:
@@ -232,6 +319,36 @@ class OperationResult:
     fault: Fault | None = None  # None: carried out as written
     detail: str = ""  # one sentence for the policy, where there is a fault
     entry_id: str = ""  # the entry created, updated or deleted
+
+
+class Dialect(Protocol):
+    """Reads operations out of a reply, and writes them and the entries they name."""
+
+    name: str
+
+    def parse(self, reply: str) -> list[Operation | OperationResult]:
+        """What `reply` says, in the order written; an `OperationResult` is a piece that could not be read. Never raises."""
+        ...
+
+    def write(self, operation: Operation) -> str:
+        """The text that `parse` reads back as `operation`, if its text is one that the dialect can hold.
+
+        None holds spaces at the ends of a text, NUL and lone surrogates. Of the dialects with tags none holds a tag of its own,
+        nor an answer with `\\boxed{…}` in it; JSON holds the rest.
+        """
+        ...
+
+    def show(self, entries: Sequence[Entry]) -> str:
+        """The entries as an observation shows them, best first."""
+        ...
+
+    def entry_id(self, target: str, shown: Sequence[str]) -> str:
+        """The entry id that `target` means, given the ids shown in the observation; need not exist."""
+        ...
+
+    def describe(self, settings: EpisodeSettings) -> str:
+        """The operations that these settings allow, explained to a language model."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from atommem_env.embedders import Embedder, embed, get_embedder
 from atommem_env.env import AtomMemEnv, open_store, split_options
 from atommem_env.store.memory_store import MemoryStore
 from atommem_env.store.recorder import Recorder
-from atommem_env.tasks import make_source
+from atommem_env.tasks import Source, make_source
 from atommem_env.types import TaskSource
 
 
@@ -31,7 +31,7 @@ class AtomMemVectorEnv(SyncVectorEnv):
     A step whose embedding fails leaves all environments as they were; it can be taken again.
 
     Args:
-        dataset: as for `AtomMemEnv`.
+        source: as for `AtomMemEnv`.
         num_envs: N, at least 1.
         autoreset_mode: "NextStep", "SameStep", "Disabled", or the `AutoresetMode`.
         embedder, store, durability, render_mode, options: as for `AtomMemEnv`.
@@ -41,7 +41,7 @@ class AtomMemVectorEnv(SyncVectorEnv):
 
     def __init__(
         self,
-        dataset: str | TaskSource,
+        source: Source | None = None,
         *,
         num_envs: int = 1,
         autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
@@ -51,17 +51,18 @@ class AtomMemVectorEnv(SyncVectorEnv):
         render_mode: str | None = None,
         **options: Any,
     ) -> None:
-        _, source_options = split_options(dataset, options)
-        source = make_source(dataset, **source_options) if isinstance(dataset, str) else dataset
+        _, source_options = split_options(source, options)
+        assert source is not None  # or split_options would have said so
+        shared = make_source(source, **source_options)
         settings = {name: value for name, value in options.items() if name not in source_options}
         self.embedder = get_embedder(embedder) if isinstance(embedder, str) else embedder
-        self.store = open_store(store, self.embedder, durability)
+        self.store = open_store(store, durability)
         self._owns_store = self.store is not store
         self._to_write: dict[Recorder, None] = {}  # in order, each once
 
         def member() -> _Member:
             return _Member(
-                self._to_write, source, embedder=self.embedder, store=self.store, render_mode=render_mode, **settings
+                self._to_write, shared, embedder=self.embedder, store=self.store, render_mode=render_mode, **settings
             )
 
         super().__init__([member] * num_envs, autoreset_mode=autoreset_mode)
@@ -108,8 +109,8 @@ class AtomMemVectorEnv(SyncVectorEnv):
 class _Member(AtomMemEnv):
     """An environment for which the vector environment embeds and writes."""
 
-    def __init__(self, to_write: dict[Recorder, None], dataset: TaskSource, **kwargs: Any) -> None:
-        super().__init__(dataset, **kwargs)
+    def __init__(self, to_write: dict[Recorder, None], source: TaskSource, **kwargs: Any) -> None:
+        super().__init__(source, **kwargs)
         self.vectors: ArrayLike = []  # of the action submitted last
         self._to_write = to_write
 

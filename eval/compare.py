@@ -26,7 +26,7 @@ from rich.table import Table
 from atommem_env.env import AtomMemEnv
 from atommem_env.errors import SettingError
 from eval.metrics import SCHEMA_VERSION, bootstrap_ci95
-from eval.run_folder import read_jsonl, write_atomic
+from eval.run_folder import read_config, read_records, write_atomic
 
 _FLIPS = 10_000
 _SAME_ANYWAY = ("durability",)  # options that change nothing of what is played
@@ -84,13 +84,13 @@ def read_run(folder: Path) -> Run:
         raise SettingError(
             f"{folder} is no run: expected config.json and episodes.jsonl in it. Name a folder that `atommem eval --out` wrote."
         )
-    config = json.loads(config_path.read_text(encoding="utf-8"))
+    config = read_config(config_path)
     if config.get("schema_version") != SCHEMA_VERSION:
         raise SettingError(
             f"{folder} was written in schema {config.get('schema_version')}, and this version reads {SCHEMA_VERSION}. "
             "Run `atommem eval` again, into another folder."
         )
-    records = sorted(read_jsonl(lines_path), key=lambda record: record["episode"])
+    records = sorted(read_records(lines_path), key=lambda record: record["episode"])
     if not records:
         raise SettingError(
             f"No episode in {folder} is finished yet; wait, or go on with it by `atommem eval --resume`."

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import gymnasium as gym
 import tyro
 from rich import box
 from rich.console import Console
@@ -30,11 +29,11 @@ import atommem_env  # noqa: F401  (registers the environments)
 from agents.chat_policy import ChatModel
 from agents.models.load import load_model
 from agents.rollout import episode_specs, run_blocking
-from atommem_env.env import AtomMemEnv
 from atommem_env.errors import SettingError
 from atommem_env.types import Message, Question
 from eval.compare import Run, read_run
 from eval.metrics import bootstrap_ci95
+from eval.options import make_env
 from eval.progress import step_progress
 from eval.run_folder import read_jsonl, to_jsonl, write_atomic
 
@@ -123,8 +122,7 @@ def judge(config: JudgeConfig, console: Console | None = None) -> dict[str, Any]
 def _answers(run: Run, model: str) -> list[_Answer]:
     """All questions of the finished episodes, with their text and golds: the tasks are drawn again as `config.json` says."""
     options = {**run.config["options"], "durability": "off", "embedder": "hashing"}  # nothing is played
-    env = gym.make(run.config["env_id"], **options).unwrapped
-    assert isinstance(env, AtomMemEnv)
+    env = make_env(run.config["env_id"], **options)
     specs = episode_specs(len(env.source), run.config["episodes"], run.config["seed"])
     answers = []
     for record in run.records:

@@ -14,7 +14,7 @@ from atommem_env.errors import DataError
 from atommem_env.tokens import Tokenizer
 from atommem_env.types import OperationKind, Rollout, Turn, Usage
 
-SCHEMA_VERSION = 2  # of a run's folder
+SCHEMA_VERSION = 3  # of a run's folder; 2 is read as well
 _RESAMPLES = 10_000
 
 

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import gymnasium as gym
 import tyro
+from gymnasium.envs.registration import EnvSpec
 
-import atommem_env  # noqa: F401  (registers the environments)
 from agents.chat_policy import GREEDY
+from atommem_env.env import AtomMemEnv
 from atommem_env.errors import SettingError
+from atommem_env.plugins import load_module, suggest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +22,8 @@ class EnvConfig:
     """The environment, and how a language model plays it. Options left out are the environment's own."""
 
     env_id: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ENV_ID")]
-    """Environment: AtomMem-Synthetic, AtomMem-HotpotQA, AtomMem-2WikiMultiHopQA, AtomMem-MuSiQue or AtomMem-Files."""
+    """Environment: AtomMem-Synthetic, AtomMem-HotpotQA, AtomMem-2WikiMultiHopQA, AtomMem-MuSiQue, AtomMem-Files, AtomMem-Custom
+    (with --source), or module:ID of one that your module registers."""
     split: str | None = None
     """Split of the dataset."""
     data: Path | None = None
@@ -32,15 +36,22 @@ class EnvConfig:
     """Questions in each task; sampled: one with probability 1/2, two to ten with 1/18 each."""
     files: tuple[Path, ...] = ()
     """What AtomMem-Files reads: files, or folders of them."""
+    source: str | None = None
+    """Tasks of your own, for AtomMem-Custom: module:attribute of a task source, of what makes one, or of a list of tasks."""
+    dialect: str | None = None
+    """How operations are written: tags, public_code, tool_calls, or module:attribute."""
+    reward: str | None = None
+    """What an episode is worth: exact_match, f1, or module:attribute of a function of its summary."""
     embedder: str | None = None
-    """hashing, minilm, st:MODEL (of sentence-transformers), or openai:MODEL: a service that speaks the OpenAI API, at
-    OPENAI_EMBEDDING_BASE_URL or else OPENAI_BASE_URL."""
+    """hashing, minilm, st:MODEL (of sentence-transformers), openai:MODEL: a service that speaks the OpenAI API, at
+    OPENAI_EMBEDDING_BASE_URL or else OPENAI_BASE_URL; or module:attribute."""
     durability: str | None = None
     """off; or keep every entry in the folder's memory/, at the end of each episode (episode) or after each reply (step)."""
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE")] = ()
     """Any other argument of the environment, for example top_k=12 or operations=["create","read"]."""
     layout: str = "shared_prefix"
-    """How a language model is shown an observation: shared_prefix, terse for small models, or public_code:PATH."""
+    """How a language model is shown an observation: shared_prefix, terse for small models, public_code:PATH, or
+    module:attribute."""
     temperature: float = GREEDY.temperature
     """Of a language model; 0 is greedy."""
     max_new_tokens: int = GREEDY.max_new_tokens
@@ -50,7 +61,18 @@ class EnvConfig:
 
     def env_options(self) -> dict[str, Any]:
         """The keyword arguments of `gym.make` that were given."""
-        names = ("split", "data", "corpus", "num_docs", "questions", "embedder", "durability")
+        names = (
+            "split",
+            "data",
+            "corpus",
+            "num_docs",
+            "questions",
+            "source",
+            "dialect",
+            "reward",
+            "embedder",
+            "durability",
+        )
         options = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         options |= {name: str(options[name].resolve()) for name in ("data", "corpus") if name in options}
         if self.files:
@@ -61,6 +83,10 @@ class EnvConfig:
                 raise SettingError(f"--set takes NAME=VALUE, got {pair!r}.")
             options[name] = _value(value)
         return options
+
+    def make_env(self, **options: Any) -> AtomMemEnv:
+        """The environment; `options` take the place of those of the same name."""
+        return make_env(self.env_id, **self.env_options() | options)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +121,41 @@ class EvalConfig(PlayConfig):
     the data."""
     resume: bool = False
     """Go on with an interrupted run in the same folder: only what is missing is played."""
+
+
+def make_env(env_id: str, **options: Any) -> AtomMemEnv:
+    """An environment by `gym.make`, without the wrappers.
+
+    Args:
+        env_id: of one that is registered, or `module:ID` of one that a module of the working folder registers.
+
+    Raises:
+        SettingError: there is no such environment, it is not one of ours, or an option cannot work.
+    """
+    made = gym.make(find_spec(env_id), **options).unwrapped
+    if not isinstance(made, AtomMemEnv):
+        raise SettingError(f"{env_id} must be an environment of AtomMem, got {type(made).__name__}.")
+    return made
+
+
+def find_spec(env_id: str) -> EnvSpec:
+    """What Gymnasium registered under an id, or under `module:ID` once the module is imported.
+
+    Raises:
+        SettingError: there is no such environment.
+        PluginError: there is no such module.
+    """
+    module, colon, name = env_id.rpartition(":")
+    if colon:
+        load_module(module)
+    try:
+        return gym.spec(name)
+    except gym.error.Error as error:
+        ours = sorted(known for known in gym.registry if known.startswith("AtomMem-"))
+        raise SettingError(
+            f"There is no environment {env_id!r}{suggest(name, gym.registry) or '.'} There are {', '.join(ours)}, and module:ID "
+            "of one that your module registers."
+        ) from error
 
 
 def _value(text: str) -> Any:

@@ -18,11 +18,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-import atommem_env  # noqa: F401  (registers the environments)
-
 
 @dataclass(slots=True)
-class _EpisodeBar:
+class EpisodeBar:
     """Counts episodes, and tells of replies and of the mean reward beside."""
 
     display: Progress
@@ -44,13 +42,13 @@ class _EpisodeBar:
 
 
 @contextmanager
-def _episode_bar(
-    console: Console | None, progress: Progress | None, name: str, episodes: int, rewards: Sequence[float]
-) -> Iterator[_EpisodeBar]:
+def episode_bar(
+    console: Console | None, progress: Progress | None, name: str, episodes: int, rewards: Sequence[float] = ()
+) -> Iterator[EpisodeBar]:
     """A bar for some episodes more than those with `rewards`, in `progress` where that is running."""
     with nullcontext(progress) if progress else step_progress(console or Console(stderr=True)) as display:
         bar = display.add_task(name, total=len(rewards) + episodes, told="")
-        shown = _EpisodeBar(display, bar, list(rewards))
+        shown = EpisodeBar(display, bar, list(rewards))
         shown.show()
         try:
             yield shown

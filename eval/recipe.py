@@ -6,7 +6,7 @@
 A recipe is a TOML file:
 
     episodes = 10                     # of each run
-    seeds = [0, 1, 2]                 # a run each; [0] unless told
+    seeds = [0, 1, 2]                 # a run each; [0] by default
 
     [env]                             # of all runs: options of `atommem eval`
     embedder = "minilm"
@@ -26,13 +26,18 @@ A recipe is a TOML file:
 
 An option of an environment comes before that of [env], and one of a policy before both; their `set` are joined, and of two
 values the last counts. What decides the tasks (`num_docs`, `split`, …) belongs to [env] and the environments, so that all
-policies play the same episodes. A run lies in FOLDER/ENVIRONMENT/POLICY/seed-N. The same command again plays what is missing
-or failed; what the recipe says otherwise than before is refused for the runs that it changes.
+policies play the same episodes. A policy that is the folder of a trained model keeps the layout, the dialect and the
+`max_new_tokens` that it was trained with (`eval.played_as`), unless its own row says otherwise. How a recipe is based on another
+one: `eval.toml_tables`; [[environments]] and [[policies]] then replace the base's, as a whole.
+
+A run lies in FOLDER/ENVIRONMENT/POLICY/seed-N. The same command again plays what is missing or failed; where the recipe now says
+something else than a run's folder does, that run is rejected.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import re
 import traceback
@@ -51,13 +56,16 @@ from rich.table import Table
 
 from agents.rollout import episode_specs
 from atommem_env.errors import AtomMemError, EmbeddingError, EngineDied, ModelError, SettingError
+from eval.command_line import parse_eval
 from eval.metrics import summarise
 from eval.options import EvalConfig, PlayConfig
+from eval.played_as import read_card
+from eval.players import prepare_evaluation
 from eval.progress import step_progress
 from eval.report.tables import results_table
-from eval.run import evaluate, prepare_evaluation
+from eval.run import evaluate
 from eval.run_folder import read_jsonl, require_same_config
-from eval.toml_tables import fields_of, read_table, read_toml
+from eval.toml_tables import RecipeFile, fields_of, read_recipe_file, read_table
 from eval.workers import Workers
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs" / "eval"
@@ -90,7 +98,7 @@ class RecipeConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class PlannedRun:
     """One run of a recipe; the labels are those of its row and column in a table."""
 
     environment: str
@@ -114,7 +122,7 @@ class Run:
 # ------------------------------------------------------------------------------------------------------------ the recipe
 
 
-def read_recipe(path: Path, out: Path) -> list[Run]:
+def read_recipe(path: Path, out: Path) -> list[PlannedRun]:
     """The runs of a recipe: by environment, then by policy, then by seed.
 
     Args:
@@ -122,31 +130,29 @@ def read_recipe(path: Path, out: Path) -> list[Run]:
         out: folder of all runs.
 
     Raises:
-        SettingError: there is no such file, or something in it is not as it must be.
+        SettingError: as in `read_recipe_file`, or something in a file is not as it must be.
     """
-    path = path if path.is_file() else FOLDER / path
-    if not path.is_file():
-        shipped = ", ".join(sorted(file.name for file in FOLDER.glob("*.toml")))
-        raise SettingError(f"RECIPE.toml must be the path of a TOML file, or one of {shipped}; got {path.name!r}.")
-    tables = read_toml(path)
+    file = read_recipe_file(str(path), FOLDER)
+    tables = file.tables
     top = {name: value for name, value in tables.items() if name not in _TABLES}
-    given = read_table(path, "the recipe", top, {"episodes": int, "seeds": tuple[int, ...], **_TABLES})
-    (shared,) = _rows(path, tables, "env")
-    environments = [one for row in _rows(path, tables, "environments", "env_id") for one in _environments(row)]
-    policies = [{"label": _default_label(row), **row} for row in _rows(path, tables, "policies", "policy")]
+    given = read_table(file, "the recipe", top, {"episodes": int, "seeds": tuple[int, ...], **_TABLES})
+    (shared,) = _rows(file, "env")
+    environments = [one for row in _rows(file, "environments", "env_id") for one in _environments(row)]
+    policies = [{"label": _default_label(row), **row} for row in _rows(file, "policies", "policy")]
     seeds = given.pop("seeds", (0,))
     if not (environments and policies and seeds):
-        raise SettingError(f"{path} has no run: it needs [[environments]], [[policies]] and, where given, seeds.")
+        raise SettingError(f"{file} has no run: it needs [[environments]], [[policies]] and, where given, seeds.")
     runs = []
     for environment in environments:
         for policy in policies:
-            options = shared | environment | policy
-            options["set"] = tuple(pair for table in (shared, environment, policy) for pair in table.get("set", ()))
+            layers = (shared, environment, _as_trained(policy), policy)
+            options = {name: value for layer in layers for name, value in layer.items()}
+            options["set"] = tuple(pair for layer in layers for pair in layer.get("set", ()))
             labels = environment["label"], policy["label"]
             for seed in seeds:
                 folder = out.joinpath(*map(_folder_name, labels), f"seed-{seed}")
                 runs.append(
-                    Run(
+                    PlannedRun(
                         *labels, EvalConfig(**options | given | {"environment": labels[0], "seed": seed, "out": folder})
                     )
                 )
@@ -154,25 +160,36 @@ def read_recipe(path: Path, out: Path) -> list[Run]:
     same = [run for run in runs if folders[str(run.config.out).casefold()] > 1]
     if same:
         raise SettingError(
-            f"{path}: {same[0].name} and {same[1].name} would share the folder {same[0].config.out}. "
+            f"{file}: {same[0].name} and {same[1].name} would share the folder {same[0].config.out}. "
             "Give one of them another label."
         )
     return runs
 
 
-def _rows(path: Path, tables: dict[str, Any], name: str, required: str | None = None) -> list[dict[str, Any]]:
+def _rows(file: RecipeFile, name: str, required: str | None = None) -> list[dict[str, Any]]:
     """The tables of that name, [name] or [[name]]; a field that is `required` is in each of them."""
     brackets = f"[[{name}]]" if required else f"[{name}]"
-    rows = tables.get(name, [] if required else {})
+    rows = file.tables.get(name, [] if required else {})
     if required is None:
         rows = [rows]
     if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
-        raise SettingError(f"{path}: {name} must be written as {brackets}, got {rows!r}.")
-    read = [read_table(path, brackets[1:-1], row, _TABLES[name]) for row in rows]
+        raise SettingError(f"{file}: {name} must be written as {brackets}, got {rows!r}.")
+    read = [read_table(file, brackets[1:-1], row, _TABLES[name]) for row in rows]
     for row in read:
         if required and required not in row:
-            raise SettingError(f"{path}: every {brackets} must have {required}; one has {row}.")
+            raise SettingError(f"{file}: every {brackets} must have {required}; one has {row}.")
     return read
+
+
+def _as_trained(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row's policy keeps of its training in any environment; {} where it is not a trained model."""
+    card = read_card(row["policy"])
+    if card is None:
+        return {}
+    kept = {"layout": card.layout, "max_new_tokens": card.max_new_tokens}
+    return kept | (
+        {} if "dialect" in row else {"set": (f"dialect={card.dialect}",)}
+    )  # comes before that of [env]'s `set`
 
 
 def _environments(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -210,7 +227,7 @@ def _folder_name(label: str) -> str:
 # -------------------------------------------------------------------------------------------------------------- playing
 
 
-def check(runs: Sequence[Run]) -> dict[Run, str]:
+def check(runs: Sequence[PlannedRun]) -> dict[PlannedRun, str]:
     """Why some runs cannot be played now, after everything was tried that can be without playing; nothing is written.
 
     Returns:
@@ -219,8 +236,8 @@ def check(runs: Sequence[Run]) -> dict[Run, str]:
     Raises:
         SettingError: the recipe cannot be played as it is: an unknown policy, missing data, a wrong setting. All are named.
     """
-    troubles: dict[Run, str] = {}
-    wrong: defaultdict[str, list[Run]] = defaultdict(list)
+    troubles: dict[PlannedRun, str] = {}
+    wrong: defaultdict[str, list[PlannedRun]] = defaultdict(list)
     tried: set[str] = set()  # environments of which a task was made
     outages: dict[str | None, EmbeddingError] = {}  # by embedder: each was waited for long enough
     for run in runs:
@@ -228,12 +245,12 @@ def check(runs: Sequence[Run]) -> dict[Run, str]:
         try:
             if config.embedder in outages:
                 raise outages[config.embedder]
-            env, _, resolved_config = prepare_evaluation(config)
-            with closing(env):
+            driver, _, opened = prepare_evaluation(config)
+            with closing(driver.store):
                 if run.environment not in tried:
                     tried.add(run.environment)
-                    (spec,) = episode_specs(len(env.source), 1, config.seed)
-                    env.source.task(spec.index, spec.task_seed)
+                    (spec,) = episode_specs(opened.tasks, 1, config.seed)
+                    driver.source.task(spec.index, spec.task_seed)
         except _OUTAGES as error:
             troubles[run] = _told(error)
             if isinstance(error, EmbeddingError):
@@ -243,7 +260,7 @@ def check(runs: Sequence[Run]) -> dict[Run, str]:
         else:
             try:
                 if run.finished:
-                    require_same_config(config.out / "config.json", resolved_config)
+                    require_same_config(config.out / "config.json", opened.resolved_config)
             except SettingError as error:
                 troubles[run] = f"{_told(error)} Move that folder away, or choose another --out."
     if wrong:
@@ -256,8 +273,8 @@ def check(runs: Sequence[Run]) -> dict[Run, str]:
 
 
 def play_recipe(
-    runs: Sequence[Run], console: Console | None = None, *, workers: Workers | None = None
-) -> dict[Run, str]:
+    runs: Sequence[PlannedRun], console: Console | None = None, *, workers: Workers | None = None
+) -> dict[PlannedRun, str]:
     """Plays the runs that are not done yet, one after another, with the models loaded once.
 
     Args:
@@ -278,7 +295,7 @@ def play_recipe(
             if run.done or run in failures:
                 continue
             try:
-                evaluate(dataclasses.replace(run.config, resume=run.finished > 0), progress=progress, workers=workers)
+                evaluate(dataclasses.replace(run.config, resume=run.finished > 0), progress=progress, player=workers)
             except Exception as error:  # of any kind: a policy may be anybody's
                 failures[run] = _told(error)
                 trace = "" if isinstance(error, AtomMemError) else traceback.format_exc()
@@ -298,7 +315,7 @@ def _told(error: Exception) -> str:
 # --------------------------------------------------------------------------------------------------------------- telling
 
 
-def tables(runs: Sequence[Run], failures: dict[Run, str]) -> list[Table]:
+def tables(runs: Sequence[PlannedRun], failures: dict[PlannedRun, str]) -> list[Table]:
     """The results, a table an environment; a policy's seeds are pooled, and the failed ones are named as such."""
     made = []
     for environment in dict.fromkeys(run.environment for run in runs):
@@ -325,7 +342,7 @@ def tables(runs: Sequence[Run], failures: dict[Run, str]) -> list[Table]:
     return made
 
 
-def plan(runs: Sequence[Run], troubles: dict[Run, str]) -> Table:
+def plan(runs: Sequence[PlannedRun], troubles: dict[PlannedRun, str]) -> Table:
     """The runs, and how far each is."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for heading in ("environment", "policy", "seed", "episodes done"):
@@ -362,5 +379,11 @@ def main(config: RecipeConfig) -> None:
 
 def call(command: str, function: Callable[[Any], None], words: Sequence[str]) -> None:
     """`atommem eval` with its arguments: of a recipe where one of them is a TOML file, else of a single run."""
-    recipe = any(word.endswith(".toml") and not word.startswith("-") for word in words)
-    tyro.cli(main if recipe else function, prog=f"atommem {command}", args=words, config=(tyro.conf.OmitArgPrefixes,))
+    prog = f"atommem {command}"
+    if any(word.endswith(".toml") and not word.startswith("-") for word in words):
+        tyro.cli(main, prog=prog, args=words, config=(tyro.conf.OmitArgPrefixes,))
+        return
+    config, notes = parse_eval(prog, inspect.getdoc(function) or "", words)
+    for note in notes:
+        Console(stderr=True).print(note, soft_wrap=True, markup=False, highlight=False)
+    function(config)

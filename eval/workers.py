@@ -16,26 +16,26 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from agents.policy import Policy
-from agents.rollout import Driver, EpisodeSpec
-from atommem_env.env import AtomMemEnv
+from agents.rollout import EpisodeSpec
 from atommem_env.errors import JobFailed, MissingDependency, SettingError
 from atommem_env.tokens import get_tokenizer
 from eval.metrics import episode_cost, episode_record
+from eval.options import EvalConfig
+from eval.players import Finished, Opened, prepare_evaluation
+from eval.run_folder import Record
 
 T = TypeVar("T")
-Prepare = Callable[[Any], tuple[AtomMemEnv, Policy, dict[str, Any]]]
-Record = dict[str, Any]
 
 _log = logging.getLogger(__name__)
 _VARIABLES = ("ATOMMEM_", "HF_", "OMP_NUM_THREADS", "OPENAI_", "VLLM_")  # how the names of what is passed on begin
 
 
-class Player:
+class Worker:
     """A worker, which has the command's working folder, `sys.path` and variables; it plays one run at a time.
 
     The variables come as an argument because Ray shows those of a `runtime_env` to all, keys too.
@@ -57,23 +57,23 @@ class Player:
             error.add_note(f"on machine {platform.node()}, in {self._folder}, which all machines must have")
             raise
 
-    async def open(self, prepare: Prepare, config: Any) -> tuple[Record, bool, int]:
+    async def open(self, config: EvalConfig) -> Opened:
         """Gets ready for a run, after leaving the one before: see `Workers.open`."""
         await self.close()
-        env, self._policy, resolved_config = await self.call(prepare, config)
-        self._leave, self._driver = env.close, Driver.of(env)
-        self._tokenizer = get_tokenizer(env.settings.tokenizer)
-        return resolved_config, self._policy.privileged, len(env.source)
+        self._driver, self._policy, opened = await self.call(prepare_evaluation, config)
+        self._leave = self._driver.store.close
+        self._tokenizer = get_tokenizer(self._driver.settings.tokenizer)
+        return opened
 
-    async def play(self, position: int, spec: EpisodeSpec) -> tuple[Record, Record]:
+    async def play(self, number: int, spec: EpisodeSpec) -> tuple[Record, Record]:
         """An episode's record, and its cost."""
         task, began = asyncio.current_task(), time.perf_counter()
         assert task is not None
         self._playing.add(task)
         task.add_done_callback(self._playing.discard)
         rollout = await self._driver.play(spec, self._policy)
-        cost = episode_cost(position, rollout, time.perf_counter() - began)
-        return episode_record(position, rollout, self._tokenizer), cost
+        cost = episode_cost(number, rollout, time.perf_counter() - began)
+        return episode_record(number, rollout, self._tokenizer), cost
 
     async def close(self) -> None:
         """Leaves the run; what is being played is stopped."""
@@ -85,7 +85,7 @@ class Player:
 
 
 class Workers:
-    """`count` players on the Ray that runs (RAY_ADDRESS), else on one of this machine that ends with them.
+    """`count` workers on the Ray that runs (RAY_ADDRESS), else on one of this machine that ends with them.
 
     Raises:
         MissingDependency: Ray is not installed.
@@ -111,92 +111,91 @@ class Workers:
         machines = [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
         gpus = gpus_each(machines, count)
         # A worker without GPUs holds no CPU either, so that Ray would put all on one machine.
-        self._kind = ray.remote(Player).options(scheduling_strategy="SPREAD", **({"num_gpus": gpus} if gpus else {}))
-        self._players = [self._start() for _ in range(count)]
+        self._kind = ray.remote(Worker).options(scheduling_strategy="SPREAD", **({"num_gpus": gpus} if gpus else {}))
+        self._workers = [self._start() for _ in range(count)]
 
     def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for player in self._players:
-            self._ray.kill(player)
+        for worker in self._workers:
+            self._ray.kill(worker)
         if self._owns_ray:
             self._ray.shutdown()
 
     def call(self, function: Callable[..., T], *arguments: Any) -> T:
         """What a function returns or raises in a worker."""
-        return self._result(self._players[0].call.remote(function, *arguments))
+        return self._result(self._workers[0].call.remote(function, *arguments))
 
-    def open(self, prepare: Prepare, config: Any) -> tuple[Record, bool, int]:
-        """Lets the workers prepare a run: what tells it from others, whether its policy is privileged, how many tasks."""
-        self._asked = prepare, config
-        self._opening = {player.open.remote(prepare, config): player for player in self._players}
-        (first, *_), _ = self._ray.wait([*self._opening])
-        self._told: tuple[Record, bool, int] = self._result(first)
-        return self._told
+    @contextmanager
+    def open(self, config: EvalConfig) -> Iterator[Opened]:
+        """Lets the workers prepare a run, see `eval.players.Player`; they leave it in the end, whatever happens."""
+        self._config = config
+        self._opening = {worker.open.remote(config): worker for worker in self._workers}
+        try:
+            (first, *_), _ = self._ray.wait([*self._opening])
+            self._opened: Opened = self._result(first)
+            yield self._opened
+        finally:
+            self._close()
 
     def play(
-        self, specs: Mapping[int, EpisodeSpec], in_flight: int, finished: Callable[[Record, Record], None]
+        self, specs: Mapping[int, EpisodeSpec], in_flight: int, finished: Finished, replied: Callable[[int], None]
     ) -> None:
-        """Plays episodes of the run that was opened, at most `in_flight` at a time in each worker.
-
-        Args:
-            specs: by position in the run.
-            finished: called with the record and the cost of each episode, in the order in which they end.
+        """See `eval.players.Player`; `in_flight` is of each worker.
 
         Raises:
             JobFailed: a worker died before it was ready, or two at the same episode.
             Exception: whatever policy, embedder or store raised first; the other episodes are stopped.
         """
         waiting, lost = deque(specs), set[int]()
-        most = min(in_flight, math.ceil(len(specs) / len(self._players)))
-        free: list[Any] = []  # each player as often as it can take an episode
+        most = min(in_flight, math.ceil(len(specs) / len(self._workers)))
+        free: list[Any] = []  # each worker as often as it can take an episode
         playing: dict[Any, tuple[Any, int]] = {}
-        try:
-            while waiting or playing:
-                while waiting and free:
-                    player, position = free.pop(0), waiting.popleft()
-                    playing[player.play.remote(position, specs[position])] = player, position
-                (ended, *_), _ = self._ray.wait([*self._opening, *playing])
-                if ended in self._opening:
-                    if self._result(ended) != self._told:
-                        raise SettingError("The workers prepared different runs. Do all machines have the same data?")
-                    free += [self._opening.pop(ended)] * most
-                    continue
-                player, position = playing.pop(ended)
-                try:
-                    finished(*self._result(ended))
-                except _WorkerDied as error:
-                    if position in lost:
-                        error.add_note(f"at episode {position}, as one before it")
-                        raise
-                    lost.add(position)
-                    waiting.append(position)
-                    if player in self._players:
-                        _log.warning("A worker died. Another takes its place, and what it was playing is played anew.")
-                        free = [one for one in free if one != player]
-                        new = self._replace(player)
-                        self._opening[new.open.remote(*self._asked)] = new
-                else:
-                    free += [player] * (player in self._players)
-        finally:
-            self._close()
+        while waiting or playing:
+            while waiting and free:
+                worker, number = free.pop(0), waiting.popleft()
+                playing[worker.play.remote(number, specs[number])] = worker, number
+            (ended, *_), _ = self._ray.wait([*self._opening, *playing])
+            if ended in self._opening:
+                if self._result(ended) != self._opened:
+                    raise SettingError("The workers prepared different runs. Do all machines have the same data?")
+                free += [self._opening.pop(ended)] * most
+                continue
+            worker, number = playing.pop(ended)
+            try:
+                record, cost = self._result(ended)
+            except _WorkerDied as error:
+                if number in lost:
+                    error.add_note(f"at episode {number}, as one before it")
+                    raise
+                lost.add(number)
+                waiting.append(number)
+                if worker in self._workers:
+                    _log.warning("A worker died. Another takes its place, and plays its episodes again.")
+                    free = [one for one in free if one != worker]
+                    new = self._replace(worker)
+                    self._opening[new.open.remote(self._config)] = new
+            else:
+                replied(record["steps"])
+                finished(record, cost)
+                free += [worker] * (worker in self._workers)
 
     def _close(self) -> None:
         opening = [*self._opening.values()]
-        for player in [one for one in self._players if one not in opening]:
+        for worker in [one for one in self._workers if one not in opening]:
             try:
-                self._result(player.close.remote())
-            except _WorkerDied:  # what it had finished is kept
-                self._replace(player)
+                self._result(worker.close.remote())
+            except _WorkerDied:  # what it had finished is saved
+                self._replace(worker)
 
     def _start(self) -> Any:
         variables = {name: value for name, value in os.environ.items() if name.startswith(_VARIABLES)}
         return self._kind.remote(str(Path.cwd()), sys.path, variables)
 
-    def _replace(self, player: Any) -> Any:
-        self._ray.kill(player)  # it may only be out of reach
-        self._players[self._players.index(player)] = new = self._start()
+    def _replace(self, worker: Any) -> Any:
+        self._ray.kill(worker)  # it may only be out of reach
+        self._workers[self._workers.index(worker)] = new = self._start()
         return new
 
     def _result(self, reference: Any) -> Any:
@@ -204,7 +203,7 @@ class Workers:
         try:
             return self._ray.get(reference)
         except gone as error:
-            raise _WorkerDied(f"A worker died; --resume goes on from here. Ray says: {error}") from error
+            raise _WorkerDied(f"A worker died; --resume resumes from here. Ray says: {error}") from error
         except self._ray.exceptions.RayTaskError as error:
             raise error.cause from error
 

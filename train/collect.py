@@ -12,6 +12,7 @@ keeps nothing.
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -21,13 +22,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from agents.rollout import episode_specs
+from agents.rollout import episode_specs, run_blocking
 from atommem_env.episode import legal_text
 from atommem_env.errors import SettingError
 from atommem_env.prompts import get_layout
 from atommem_env.types import Message, Rollout, Turn
 from eval.options import PlayConfig
-from eval.run import play, prepare
+from eval.players import Parts, prepare
+from eval.progress import episode_bar
 from eval.run_folder import require_empty_dir, to_jsonl, write_atomic
 
 _CHAT = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -62,8 +64,12 @@ class CollectConfig(PlayConfig):
     """Leave out turns of whose reply an operation was not carried out as written."""
 
 
-def collect(config: CollectConfig, console: Console | None = None) -> dict[str, Any]:
+def collect(config: CollectConfig, console: Console | None = None, parts: Parts | None = None) -> dict[str, Any]:
     """Plays the episodes, writes the samples, and returns what `summary.json` holds.
+
+    Args:
+        console: where a progress bar is drawn; stderr unless given.
+        parts: objects in the place of what the configuration names.
 
     Raises:
         SettingError: the folder is not empty, a setting cannot work, or no turn was good enough.
@@ -73,10 +79,19 @@ def collect(config: CollectConfig, console: Console | None = None) -> dict[str, 
     if not 0 <= config.min_reward <= 1:
         raise SettingError(f"min_reward must be between 0 and 1, got {config.min_reward}.")
     require_empty_dir(config.out)
-    env, policy, resolved_config = prepare(config)
+    driver, policy, resolved_config = prepare(config, parts or Parts())
     config.out.mkdir(parents=True, exist_ok=True)
-    rollouts = play(config, env, policy, episode_specs(len(env.source), config.episodes, config.seed), console)
-    env.close()
+    specs = episode_specs(len(driver.source), config.episodes, config.seed)
+    with closing(driver.store), episode_bar(console, None, f"{policy.name} on {config.env_id}", len(specs)) as bar:
+        rollouts = run_blocking(
+            driver.run(
+                specs,
+                policy,
+                in_flight=config.in_flight,
+                finished=lambda _, rollout: bar.ended(rollout.reward),
+                replied=bar.replied,
+            )
+        )
     kept = [
         (number, rollout)
         for number, rollout in enumerate(rollouts)
@@ -85,7 +100,7 @@ def collect(config: CollectConfig, console: Console | None = None) -> dict[str, 
     turns = sum(len(rollout.turns) for _, rollout in kept)
     rows = [
         {
-            "prompt": layout(turn.observation, env.settings),
+            "prompt": layout(turn.observation, driver.settings),
             "completion": [Message(role="assistant", content=legal_text(turn.reply.text)[0])],
             "env_id": config.env_id,
             "task_id": rollout.task_id,

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import shlex
 import shutil
 import time
 from collections import defaultdict
@@ -28,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 
-from agents.chat_policy import GREEDY, ChatPolicy, Sampling
+from agents.chat_policy import ChatPolicy, Sampling
 from agents.models.chat_tokenizer import ChatTokenizer
 from agents.models.find import find_model
 from agents.models.transformers_model import TransformersModel
@@ -37,11 +36,12 @@ from atommem_env.errors import CheckpointError, DataError, MissingDependency, Se
 from atommem_env.tokens import get_tokenizer
 from atommem_env.types import Rollout
 from eval.metrics import episode_record, summarise
+from eval.played_as import eval_command, record_of, write_card
 from eval.progress import step_progress
 from eval.run_folder import read_jsonl, to_jsonl, write_atomic
 from train.advantages import group_advantages
 from train.estimate import check_memory
-from train.rollouts import policy_metrics, training_rewards
+from train.metrics import policy_metrics, training_rewards
 from train.samples import Sample, check_all_trained, make_samples
 from train.settings import GRPOConfig, LocalGRPOConfig, make_env, open_run
 
@@ -77,6 +77,7 @@ class Trainer:
         )
         check_memory(run)
         resolved_config = open_run(run)
+        self.environment = record_of(run)  # for the model's folder
         self.driver = Driver.of(make_env(run, run.split))
         self.held_out = Driver.of(make_env(run, run.eval_split)) if run.eval_every else None
         for driver in filter(None, (self.driver, self.held_out)):
@@ -305,6 +306,14 @@ class Trainer:
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial)
         self.chat.backend.save_pretrained(partial)
+        write_card(
+            partial,
+            self.environment,
+            self.run.max_new_tokens,
+            command="atommem grpo",
+            run=self.run.out,
+            recipe=self.run.recipe,
+        )
         shutil.rmtree(self.run.out / "model", ignore_errors=True)
         partial.rename(self.run.out / "model")
         load_weights(self.model, last)
@@ -403,39 +412,20 @@ def _numbers(line: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, floa
 def main(run: LocalGRPOConfig) -> None:
     """Train a model by reinforcement learning (GRPO) on an environment."""
     Trainer(run).train()
-    tell_end(run, Console())
+    report_end(run, Console())
 
 
-def tell_end(run: GRPOConfig, console: Console) -> None:
-    """Says what a run that has come to its end leaves, and how to evaluate it."""
+def report_end(run: GRPOConfig, console: Console) -> None:
+    """Prints what a finished run leaves, and how to evaluate it."""
     evaluated = [line for line in read_jsonl(run.out / METRICS) if "eval_em" in line]
     if evaluated:
         best = max(evaluated, key=lambda line: line["eval_em"])  # the first of equals, as the trainers keep it
         console.print(
             f"Best held-out exact match {100 * best['eval_em']:.1f} % after {best['step']} of {run.steps} steps."
         )
-    words = [
-        "atommem",
-        "eval",
-        run.env_id,
-        "--policy",
-        str(run.out / "model"),
-        "--layout",
-        run.layout,
-        "--split",
-        "test",
-    ]
-    if run.files:
-        words += ["--files", *map(str, run.files)]
-    for name in ("num_docs", "questions", "embedder", "corpus"):
-        if (value := getattr(run, name)) is not None:
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    if run.max_new_tokens != GREEDY.max_new_tokens:
-        words += ["--max-new-tokens", str(run.max_new_tokens)]
-    if run.set:
-        words += ["--set", *run.set]
+    model = run.out / "model"
     console.print(
-        f"The model is in {run.out / 'model'}, the curve in {run.out / 'curve.png'}. Evaluate it:\n  {shlex.join(words)}",
+        f"The model is in {model}, the curve in {run.out / 'curve.png'}. Evaluate it:\n  {eval_command(model)}",
         soft_wrap=True,
         markup=False,
         highlight=False,

@@ -6,17 +6,17 @@ one after the other, make the model. Its tables:
     [env]                       the environment, of collect and grpo: fields of `eval.options.EnvConfig`
     [collect] [sft] [grpo]      fields of `CollectConfig`, `SFTConfig` and `LocalGRPOConfig`
     [model]                     the model's `config.json` as far as its size follows from it; with it a run that cannot fit
-                                is refused before anyone has fetched the weights
+                                is rejected before anyone has fetched the weights
+
+How a recipe is based on another one: `eval.toml_tables`.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,8 +24,9 @@ import tyro
 
 from agents.models.find import find_model
 from atommem_env.errors import ModelNotFound, SettingError
+from eval.command_line import parse_config, take_option
 from eval.options import EnvConfig
-from eval.toml_tables import fields_of, read_table, read_toml
+from eval.toml_tables import fields_of, read_recipe_file, read_table
 from train.collect import CollectConfig
 from train.estimate import check_memory
 from train.settings import LocalGRPOConfig, SFTConfig
@@ -52,7 +53,6 @@ _MODEL_FIELDS = {
 class Recipe:
     """A saved configuration of the training commands."""
 
-    path: Path
     configs: dict[type, Any]  # of each command; a field that is required and not named is tyro.MISSING
     model: dict[str, Any]  # of a `config.json`; {}: the file has no [model]
 
@@ -71,20 +71,20 @@ def read_recipe(name: str) -> Recipe:
     """The recipe of that name, or the one in that TOML file.
 
     Raises:
-        SettingError: there is none, or something in it is not as it must be; the message lists what there is.
+        SettingError: as in `read_recipe_file`, or something in a file is not as it must be.
     """
-    path = FOLDER / f"{name}.toml" if name in NAMES else Path(name)
-    if not path.is_file():
-        raise SettingError(f"--recipe takes {', '.join(NAMES)}, or the path of a TOML file; got {name!r}.")
-    tables = read_toml(path)
+    file = read_recipe_file(name, FOLDER)
+    tables = file.tables
     known = ("env", *_COMMANDS, "model")
     for table, values in tables.items():
         if table not in known or not isinstance(values, dict):
-            raise SettingError(f"{path}: there is no table [{table}]. There are: {', '.join(known)}.")
-    env = read_table(path, "env", tables.get("env", {}), fields_of(EnvConfig))
+            raise SettingError(f"{file}: there is no table [{table}]. There are: {', '.join(known)}.")
+    env = read_table(file, "env", tables.get("env", {}), fields_of(EnvConfig))
     configs: dict[type, Any] = {}
     for command, made in _COMMANDS.items():
-        own = read_table(path, command, tables.get(command, {}), fields_of(made))
+        fields = fields_of(made)
+        recorded = {"recipe": file.name} if fields.pop("recipe", None) else {}
+        own = read_table(file, command, tables.get(command, {}), fields)
         shared = env if issubclass(made, EnvConfig) else {}
         missing = {
             field.name: tyro.MISSING
@@ -92,14 +92,14 @@ def read_recipe(name: str) -> Recipe:
             if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         }
         try:
-            configs[made] = made(**missing | shared | own)
+            configs[made] = made(**missing | shared | own | recorded)
         except SettingError as error:
-            error.add_note(f"in {path}, [{command}]")
+            error.add_note(f"in {file}, [{command}]")
             raise
-    model = read_table(path, "model", tables.get("model", {}), _MODEL_FIELDS)
+    model = read_table(file, "model", tables.get("model", {}), _MODEL_FIELDS)
     if model and len(model) < len(_MODEL_FIELDS):
-        raise SettingError(f"{path}: [model] must have all of {', '.join(_MODEL_FIELDS)}; it has {', '.join(model)}.")
-    return Recipe(path, configs, model)
+        raise SettingError(f"{file}: [model] must have all of {', '.join(_MODEL_FIELDS)}; it has {', '.join(model)}.")
+    return Recipe(configs, model)
 
 
 def call(command: str, function: Callable[[Any], None], words: Sequence[str]) -> None:
@@ -108,29 +108,21 @@ def call(command: str, function: Callable[[Any], None], words: Sequence[str]) ->
     Raises:
         SettingError: as in `read_recipe`, or the recipe's model, not on this machine yet, cannot fit.
     """
-    recipe_argument = argparse.ArgumentParser(prog=f"atommem {command}", add_help=False, allow_abbrev=False)
-    recipe_argument.add_argument("--recipe", "--preset", dest="recipe")
-    given, rest = recipe_argument.parse_known_args(words)
+    prog = f"atommem {command}"
+    name, words = take_option(prog, words, "--recipe", "--preset")  # --preset: as earlier versions called it
     made = _COMMANDS[command]
-    told = f"--recipe NAME sets every option that is not given:\n{', '.join(NAMES)}, or a TOML file of yours."
-    if issubclass(made, EnvConfig):
-        told += "\nWhat --set names is added to the recipe's."
-    parse = partial(
-        tyro.cli,
-        made,
-        prog=f"atommem {command}",
-        description=f"{inspect.getdoc(function)}\n\n{told}",
-        args=rest,
-        config=(tyro.conf.OmitArgPrefixes,),
+    description = (
+        f"{inspect.getdoc(function)}\n\n"
+        f"--recipe NAME sets every option that is not given:\n{', '.join(NAMES)}, or a TOML file of yours."
     )
-    if given.recipe is None:
-        function(parse())
+    if issubclass(made, EnvConfig):
+        description += "\nWhat --set names is added to the recipe's."
+    if name is None:
+        function(parse_config(made, prog, description, words))
         return
-    recipe = read_recipe(given.recipe)
+    recipe = read_recipe(name)
     default = recipe.configs[made]
-    config = parse(default=default)
-    if isinstance(config, EnvConfig) and config.set != default.set:
-        config = dataclasses.replace(config, set=(*default.set, *config.set))  # of two values the later one counts
+    config = parse_config(made, prog, description, words, default)
     if isinstance(config, SFTConfig | LocalGRPOConfig) and recipe.model and config.model == default.model:
         try:
             find_model(config.model)

@@ -5,19 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import gymnasium as gym
 import tyro
 
+from atommem_env.env import AtomMemEnv
 from atommem_env.errors import SettingError
 from eval.options import EnvConfig
 from eval.run_folder import require_empty_dir, require_same_config
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +71,8 @@ class GRPOConfig(EnvConfig):
     """Steps between checkpoints."""
     seed: int = 0
     """Of the tasks, of what is sampled, and of new weights."""
+    recipe: tyro.conf.Suppress[str | None] = field(default=None, compare=False)
+    """The recipe that the settings come from; for the record alone."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "groups", "save_every", "in_flight", "max_new_tokens", "micro_batch_tokens"):
@@ -101,10 +100,9 @@ class GRPOConfig(EnvConfig):
             raise SettingError(f"{name} must be {expected}, got {getattr(self, name)!r}.")
 
 
-def make_env(run: GRPOConfig, split: str | None) -> gym.Env[Any, Any]:
+def make_env(run: GRPOConfig, split: str | None) -> AtomMemEnv:
     """The environment of a run, with the tasks of one split."""
-    options = {**run.env_options(), "store": str(run.out / "memory")}
-    return gym.make(run.env_id, **options | ({"split": split} if split else {}))
+    return run.make_env(store=str(run.out / "memory"), **({"split": split} if split else {}))
 
 
 def open_run(run: GRPOConfig) -> str:
@@ -113,11 +111,12 @@ def open_run(run: GRPOConfig) -> str:
     Raises:
         SettingError: a new run in a folder that is not empty, or what is to be resumed is another run.
     """
-    path = run.out / "config.json"
-    asked = {name: value for name, value in dataclasses.asdict(run).items() if name not in ("out", "resume")}
-    resolved_config = json.loads(json.dumps(asked, default=str))
+    values = {name: value for name, value in dataclasses.asdict(run).items() if name not in ("out", "resume")}
+    resolved_config = json.loads(json.dumps(values, default=str))
     if run.resume:
-        require_same_config(path, resolved_config)
+        # The same settings may come from another recipe, or from none.
+        settings = {name: value for name, value in resolved_config.items() if name != "recipe"}
+        require_same_config(run.out / "config.json", settings)
     else:
         require_empty_dir(run.out, ", or --resume")
     run.out.mkdir(parents=True, exist_ok=True)
@@ -168,3 +167,5 @@ class SFTConfig:
     """Of the weights while training; on a GPU float32 weights are computed with in bfloat16."""
     seed: int = 0
     """Of the order of the samples."""
+    recipe: tyro.conf.Suppress[str | None] = field(default=None, compare=False)
+    """The recipe that the settings come from; for the record alone."""

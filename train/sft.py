@@ -3,11 +3,12 @@
     atommem models get smollm2
     atommem collect AtomMem-Synthetic --policy oracle --episodes 100 --layout terse --out runs/samples
     atommem sft runs/samples --model smollm2 --out runs/sft
-    atommem eval AtomMem-Synthetic --policy runs/sft/model --layout terse --out runs/sft-eval
+    atommem eval --policy runs/sft/model --out runs/sft-eval
 
 The loss is on the replies alone. Prompts become ids by the function that also serves in sampling, so that training and
-evaluation see the same tokens. The folder `--out` then holds the model in the form of Hugging Face (`model/`),
-`config.json` and `metrics.jsonl`. What is left out: more than one process, and going on with an interrupted run.
+evaluation see the same tokens. The folder `--out` then holds the model in the form of Hugging Face (`model/`, with
+`atommem.json`, which says how it is played: as the samples were collected), `config.json` and `metrics.jsonl`. What is left out:
+more than one process, and resuming an interrupted run.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from rich.console import Console
 from agents.models.chat_tokenizer import ChatTokenizer
 from agents.models.find import find_model
 from atommem_env.errors import DataError, MissingDependency, PromptTooLong, SettingError
+from eval.played_as import eval_command, read_record, write_card
 from eval.progress import step_progress
 from eval.run_folder import require_empty_dir, to_jsonl, write_atomic
 from train.estimate import check_memory
@@ -51,6 +53,16 @@ def read_samples(folder: Path, chat: ChatTokenizer, max_tokens: int) -> Iterator
                 f"{max_tokens}. Collect with smaller chunk_tokens and memory_tokens, or raise --max-tokens."
             )
         yield {"input_ids": prompt + completion, "labels": [_IGNORED] * len(prompt) + completion}
+
+
+def write_samples_card(samples: Path, out: Path, *, command: str, recipe: str | None = None) -> None:
+    """Writes `atommem.json` into the folder `model/` of a run on these samples: it is played as they were collected.
+
+    Nothing is written where the samples do not say how that was: where `atommem collect` did not write them.
+    """
+    collected = read_record(samples / "config.json")
+    if collected:
+        write_card(out / "model", collected.values, collected.max_new_tokens, command=command, run=out, recipe=recipe)
 
 
 def train(run: SFTConfig) -> dict[str, Any]:
@@ -121,6 +133,7 @@ def train(run: SFTConfig) -> dict[str, Any]:
     trained = trainer.model.merge_and_unload() if run.lora_rank else trainer.model
     trained.to(getattr(torch, run.dtype)).save_pretrained(run.out / "model")
     chat.backend.save_pretrained(run.out / "model")
+    write_samples_card(run.samples, run.out, command="atommem sft", recipe=run.recipe)
     write_atomic(run.out / "config.json", json.dumps(dataclasses.asdict(run), indent=2, default=str) + "\n")
     write_atomic(run.out / "metrics.jsonl", "".join(map(to_jsonl, trainer.state.log_history)))
     return dict(trainer.state.log_history[-1])
@@ -131,6 +144,6 @@ def main(run: SFTConfig) -> None:
     metrics = train(run)
     Console().print(
         f"Mean loss {metrics['train_loss']:.3f} over {metrics['step']} updates, {metrics['train_runtime']:.0f} s.\n"
-        f"The model is in [bold]{run.out / 'model'}[/]: atommem eval ENV_ID --policy {run.out / 'model'}",
+        f"The model is in [bold]{run.out / 'model'}[/]. Evaluate it:\n  {eval_command(run.out / 'model')}",
         soft_wrap=True,
     )

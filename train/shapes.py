@@ -8,16 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import gymnasium as gym
-
 from atommem_env.env import split_options
 from atommem_env.errors import MissingDependency
 from atommem_env.prompts import get_layout
-from atommem_env.tasks import source_options
+from atommem_env.tasks import Source, source_options
 from atommem_env.tasks.haystack import MOST_QUESTIONS
 from atommem_env.tokens import BuiltinTokenizer
 from atommem_env.types import EpisodeSettings, Observation
-from eval.options import EnvConfig
+from eval.options import EnvConfig, find_spec
 
 SHORT = 64  # tokens of a usual entry or reply: a sentence or two
 # Of a usual document, title included: the means over the paragraphs of each dataset.
@@ -89,17 +87,16 @@ def model_size(model: Path | dict[str, Any]) -> ModelSize:
         raise MissingDependency(f"Training needs {error.name!r}: pip install 'atommem[train]'.") from error
 
 
-def environment_of(run: EnvConfig) -> tuple[str, EpisodeSettings, dict[str, Any]]:
-    """Dataset, settings and source options of a run's environment, which is not made: it needs no data.
+def environment_of(run: EnvConfig) -> tuple[Source, EpisodeSettings, dict[str, Any]]:
+    """Source, settings and source options of a run's environment, which is not made: it needs no data.
 
     Raises:
         SettingError: an option that the environment does not have.
     """
-    spec = gym.registry.get(run.env_id)
-    options = {**(spec.kwargs if spec else {}), **run.env_options()}
+    options = {**find_spec(run.env_id).kwargs, **run.env_options()}
     options = {name: value for name, value in options.items() if name not in ("embedder", "store", "durability")}
-    dataset = options.pop("dataset", "hotpotqa")
-    return dataset, *split_options(dataset, options)
+    source = options.pop("source", None)
+    return source, *split_options(source, options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,14 +135,14 @@ class TurnTokens:
 
     @classmethod
     def in_environment(
-        cls, dataset: str, settings: EpisodeSettings, source: Mapping[str, Any], max_new_tokens: int
+        cls, source: Source, settings: EpisodeSettings, options: Mapping[str, Any], max_new_tokens: int
     ) -> TurnTokens:
         """Turns in an environment as `environment_of` describes it."""
-        document = _DOCUMENT_TOKENS.get(dataset, 100)
-        sized = source_options(dataset).get("num_docs")
-        context = (source.get("num_docs") or sized.default) * document if sized else settings.chunk_tokens
+        document = _DOCUMENT_TOKENS.get(str(source), 100)
+        sized = source_options(source).get("num_docs")
+        context = (options.get("num_docs") or sized.default) * document if sized else settings.chunk_tokens
         reply = min(SHORT, max_new_tokens)
-        questions = source.get("questions", 1)
+        questions = options.get("questions", 1)
         return cls(
             chunk=min(settings.chunk_tokens, context),
             entries=min(settings.memory_tokens, settings.top_k * min(reply, document)),
@@ -170,11 +167,11 @@ class TaskShape:
         Raises:
             SettingError: an option that the environment does not have, or a layout that does not exist.
         """
-        dataset, settings, source = environment_of(run)
+        source, settings, options = environment_of(run)
         empty: Any = {name: "" if kind is str else 0 for name, kind in get_type_hints(Observation).items()}
         chat = get_layout(run.layout)(empty | {"phase": "read"}, settings)
         return cls(
             settings=settings,
-            turn=TurnTokens.in_environment(dataset, settings, source, run.max_new_tokens),
+            turn=TurnTokens.in_environment(source, settings, options, run.max_new_tokens),
             layout_tokens=sum(BuiltinTokenizer().count(message["content"]) for message in chat),
         )

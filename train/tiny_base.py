@@ -1,12 +1,12 @@
 """`python -m train.tiny_base`: the recipe of `tiny`, the shipped base model, from nothing.
 
-A million-parameter policy spends its first minutes learning to copy names; reinforcement learning has nothing to find before it
+A million-parameter policy spends its first minutes learning to copy names; reinforcement learning has nothing to reward before it
 can. So the base of `tiny` learns that once: the language of the synthetic world and its tags, on exercises that are **not**
 episodes (no document is read over several steps, nothing has to be remembered or chosen). What it learns:
 
     copy     TEXT of random words, QUERY two of them       → store the sentence that holds them
     find     TEXT of facts, QUERY a subject and a relation → store the sentence that states it
-    answer   MEMORY of facts, a question of one link       → answer it; "unknown" where no entry tells
+    answer   MEMORY of facts, a question of one link       → answer it; "unknown" where no entry states it
     link     a question of several links                   → search for the first
     next     the same, QUERY and MEMORY                    → search for the next link, or answer
 
@@ -28,6 +28,7 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
+from agents.baselines.world_reader import Fact, Link, query
 from agents.models.chat_tokenizer import ChatTokenizer
 from atommem_env.dialects import get_dialect
 from atommem_env.prompts import get_layout
@@ -57,6 +58,7 @@ _NOTICES = """
     was not closed by nothing was done for it needs id text nothing was updated times And more faults create empty
 """
 _KINDS = ("copy", "find", "answer", "link", "next")
+_RELATIONS = {relation.name: relation for relation in RELATIONS}
 _LARGEST_ID = 64
 _IGNORED = -100  # PyTorch's label of a token without loss
 
@@ -158,16 +160,6 @@ def build_model(tokenizer: Any, seed: int) -> Any:
     return model
 
 
-@dataclass(frozen=True, slots=True)
-class Fact:
-    """A sentence and what it states."""
-
-    subject: str
-    relation: Relation
-    object: str
-    sentence: str
-
-
 class Exercises:
     """Draws exercises: what the model sees, and the reply it is to give."""
 
@@ -204,15 +196,15 @@ class Exercises:
             return {"chunk": "\n".join(sentences)}, [Operation(OperationKind.CREATE, text) for text in sentences]
         wanted = self.rng.sample(sentences, min(len(sentences), self.rng.randint(1, 4)))
         seen = {"query": "\n".join(" ".join(sentence.rstrip(".").split()[:2]) for sentence in wanted)}
-        return self._place(seen, sentences), [Operation(OperationKind.CREATE, sentence) for sentence in wanted]
+        return self._show(seen, sentences), [Operation(OperationKind.CREATE, sentence) for sentence in wanted]
 
     def _find(self) -> tuple[dict[str, str], list[Operation]]:
         facts = self._facts(self.rng.randint(3, 9))
         wanted = self.rng.sample(facts, self.rng.choice((1, 1, 2)))
-        queries = "\n".join(query(fact.subject, fact.relation) for fact in wanted)
+        queries = "\n".join(query(fact.link) for fact in wanted)
         titled = []
         for fact in facts:
-            titled += [fact.subject, fact.sentence + self.rng.choice(("", "", "\n"))]
+            titled += [fact.link.subject, fact.sentence + self.rng.choice(("", "", "\n"))]
         seen = {"query": queries, "chunk": "\n".join(titled)}
         return seen, [Operation(OperationKind.CREATE, fact.sentence) for fact in wanted]
 
@@ -220,10 +212,10 @@ class Exercises:
         facts = self._facts(self.rng.randint(1, 5))
         wanted = facts[0]
         known = facts[1:] if self.rng.random() < 0.1 and len(facts) > 1 else self.rng.sample(facts, len(facts))
-        question = self.rng.choice(wanted.relation.questions).format(s=wanted.subject)
-        seen = {"questions": question, "query": query(wanted.subject, wanted.relation), "question": question}
+        question = self.rng.choice(_RELATIONS[wanted.link.relation].questions).format(s=wanted.link.subject)
+        seen = {"questions": question, "query": query(wanted.link), "question": question}
         answer = wanted.object if wanted in known else "unknown"
-        return self._place(seen, [fact.sentence for fact in known], "retrieved"), [
+        return self._show(seen, [fact.sentence for fact in known], "retrieved"), [
             Operation(OperationKind.ANSWER, answer)
         ]
 
@@ -233,7 +225,7 @@ class Exercises:
         seen = {"questions": self._ask(chain, subject)}
         if self.rng.random() < 0.7:
             seen["chunk"] = "\n".join(fact.sentence for fact in self._facts(self.rng.randint(1, 5)))
-        return seen, [Operation(OperationKind.READ, query(subject, chain[0]))]
+        return seen, [Operation(OperationKind.READ, query(Link(subject, chain[0].name)))]
 
     def _next(self) -> tuple[dict[str, str], list[Operation]]:
         chain = self._chain()
@@ -245,16 +237,16 @@ class Exercises:
         others = self._facts(self.rng.randint(0, 3), near=names[link], relation=chain[link])
         entries = [here.sentence, *(fact.sentence for fact in others)]
         self.rng.shuffle(entries)
-        seen = {"questions": question, "query": query(names[link], chain[link]), "question": question}
+        seen = {"questions": question, "query": query(here.link), "question": question}
         last = link + 1 == len(chain)
         step = (
             Operation(OperationKind.ANSWER, names[-1])
             if last
-            else Operation(OperationKind.READ, query(names[link + 1], chain[link + 1]))
+            else Operation(OperationKind.READ, query(Link(names[link + 1], chain[link + 1].name)))
         )
-        return self._place(seen, entries, "retrieved"), [step]
+        return self._show(seen, entries, "retrieved"), [step]
 
-    def _place(self, seen: dict[str, str], sentences: list[str], where: str = "") -> dict[str, str]:
+    def _show(self, seen: dict[str, str], sentences: list[str], where: str = "") -> dict[str, str]:
         """The sentences as a text or, with numbers that entries can have, as a memory."""
         if (where or self.rng.choice(("chunk", "retrieved"))) == "chunk":
             return {**seen, "chunk": "\n".join(sentences)}
@@ -278,22 +270,24 @@ class Exercises:
         taken = {(near, relation.name)} if relation else set()
         while len(facts) < count:
             like = self.rng.choice(facts) if facts and self.rng.random() < 0.5 else None
-            kind_of = like.relation if like else relation if relation and self.rng.random() < 0.5 else None
+            like_relation = _RELATIONS[like.link.relation] if like else None
+            kind_of = like_relation or (relation if relation and self.rng.random() < 0.5 else None)
             chosen = kind_of or self.rng.choice(RELATIONS)
             subject = self._name(chosen.subject)
-            model = like.subject if like else near
+            model = like.link.subject if like else near
             if model and kind_of and self.rng.random() < 0.6:
                 subject = self._near(model, chosen.subject)
-            elif like and self.rng.random() < 0.4:  # another fact about the same
-                chosen = self.rng.choice([other for other in RELATIONS if other.subject == like.relation.subject])
-                subject = like.subject
+            elif like and like_relation and self.rng.random() < 0.4:  # another fact about the same
+                chosen = self.rng.choice([other for other in RELATIONS if other.subject == like_relation.subject])
+                subject = like.link.subject
             if (subject, chosen.name) not in taken:
                 taken.add((subject, chosen.name))
                 facts.append(self._fact(subject, chosen, self._name(chosen.object)))
         return facts
 
     def _fact(self, subject: str, relation: Relation, value: str) -> Fact:
-        return Fact(subject, relation, value, self.rng.choice(relation.statements).format(s=subject, o=value))
+        sentence = self.rng.choice(relation.statements).format(s=subject, o=value)
+        return Fact(Link(subject, relation.name), value, sentence)
 
     def _name(self, kind: str) -> str:
         return self.rng.choice(INSTRUMENTS if kind == INSTRUMENT else self._pools[kind].names)
@@ -302,11 +296,6 @@ class Exercises:
         """A name that shares a word with `name`."""
         sharing = self._pools[kind].by_word.get(self.rng.choice(name.split()))
         return self.rng.choice(sharing) if sharing else self._name(kind)
-
-
-def query(subject: str, relation: Relation) -> str:
-    """How a search for a fact is worded."""
-    return f"{subject} {relation.name}"
 
 
 Example = tuple[str, list[int], list[int]]

@@ -1,1 +1,1 @@
-"""Policies that need no training: bounds, cheats that must not pay, and methods that prompt a model as it comes."""
+"""Policies that need no training: bounds, sanity policies that must score near zero, and methods that prompt a model."""

@@ -1,4 +1,4 @@
-"""What all baselines with a model share: how they ask for an answer, and what they take for it."""
+"""What all baselines with a model share: how they ask for an answer, and how they read it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from atommem_env.dialects.tags import unboxed
 from atommem_env.errors import SettingError
 from atommem_env.types import EpisodeSettings, Message, Operation, OperationKind
 
-# Without examples: SmolLM2 takes their answers for its own. A list of what an answer can be it writes down as its answer.
+# Without examples: SmolLM2 repeats their answers. A list of what an answer can be it repeats as well.
 _FROM_TEXT = (
     "Answer the question from the text. Give the answer alone, in as few words as possible. "
     "If the text does not tell, the answer is: unknown"
@@ -43,7 +43,7 @@ def answer_in(text: str, settings: EpisodeSettings) -> str:
 def check_settings(method: str, settings: EpisodeSettings, **needed: object) -> None:
     """Raises `SettingError` where `settings` differ from what `method` needs; of operations it needs at least those named."""
     for name, value in {"advance": "always", **needed}.items():
-        found = getattr(settings, name)
-        if not (set(value) <= set(found) if isinstance(value, tuple) else value == found):
+        actual = getattr(settings, name)
+        if not (set(value) <= set(actual) if isinstance(value, tuple) else value == actual):
             least = "at least " if isinstance(value, tuple) else ""
-            raise SettingError(f"{method} needs {name} = {least}{value!r}, got {found!r}.")
+            raise SettingError(f"{method} needs {name} = {least}{value!r}, got {actual!r}.")

@@ -1,8 +1,8 @@
 """Append-all: every chunk an entry, whole, in the order read; nothing is chosen, changed or forgotten.
 
 The memory stream of Park et al., "Generative Agents: Interactive Simulacra of Human Behavior" (arXiv 2304.03442), without what
-they build on it: a chunk of the document takes the place of an observation, entries are found by relevance alone (no recency, no
-importance), and there is no reflection. It tells what an agent's choices are worth over keeping everything.
+they build on it: a chunk of the document replaces an observation, entries are retrieved by relevance alone (no recency, no
+importance), and there is no reflection. It shows what an agent's choices are worth over storing everything.
 
 An entry is as long as a chunk. An embedder may see its beginning only, and `memory_tokens` limits how many are shown at a time.
 """

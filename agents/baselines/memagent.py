@@ -1,9 +1,9 @@
-"""MemAgent: one memory, which the model writes anew with every chunk.
+"""MemAgent: one memory, which the model rewrites with every chunk.
 
 Yu et al., "MemAgent: Reshaping Long-Context LLM with Multi-Conv RL-based Memory Agent" (arXiv 2507.02259). The memory is the
 scratchpad of the environment; there are no entries. Different here:
 
-- The model is as it comes, while MemAgent is trained by reinforcement learning (multi-conversation DAPO). A model trained on the
+- The model is untrained, while MemAgent is trained by reinforcement learning (multi-conversation DAPO). A model trained on the
   prompts of its authors may do less well on these, which are our own.
 - All questions of the task are shown with each chunk; MemAgent has one question.
 - The memory is as long as `max_new_tokens` and `scratchpad_tokens` let it be, a chunk as long as `chunk_tokens`; MemAgent has

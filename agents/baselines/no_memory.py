@@ -1,7 +1,7 @@
 """No memory: the question alone, and what the model's weights know.
 
 Closed-book question answering (Roberts, Raffel and Shazeer, "How Much Knowledge Can You Pack Into the Parameters of a Language
-Model?", arXiv 2002.08910), here by a prompt, without training on questions. It tells how many questions need no document.
+Model?", arXiv 2002.08910), here by a prompt, without training on questions. It shows how many questions need no document.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Privileged policies: they know which passages are evidence, and give the gold only with all of it in view.
 
-What differs is what they keep while reading. The oracle keeps the evidence: its score is what the environment lets a perfect
-memory reach. The others keep by a rule that knows nothing: their score is what that rule is worth to a perfect reader.
+They differ in what they store while reading. The oracle stores the evidence: its score is what the environment lets a perfect
+memory reach. The others store by a rule that knows nothing: their score is what that rule is worth to a perfect reader.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from atommem_env.tasks.synthetic_world import UNKNOWN
 from atommem_env.types import EpisodeSettings, Evidence, Observation, Operation, OperationKind, Phase, Question, Task
 
 Keep = Callable[[Task, int], Iterable[Evidence]]
-"""The passages of a task to keep, given a seed; each is stored once it has been read."""
+"""The passages of a task to store, given a seed; each is stored once it has been read."""
 
 # Where the public code of AtomMem puts the relevant documents of every task of 200, counted from 1.
 LEAKED_POSITIONS = (7, 10, 17, 81, 88, 96, 109, 154, 177, 191)

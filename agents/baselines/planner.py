@@ -1,4 +1,4 @@
-"""A privileged planner of the synthetic world that does one thing a reply: shows what each operation is worth.
+"""A privileged planner of the synthetic world with one operation a reply: shows what each operation is worth.
 
 It knows which facts lie on the questions' chains, but makes no use of knowing which will be corrected: until its correction
 has been read a fact counts, and so does what is stated of its object. So its memory ages, as that of any reader does. (With that
@@ -8,10 +8,10 @@ updated or deleted, for nobody is shown the ids of others; answers are read off 
 
 It plans with the operations that there are:
 
-- a fact to keep goes over an entry in view that is of no more use (Update), else into a new one (Create);
-- a reply without a fact to keep goes into the household: an entry in view that is of no more use is removed (Delete), else one
-  that is, or that may yet be corrected, is brought into view (Read);
-- a question of whose evidence something went by is given up, and what was kept for it is of no more use;
+- a fact to store replaces an entry in view that is of no more use (Update), else it becomes a new one (Create);
+- a reply without a fact to store tidies up: an entry in view that is of no more use is removed (Delete), else one
+  that is, or that may yet be corrected, is retrieved (Read);
+- a question of whose evidence something was missed is given up, and what was stored for it is of no more use;
 - where nothing can be removed, an entry is held in reserve for the correction of each question that was begun.
 """
 
@@ -26,7 +26,7 @@ from atommem_env.dialects import get_dialect
 from atommem_env.tasks.synthetic_world import UNKNOWN
 from atommem_env.types import EpisodeSettings, Observation, Operation, OperationKind, Phase, Task
 
-_VOID = "No longer true."  # written over an entry that cannot be deleted
+_VOID = "No longer true."  # overwrites an entry that cannot be deleted
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class _Episode:
         self.chunk = ""
         self.gone: set[str] = set()  # the facts of earlier chunks, as sentences
         self.latest: dict[Link, Fact] = {}  # read of each link
-        self.kept: dict[str, Fact | None] = {}  # entry id -> what it states; None: written over with nothing
+        self.entries: dict[str, Fact | None] = {}  # entry id -> what it states; None: overwritten with nothing
         self.created = 0
         self.link: Link | None = None  # looked up for the question asked now
         self.replies = 0  # to that question
@@ -83,28 +83,30 @@ class _Episode:
             self.chunk = observation["chunk"]
         chunk = facts(self.chunk)
         self.latest |= chunk
-        kept = {fact for fact in self.kept.values() if fact}
-        useful = self._useful(kept)
-        useless = [entry_id for entry_id, fact in self.kept.items() if not any(fact in facts_ for facts_ in useful)]
+        stored = {fact for fact in self.entries.values() if fact}
+        useful = self._useful(stored)
+        useless = [entry_id for entry_id, fact in self.entries.items() if not any(fact in facts_ for facts_ in useful)]
         shown = _shown(observation)
         within_reach = [entry_id for entry_id in useless if entry_id in shown]
-        if news := self._worth_keeping([fact for fact in chunk.values() if fact not in kept], useful, kept, useless):
+        if news := self._worth_keeping(
+            [fact for fact in chunk.values() if fact not in stored], useful, stored, useless
+        ):
             if within_reach and self._can("update"):
-                outdated = [entry_id for entry_id in within_reach if _is_about(self.kept[entry_id], news[0].link)]
+                outdated = [entry_id for entry_id in within_reach if _is_about(self.entries[entry_id], news[0].link)]
                 return self._update((outdated or within_reach)[0], news[0])
-            if self._can("create") and len(self.kept) < self.capacity:
+            if self._can("create") and len(self.entries) < self.capacity:
                 return self._create(news[0])
         if within_reach:
             return self._delete(within_reach[0]) if self._can("delete") else None
-        correctable = [entry_id for entry_id, fact in self.kept.items() if fact and self._is_first(fact)]
+        correctable = [entry_id for entry_id, fact in self.entries.items() if fact and self._is_first(fact)]
         wanted = useless or correctable
         if not wanted or set(wanted) & set(shown) or not self._can("read") or not self._can_renew:
             return None
-        return Operation(OperationKind.READ, _text(self.kept[wanted[0]]))
+        return Operation(OperationKind.READ, _text(self.entries[wanted[0]]))
 
-    def _useful(self, kept: set[Fact]) -> list[set[Fact]]:
+    def _useful(self, stored: set[Fact]) -> list[set[Fact]]:
         """For each question the facts that it may rest on, as far as is known by now; none if it is given up."""
-        sentences = {fact.sentence for fact in kept}
+        sentences = {fact.sentence for fact in stored}
         return [
             set() if (evidence & self.gone) - sentences else self._on_chain(inquiry)
             for inquiry, evidence in zip(self.inquiries, self.evidence, strict=True)
@@ -112,31 +114,31 @@ class _Episode:
 
     def _on_chain(self, inquiry: Inquiry) -> set[Fact]:
         """All facts on the ways from the question's subject along its relations, but those that were read to be wrong."""
-        found: set[Fact] = set()
+        on_chain: set[Fact] = set()
         subjects = [inquiry.start]
         for relation in inquiry.chain:
             standing = [fact for subject in subjects for fact in self._standing(Link(subject, relation))]
-            found.update(standing)
+            on_chain.update(standing)
             subjects = [fact.object for fact in standing]
-        return found
+        return on_chain
 
     def _standing(self, link: Link) -> list[Fact]:
         stated = self.stated.get(link, [])
         return stated[stated.index(self.latest[link]) :] if link in self.latest else stated
 
     def _worth_keeping(
-        self, news: list[Fact], useful: list[set[Fact]], kept: set[Fact], useless: list[str]
+        self, news: list[Fact], useful: list[set[Fact]], stored: set[Fact], useless: list[str]
     ) -> list[Fact]:
         """The useful facts, first of questions that were begun; then of others that the memory can hold to their end."""
-        free = self.capacity - len(self.kept) + (len(useless) if self._can_renew else 0)
+        free = self.capacity - len(self.entries) + (len(useless) if self._can_renew else 0)
         begun: list[Fact] = []
         others: list[tuple[int, Fact]] = []
         for inquiry, facts_ in zip(self.inquiries, useful, strict=True):
-            stored = facts_ & kept
-            entries = len(inquiry.chain) - len({fact.link.relation for fact in stored})
-            if not self._can_renew and all(map(self._is_first, stored)):
+            held = facts_ & stored
+            entries = len(inquiry.chain) - len({fact.link.relation for fact in held})
+            if not self._can_renew and all(map(self._is_first, held)):
                 entries += 1  # for the correction that may come
-            if stored:
+            if held:
                 free -= entries
                 begun += [fact for fact in news if fact in facts_]
             else:
@@ -144,7 +146,7 @@ class _Episode:
         return begun + [fact for entries, fact in others if entries <= free]
 
     def _is_first(self, fact: Fact) -> bool:
-        """Whether it corrects nothing. The sentence itself tells, by its wording."""
+        """Whether it corrects nothing, which the wording of the sentence shows."""
         return fact == self.stated[fact.link][0]
 
     # --------------------------------------------------------------------------------------------------------- answering
@@ -156,26 +158,26 @@ class _Episode:
         last = self.replies == self.settings.replies_per_question
         in_view: dict[Link, str] = {}  # -> entry id; of two entries on one link, the correction's
         for entry_id in _shown(observation):
-            fact = self.kept[entry_id]
+            fact = self.entries[entry_id]
             if fact and (fact.link not in in_view or not self._is_first(fact)):
                 in_view[fact.link] = entry_id
         link = self.link or inquiry.first
         while link in in_view:
-            fact = self.kept[in_view[link]]
+            fact = self.entries[in_view[link]]
             assert fact is not None
             right = self.latest[link]
-            if fact != right and right in self.kept.values() and self._can_renew and not last:
+            if fact != right and right in self.entries.values() and self._can_renew and not last:
                 return self._delete(in_view[link]) if self._can("delete") else self._update(in_view[link], None)
             following = inquiry.chain[inquiry.chain.index(link.relation) + 1 :]
             if not following:
-                return self._settle(fact.object)
+                return self._resolve(fact.object)
             link = Link(fact.object, following[0])
         if link == self.link or last or not self._can("read"):
-            return self._settle(UNKNOWN)
+            return self._resolve(UNKNOWN)
         self.link = link
         return Operation(OperationKind.READ, query(link))
 
-    def _settle(self, answer: str) -> Operation:
+    def _resolve(self, answer: str) -> Operation:
         self.link, self.replies = None, 0
         return Operation(OperationKind.ANSWER, answer)
 
@@ -190,15 +192,15 @@ class _Episode:
 
     def _create(self, fact: Fact) -> Operation:
         self.created += 1
-        self.kept[f"m{self.created}"] = fact
+        self.entries[f"m{self.created}"] = fact
         return Operation(OperationKind.CREATE, fact.sentence)
 
     def _update(self, entry_id: str, fact: Fact | None) -> Operation:
-        self.kept[entry_id] = fact
+        self.entries[entry_id] = fact
         return Operation(OperationKind.UPDATE, _text(fact), entry_id)
 
     def _delete(self, entry_id: str) -> Operation:
-        del self.kept[entry_id]
+        del self.entries[entry_id]
         return Operation(OperationKind.DELETE, target=entry_id)
 
 

@@ -1,8 +1,8 @@
-"""RAG: every document an entry, the question as the query, the entries found in the prompt.
+"""RAG: every document an entry, the question as the query, the retrieved entries in the prompt.
 
 Lewis et al., "Retrieval-Augmented Generation for Knowledge-Intensive NLP Tasks" (arXiv 2005.11401), as the AtomMem paper's
 baseline has it (arXiv 2601.08323): one document, one entry, the best six. Neither retriever nor model is trained, and all entries
-found stand in one prompt, where Lewis et al. weigh one document at a time. The environment searches: `top_k` says how many,
+retrieved stand in one prompt, where Lewis et al. weigh one document at a time. The environment searches: `top_k` says how many,
 `retrieval` how ("top_k" is dense, as in Karpukhin et al., arXiv 2004.04906; "bm25"; "hybrid"), `embedder` by what.
 """
 
@@ -20,20 +20,20 @@ from atommem_env.types import EpisodeSettings, Observation, Operation, Operation
 def rag(settings: EpisodeSettings, ask: Ask) -> Act:
     """A `Method`: asks the model nothing while it reads, and once a question.
 
-    Documents are told from each other by the empty line between them; one that has empty lines in it, as those of
+    An empty line separates two documents; one that has empty lines in it, as those of
     AtomMem-Files may, becomes an entry a paragraph.
     """
     return store_and_search("rag", settings, ask, WholeDocuments(settings).take)
 
 
 def store_and_search(name: str, settings: EpisodeSettings, ask: Ask, entries: Callable[[str], list[str]]) -> Act:
-    """Stores what `entries` makes of each chunk and answers from what the question finds.
+    """Stores what `entries` makes of each chunk and answers from what the question retrieves.
 
-    A question costs one reply. What a Read finds is seen a step later, so the first question is searched for while reading, and
-    each later one in the reply that answers the question before.
+    A question costs one reply. The matches of a Read are seen a step later, so the first question is searched for while reading,
+    and each later one in the reply that answers the question before.
 
     Args:
-        entries: the entries to store, given a chunk; given "", those that it still owes. Called once a chunk, then with "".
+        entries: the entries to store, given a chunk; given "", those that it still holds back. Called once a chunk, then with "".
     """
     check_settings(name, settings, operations=("create", "read"), operations_per_reply=None)
     chunk = query = ""
@@ -62,11 +62,11 @@ def store_and_search(name: str, settings: EpisodeSettings, ask: Ask, entries: Ca
 
 
 class WholeDocuments:
-    r"""Takes chunks apart into their documents, and puts together again what was split over several chunks.
+    r"""Splits chunks into their documents, and joins a document that was split over several chunks.
 
     Only a document longer than a chunk is split (`atommem_env.chunking`), and each piece bears its title. The last document of a
-    chunk is held back where it fills more than half a chunk: it may go on in the next. Taken for one are also two neighbours of
-    one title that the end of a chunk parts and no chunk would hold together.
+    chunk is held back where it fills more than half a chunk: it may continue in the next. Two neighbours of one title are joined
+    as well where the end of a chunk separates them and no chunk could hold both.
 
     >>> whole = WholeDocuments(EpisodeSettings(chunk_tokens=8))
     >>> whole.take("A\nOne.\n\nB\nTwo three four five."), whole.take("B\nSix seven.\n\nC\nEight."), whole.take("")

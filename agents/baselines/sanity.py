@@ -1,4 +1,4 @@
-"""Policies that understand nothing. An environment in which one of them earns more than luck has a hole."""
+"""Sanity policies: they understand nothing and must score near zero. Where one scores more, the environment has a hole."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Silent:
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """Gives the same answer to every question; by default the commonest gold of the datasets."""
+    """Gives the same answer to every question; by default the most frequent gold of the datasets."""
 
     settings: EpisodeSettings
     answer: str = "yes"
@@ -69,7 +69,7 @@ class Random:
 
 @dataclass(frozen=True, slots=True)
 class Spam:
-    """Everything that the public code of AtomMem could be tricked with: hundreds of entries, answers in every turn."""
+    """All that tricked the public code of AtomMem: hundreds of entries, answers in every turn."""
 
     settings: EpisodeSettings
     name: str = "spam"

@@ -1,12 +1,12 @@
 """Readers of the synthetic world: they know its grammar, and of an episode no more than what they are shown.
 
-The oracle is a teacher with hindsight: while it reads it keeps just what will matter, and nobody who sees only the
-observation can learn to do so. These know the relations and the sentences of `AtomMem-Synthetic`, and decide what to keep by
-a rule on what has been read so far: what they do can be learned, as far as no chance and nothing out of view is in the rule.
+The oracle is a teacher with hindsight: while it reads it stores just what will matter, which cannot be learned from the
+observation alone. These know the relations and the sentences of `AtomMem-Synthetic`, and decide what to store by a rule on
+what has been read so far: what they do can be learned, as far as the rule uses neither chance nor anything out of view.
 
-Answers are found link by link. The query in force names one link of the question's chain, as in "Ada Brook employer". Where
+Questions are answered link by link. The active query names one link of the question's chain, as in "Ada Brook employer". Where
 the fact is among the entries in view, its object is the answer, or goes into the query for the next link: every reply is a
-single look-up, and the query alone tells how far one has come. That takes a reply for each link.
+single look-up, and the query alone shows how far one has come. That takes a reply for each link.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Situation(NamedTuple):
     """What a rule knows when it decides on a fact."""
 
     inquiries: tuple[Inquiry, ...]  # of all questions
-    kept: Mapping[Link, Fact]
+    stored: Mapping[Link, Fact]
     room: float  # entries that the memory can still take; infinite where it is unbounded
     seed: int
 
@@ -68,7 +68,7 @@ Keep = Callable[[Fact, Situation], bool]
 
 @dataclass(frozen=True, slots=True)
 class WorldReader:
-    """Keeps the facts that `keep` names, a sentence an entry, and walks the chain of each question over them.
+    """Stores the facts that `keep` selects, a sentence an entry, and walks the chain of each question over them.
 
     A fact that replaces one in view is an Update. A link that is not in view is guessed: the object of another fact of
     the last relation, else "unknown". The first link is searched for from the first reply on, and no reply is empty.
@@ -84,14 +84,14 @@ class WorldReader:
 
     def begin(self, seed: int, task: Task | None) -> Act:
         write = get_dialect(self.settings.dialect).write
-        kept: dict[Link, Fact] = {}
+        stored: dict[Link, Fact] = {}
         entries = 0
 
         def act(observation: Observation) -> str:
             nonlocal entries
             if observation["phase"] == Phase.READ:
                 room = float("inf") if self.settings.capacity is None else self.settings.capacity - entries
-                operations = self._take_in(observation, kept, room, seed)
+                operations = self._read_chunk(observation, stored, room, seed)
                 entries += sum(operation.kind is OperationKind.CREATE for operation in operations)
             else:
                 operations = _answer(observation)
@@ -99,22 +99,24 @@ class WorldReader:
 
         return act
 
-    def _take_in(self, observation: Observation, kept: dict[Link, Fact], room: float, seed: int) -> list[Operation]:
-        """What to do about a chunk; adds to `kept`."""
+    def _read_chunk(
+        self, observation: Observation, stored: dict[Link, Fact], room: float, seed: int
+    ) -> list[Operation]:
+        """What to do about a chunk; adds to `stored`."""
         inquiries = tuple(map(read_question, observation["questions"].splitlines()))
         in_view = {fact.link: entry_id for entry_id, fact in _view(observation).items()}
         operations = []
         for link, fact in facts(observation["chunk"]).items():
-            if kept.get(link) == fact:  # some settings show a chunk twice
+            if stored.get(link) == fact:  # some settings show a chunk twice
                 continue
             if link in in_view:
                 operations.append(Operation(OperationKind.UPDATE, fact.sentence, in_view[link]))
-            elif room > 0 and self.keep(fact, Situation(inquiries, kept, room, seed)):
+            elif room > 0 and self.keep(fact, Situation(inquiries, stored, room, seed)):
                 operations.append(Operation(OperationKind.CREATE, fact.sentence))
                 room -= 1
             else:
                 continue
-            kept[link] = fact
+            stored[link] = fact
         if not operations or not observation["query"]:
             operations.append(_search(inquiries[0].first))
         return operations
@@ -167,43 +169,43 @@ def keep_at_random(fact: Fact, now: Situation) -> bool:
 
 
 def keep_by_type(fact: Fact, now: Situation) -> bool:
-    """Facts of a relation that a question asks for, about whomever."""
+    """Facts of a relation that a question asks for, about any subject."""
     return any(fact.link.relation in inquiry.chain for inquiry in now.inquiries)
 
 
 def keep_first_link(fact: Fact, now: Situation) -> bool:
-    """Facts of the relation that a question begins with, about whomever, and 30 % of those that it needs after that.
+    """Facts of the relation that a question begins with, about any subject, and 30 % of those that it needs after that.
 
-    Right for one link, short-sighted for more: whoever learns from it has seen what is missing, but seldom.
+    Right for one link, short-sighted for more: a model trained on it has seen what is missing, but seldom.
     """
     first = any(fact.link.relation == inquiry.chain[0] for inquiry in now.inquiries)
     return first or (keep_by_type(fact, now) and _draw(fact, now) < 0.3)
 
 
 def keep_by_chain(fact: Fact, now: Situation) -> bool:
-    """Facts that go on where what was kept ends; of later links any, as long as another entry stays free."""
+    """Facts that continue where what was stored ends; of later links any, as long as another entry stays free."""
     for inquiry in now.inquiries:
-        reached = list(walk(inquiry, now.kept))
+        reached = list(walk(inquiry, now.stored))
         if fact.link in reached or (now.room > 1 and fact.link.relation in inquiry.chain[len(reached) :]):
             return True
     return False
 
 
-def walk(inquiry: Inquiry, kept: Mapping[Link, Fact]) -> Iterator[Link]:
-    """The links of a chain whose subject is known: each but the last has its fact among `kept`.
+def walk(inquiry: Inquiry, stored: Mapping[Link, Fact]) -> Iterator[Link]:
+    """The links of a chain whose subject is known: each but the last has its fact among `stored`.
 
     >>> link = Link("Ada Brook", "employer")
-    >>> kept = {link: Fact(link, "Jade Mills", "Ada Brook works at Jade Mills.")}
-    >>> list(walk(Inquiry("Ada Brook", ("employer", "leader", "home")), kept))[-1]
+    >>> stored = {link: Fact(link, "Jade Mills", "Ada Brook works at Jade Mills.")}
+    >>> list(walk(Inquiry("Ada Brook", ("employer", "leader", "home")), stored))[-1]
     Link(subject='Jade Mills', relation='leader')
     """
     subject = inquiry.start
     for relation in inquiry.chain:
         link = Link(subject, relation)
         yield link
-        if link not in kept:
+        if link not in stored:
             return
-        subject = kept[link].object
+        subject = stored[link].object
 
 
 # --------------------------------------------------------------------------------------------------------------- grammar
@@ -243,8 +245,8 @@ def read_fact(sentence: str) -> Fact | None:
     (Link(subject='Ada Brook', relation='employer'), 'Iron Bank')
     """
     for pattern, relation in _sentences():
-        if found := pattern.fullmatch(sentence):
-            return Fact(Link(found["s"], relation.name), found["o"], sentence)
+        if match := pattern.fullmatch(sentence):
+            return Fact(Link(match["s"], relation.name), match["o"], sentence)
     return None
 
 
@@ -278,8 +280,8 @@ def read_question(text: str) -> Inquiry:
 def _unfold(text: str, forms: Literal["questions", "phrases"], kind: str = "") -> Inquiry | None:
     """The chain that `text` spells from its outermost link inwards; a phrase must stand for a thing of that `kind`."""
     for pattern, relation in _askings(forms):
-        if (found := pattern.fullmatch(text)) and kind in ("", relation.object):
-            subject = found["s"]
+        if (match := pattern.fullmatch(text)) and kind in ("", relation.object):
+            subject = match["s"]
             named = re.fullmatch(_NAME, subject)
             inner = Inquiry(subject, ()) if named else _unfold(subject, "phrases", relation.subject)
             if inner:
@@ -301,5 +303,5 @@ def query(link: Link) -> str:
 
 def read_query(text: str) -> Link | None:
     """The link that a query of this form is for."""
-    found = re.fullmatch(f"({_NAME}) (.+)", text)
-    return Link(*found.groups()) if found else None
+    match = re.fullmatch(f"({_NAME}) (.+)", text)
+    return Link(*match.groups()) if match else None

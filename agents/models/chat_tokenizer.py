@@ -1,4 +1,4 @@
-"""The one place where messages become token ids, in sampling and in training."""
+"""How messages become token ids; sampling and training both use this."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class ChatTokenizer:
 
     def _encode(self, chat: list[Message], thinking: bool) -> list[int]:
         # What a document or an entry says is text, also where it spells a control token: it must not end the message. Such
-        # text is marked by characters that no text has, and is found again by them in what the template made of it.
+        # text is marked by characters that no text has, by which it is recognised in what the template made of it.
         marked = [
             {**message, "content": self._control_token.sub(rf"{_OPEN}\g<0>{_CLOSE}", _MARK.sub("", message["content"]))}
             for message in chat
@@ -90,7 +90,7 @@ class ChatTokenizer:
         return without_thought(self.text(completion_ids), opens_thought(end))
 
     def _has_system_role(self) -> bool:
-        """Whether the template shows a system message; some refuse it, some drop it without a word."""
+        """Whether the template shows a system message; some reject it, some drop it silently."""
         from jinja2 import TemplateError
 
         chat = [{"role": "system", "content": "SYSTEM-PROBE"}, {"role": "user", "content": "USER-PROBE"}]

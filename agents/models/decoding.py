@@ -1,6 +1,6 @@
 """Continuous batching: replies decoded together, one row each, that join and leave the batch at any token.
 
-Axes: `B` rows of the batch, `T` places of the cache, `V` the vocabulary, `H` heads of keys and values, `D` their size.
+Axes: `B` rows of the batch, `T` positions of the cache, `V` the vocabulary, `H` heads of keys and values, `D` their size.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _QUIET_TURNS = (
 
 
 @dataclass(eq=False, slots=True)
-class Row:
-    """One reply being sampled."""
+class Generation:
+    """One reply while it is sampled; a row of a batch."""
 
     prompt: tuple[int, ...]
     max_new_tokens: int
@@ -42,23 +42,27 @@ class Row:
 
 
 class RowCache(Cache):
-    """Keys and values of all rows in one tensor, each row writing at its own place.
+    """Keys and values of all rows in one tensor, each row writing at its own position.
 
-    A step writes B places and hands out views, so it costs no copy of what was there. Places that a row has not written
+    A step writes B positions and hands out views, so it costs no copy of what was there. Positions that a row has not written
     hold zeros or an earlier reply's states: finite, which a mask needs (0 · NaN is NaN).
     """
 
-    def __init__(self, max_rows: int, max_places: int) -> None:
+    def __init__(self, max_rows: int, max_positions: int) -> None:
         super().__init__(layers=[])
-        self._limits = max_rows, max_places
-        self._states: Tensor | None = None  # [layers, 2, rows, H, places, D], its first B rows in use
-        self._rows = self._places = torch.empty(0)  # [B] of the tokens to be written
-        self._width = 0  # places in use by the longest row
+        self._limits = max_rows, max_positions
+        self._states: Tensor | None = None  # [layers, 2, rows, H, positions, D], its first B rows in use
+        self._rows = self._positions = torch.empty(0)  # [B] of the tokens to be written
+        self._width = 0  # positions in use by the longest row
 
-    def write_next(self, places: Tensor, width: int) -> None:
-        """Row b's next token belongs at `places[b]`, below `width`."""
-        self._rows, self._places, self._width = torch.arange(len(places), device=places.device), places, width
-        self._reserve(len(places), width)
+    def write_next(self, positions: Tensor, width: int) -> None:
+        """Row b's next token belongs at `positions[b]`, below `width`."""
+        self._rows, self._positions, self._width = (
+            torch.arange(len(positions), device=positions.device),
+            positions,
+            width,
+        )
+        self._reserve(len(positions), width)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -66,8 +70,8 @@ class RowCache(Cache):
         """Called by the model's attention: [B, H, 1, D] of the new token in, [B, H, width, D] out."""
         assert self._states is not None
         keys, values = self._states[layer_idx]
-        keys[self._rows, :, self._places] = key_states[:, :, 0]
-        values[self._rows, :, self._places] = value_states[:, :, 0]
+        keys[self._rows, :, self._positions] = key_states[:, :, 0]
+        values[self._rows, :, self._positions] = value_states[:, :, 0]
         count = len(self._rows)
         return keys[:count, :, : self._width], values[:count, :, : self._width]
 
@@ -87,15 +91,17 @@ class RowCache(Cache):
         if self._states is not None and sources:
             self._states[:, :, targets] = self._states[:, :, sources]
 
-    def _reserve(self, rows: int, places: int) -> None:
-        """Makes room, with some to spare: growing copies everything, so it must be rare."""
+    def _reserve(self, rows: int, positions: int) -> None:
+        """Makes room, and some more: growing copies everything, so it must be rare."""
         assert self._states is not None
-        layers, two, old_rows, heads, old_places, size = self._states.shape
-        if rows > old_rows or places > old_places:
+        layers, two, old_rows, heads, old_positions, size = self._states.shape
+        if rows > old_rows or positions > old_positions:
             new_rows = old_rows if rows <= old_rows else min(rows + rows // 2, self._limits[0])
-            new_places = old_places if places <= old_places else min(places + places // 4 + 32, self._limits[1])
-            grown = self._states.new_zeros(layers, two, new_rows, heads, new_places, size)
-            grown[:, :, :old_rows, :, :old_places] = self._states
+            new_positions = (
+                old_positions if positions <= old_positions else min(positions + positions // 4 + 32, self._limits[1])
+            )
+            grown = self._states.new_zeros(layers, two, new_rows, heads, new_positions, size)
+            grown[:, :, :old_rows, :, :old_positions] = self._states
             self._states = grown
 
 
@@ -103,14 +109,14 @@ class Batch:
     """The rows that are decoded together; synchronous, and a function of the order of its calls alone.
 
     Args:
-        model: Predicts; put into eval mode for each forward pass and left as it was found.
+        model: Predicts; put into eval mode for each forward pass and then back into the mode that it was in.
         eos_ids: Tokens that end a reply.
         max_rows: Most rows at a time.
         window: Most tokens of prompt and reply together.
     """
 
     def __init__(self, model: nn.Module, eos_ids: set[int], max_rows: int, window: int) -> None:
-        self.rows: list[Row] = []
+        self.rows: list[Generation] = []
         self._model = model
         self._modules = list(model.modules())
         self._device = next(model.parameters()).device
@@ -118,9 +124,9 @@ class Batch:
         self._cache = RowCache(max_rows, window)
 
     @torch.no_grad()
-    def join(self, rows: Sequence[Row]) -> list[Row]:
+    def join(self, rows: Sequence[Generation]) -> list[Generation]:
         """Reads the prompts of new rows and samples their first tokens; returns those that are finished with it."""
-        sharing: dict[tuple[int, ...], list[Row]] = {}  # a group samples one prompt many times: it is read once
+        sharing: dict[tuple[int, ...], list[Generation]] = {}  # a group samples one prompt many times: it is read once
         for row in rows:
             sharing.setdefault(row.prompt, []).append(row)
         for prompts in prefill_groups(list(sharing)):
@@ -135,27 +141,27 @@ class Batch:
             sources = [index for index, prompt in enumerate(prompts) for _ in sharing[prompt]]
             joining = [row for prompt in prompts for row in sharing[prompt]]
             self._sample(joining, output.logits[sources, 0])
-            kept = [index for index, row in enumerate(joining) if not self._ended(row)]
-            if kept:
-                self._cache.insert(len(self.rows), read, [sources[index] for index in kept])
-                self.rows += [joining[index] for index in kept]
+            unfinished = [index for index, row in enumerate(joining) if not self._ended(row)]
+            if unfinished:
+                self._cache.insert(len(self.rows), read, [sources[index] for index in unfinished])
+                self.rows += [joining[index] for index in unfinished]
         return [row for row in rows if self._ended(row)]
 
     @torch.no_grad()
-    def step(self) -> list[Row]:
+    def step(self) -> list[Generation]:
         """Samples one token more of each row; returns, and drops, the rows that are finished with it."""
         if not self.rows:
             return []
-        last = [(row.ids[-1], len(row.prompt) + len(row.ids) - 1) for row in self.rows]  # token and its place
-        tokens_B, places_B = torch.from_numpy(np.array(last).T.copy()).to(self._device)
-        width = 1 + max(place for _, place in last)
-        self._cache.write_next(places_B, width)
-        seen_B_T = torch.arange(width, device=self._device) <= places_B[:, None]
+        last = [(row.ids[-1], len(row.prompt) + len(row.ids) - 1) for row in self.rows]  # token and its position
+        tokens_B, positions_B = torch.from_numpy(np.array(last).T.copy()).to(self._device)
+        width = 1 + max(position for _, position in last)
+        self._cache.write_next(positions_B, width)
+        seen_B_T = torch.arange(width, device=self._device) <= positions_B[:, None]
         with _evaluating(self._modules):
             output = self._model(
                 input_ids=tokens_B[:, None],
                 attention_mask=seen_B_T[:, None, None],
-                position_ids=places_B[:, None],
+                position_ids=positions_B[:, None],
                 past_key_values=self._cache,
                 use_cache=True,
             )
@@ -164,8 +170,8 @@ class Batch:
         self.drop(finished)
         return finished
 
-    def drop(self, rows: Sequence[Row]) -> None:
-        """Takes rows out, finished or not; rows from the end fill their places."""
+    def drop(self, rows: Sequence[Generation]) -> None:
+        """Takes rows out, finished or not; rows from the end take their indices."""
         gone = set(rows)
         if gone:
             sources, targets = fill_gaps([row in gone for row in self.rows])
@@ -174,10 +180,10 @@ class Batch:
                 self.rows[target] = self.rows[source]
             del self.rows[len(self.rows) - len(gone) :]
 
-    def _ended(self, row: Row) -> bool:
+    def _ended(self, row: Generation) -> bool:
         return row.ids[-1] in self._eos_ids or len(row.ids) == row.max_new_tokens
 
-    def _sample(self, rows: Sequence[Row], logits_B_V: Tensor) -> None:
+    def _sample(self, rows: Sequence[Generation], logits_B_V: Tensor) -> None:
         """Appends to each row a token from softmax(logits / temperature), at temperature 0 the likeliest one."""
         settings = [(row.temperature, row.draws[len(row.ids)] if row.temperature else 0.0) for row in rows]
         temperatures_B, draws_B = torch.from_numpy(np.array(settings).T.copy()).to(self._device)
@@ -198,21 +204,21 @@ class Batch:
 
 
 class ContinuousBatcher:
-    """Coroutines' rows in one running `Batch`: each joins when there is room, and goes on as soon as it is finished.
+    """Coroutines' rows in one running `Batch`: each joins when there is room, and continues as soon as it is finished.
 
     It works in the event loop's own thread, one token of each row at a time; between two tokens the loop turns. So the
     same calls in the same order give the same replies, bit for bit. An instance serves one event loop at a time, any
-    number one after another. Nothing is kept while no row waits: weights may change then.
+    number one after another. Nothing is stored while no row waits: weights may change then.
     """
 
     def __init__(self, model: nn.Module, eos_ids: set[int], max_rows: int, window: int) -> None:
         self._arguments = model, eos_ids, max_rows, window
         self._max_rows = max_rows
-        self._waiting: deque[Row] = deque()
-        self._futures: dict[Row, asyncio.Future[None]] = {}  # of rows that wait or run
+        self._waiting: deque[Generation] = deque()
+        self._futures: dict[Generation, asyncio.Future[None]] = {}  # of rows that wait or run
         self._server: asyncio.Task[None] | None = None
 
-    async def __call__(self, row: Row) -> None:
+    async def __call__(self, row: Generation) -> None:
         """Returns once `row` is finished; raises what the model raised while it waited or ran."""
         loop = asyncio.get_running_loop()
         if self._server is None or self._server.done() or self._server.get_loop() is not loop:
@@ -283,7 +289,7 @@ def prefill_groups(
 def fill_gaps(gone: Sequence[bool]) -> tuple[list[int], list[int]]:
     """Which of the last rows move, and where to, so that those which stay are the first ones.
 
-    Rows 0 and 2 of five leave three: row 2 is cut off with its neighbours, row 0 is taken by row 3 and row 2 by row 4.
+    Rows 0 and 2 of five leave three: row 2 is dropped with its neighbours, row 0 is taken by row 3 and row 2 by row 4.
 
     >>> fill_gaps([True, False, True, False, False])
     ([3, 4], [0, 2])
@@ -312,7 +318,7 @@ def invert(logp_B_V: Tensor, draws_B: Tensor) -> Tensor:
 
 @contextmanager
 def _evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Eval mode, each module being left in the mode that it was found in."""
+    """Eval mode; afterwards each module is in the mode that it was in before."""
     training = [vars(module) for module in modules if module.training]  # nn.Module's own assignment costs microseconds
     for attributes in training:
         attributes["training"] = False

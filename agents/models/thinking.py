@@ -1,4 +1,4 @@
-"""What a model thought before it replied is no part of the reply."""
+"""Separates what a model thought before it replied from the reply."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def opens_thought(prompt: str) -> bool:
 def without_thought(text: str, opened: bool | None = False) -> str:
     """The reply in what a model wrote: `<think>…</think>` at its start is left out, with the white space after it.
 
-    A model that was cut while it thought has not replied. A thought in the middle of a reply is text like any other.
+    A model whose tokens ran out while it thought has not replied. A thought in the middle of a reply is ordinary text.
 
     Args:
         opened: whether the prompt ended within the thought. None: not known; it did if a thought is closed that was not opened.

@@ -1,4 +1,4 @@
-"""A chat model through `transformers`, on this machine's CPU or GPU, with every reply kept as it was sampled."""
+"""A chat model through `transformers`, on this machine's CPU or GPU, with every reply as it was sampled."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from atommem_env.types import Message, Reply, Usage
 if TYPE_CHECKING:
     from torch.nn import Module
 
-    from agents.models.decoding import Row
+    from agents.models.decoding import Generation
 
 Dtype = Literal["auto", "bfloat16", "float32"]
 Device = Literal["auto", "cpu"]
@@ -122,14 +122,15 @@ class TransformersModel:
                 f"got temperature={temperature} and seeds={seeds}."
             )
         each = seeds if temperature > 0 and seeds else [None] * len(prompts)
-        rows = [
-            self._row(prompt, max_new_tokens, temperature, seed) for prompt, seed in zip(prompts, each, strict=True)
+        generations = [
+            self._generation(prompt, max_new_tokens, temperature, seed)
+            for prompt, seed in zip(prompts, each, strict=True)
         ]
-        batch = Batch(self.model, self._eos_ids, len(rows), self.window)
-        batch.join(rows)
+        batch = Batch(self.model, self._eos_ids, len(generations), self.window)
+        batch.join(generations)
         while batch.rows:
             batch.step()
-        return [self._reply(row) for row in rows]
+        return [self._reply(generation) for generation in generations]
 
     async def complete(
         self,
@@ -148,24 +149,26 @@ class TransformersModel:
         """
         if temperature < 0 or (temperature > 0 and seed is None):
             raise SettingError(f"temperature must be 0, or above 0 with a seed; got {temperature=} and {seed=}.")
-        row = self._row(self.prompt_ids(messages, thinking), max_new_tokens, temperature, seed)
-        await self._batcher(row)
-        return self._reply(row)
+        generation = self._generation(self.prompt_ids(messages, thinking), max_new_tokens, temperature, seed)
+        await self._batcher(generation)
+        return self._reply(generation)
 
-    def _row(self, prompt: Sequence[int], max_new_tokens: int, temperature: float, seed: int | None) -> Row:
-        from agents.models.decoding import Row
+    def _generation(
+        self, prompt: Sequence[int], max_new_tokens: int, temperature: float, seed: int | None
+    ) -> Generation:
+        from agents.models.decoding import Generation
 
         check_room(len(prompt), max_new_tokens, self.window, self.name)
-        return Row(tuple(prompt), max_new_tokens, temperature, seed)
+        return Generation(tuple(prompt), max_new_tokens, temperature, seed)
 
-    def _reply(self, row: Row) -> Reply:
+    def _reply(self, generation: Generation) -> Reply:
         return Reply(
-            text=self.chat.reply_text(row.prompt, row.ids),
-            prompt_ids=row.prompt,
-            completion_ids=tuple(row.ids),
-            logprobs=tuple(row.logprobs),
-            stop="stop" if row.ids[-1] in self._eos_ids else "length",
-            usage=Usage(calls=1, prompt_tokens=len(row.prompt), completion_tokens=len(row.ids)),
+            text=self.chat.reply_text(generation.prompt, generation.ids),
+            prompt_ids=generation.prompt,
+            completion_ids=tuple(generation.ids),
+            logprobs=tuple(generation.logprobs),
+            stop="stop" if generation.ids[-1] in self._eos_ids else "length",
+            usage=Usage(calls=1, prompt_tokens=len(generation.prompt), completion_tokens=len(generation.ids)),
         )
 
 
@@ -173,5 +176,5 @@ def _rows_for(model: Any) -> int:
     """A batch that no machine is too small for, larger where the model is small."""
     config = model.config.get_text_config()
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    place = 2 * config.num_hidden_layers * config.num_key_value_heads * size * model.dtype.itemsize  # bytes a token
-    return max(16, min(128, _CACHE_BYTES // (place * config.max_position_embeddings)))
+    bytes_per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * size * model.dtype.itemsize
+    return max(16, min(128, _CACHE_BYTES // (bytes_per_token * config.max_position_embeddings)))

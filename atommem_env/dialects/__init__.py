@@ -2,57 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from functools import cache
+from typing import Any
 
 from atommem_env.dialects.public_code import PublicCodeDialect
 from atommem_env.dialects.tags import TagsDialect
 from atommem_env.dialects.tool_calls import ToolCallsDialect
 from atommem_env.errors import SettingError
-from atommem_env.types import Entry, EpisodeSettings, Operation, OperationResult
-
-
-class Dialect(Protocol):
-    """Reads operations out of a reply, and writes them and the entries they name."""
-
-    name: str
-
-    def parse(self, reply: str) -> list[Operation | OperationResult]:
-        """What `reply` says, in the order written; an `OperationResult` is a piece that could not be read. Never raises."""
-        ...
-
-    def write(self, operation: Operation) -> str:
-        """The text that `parse` reads back as `operation`, if its text is one that the dialect can hold.
-
-        None holds spaces at the ends of a text, NUL and lone surrogates. Of the dialects with tags none holds a tag of its own,
-        nor an answer with `\\boxed{…}` in it; JSON holds the rest.
-        """
-        ...
-
-    def show(self, entries: Sequence[Entry]) -> str:
-        """The entries as an observation shows them, best first."""
-        ...
-
-    def entry_id(self, target: str, shown: Sequence[str]) -> str:
-        """The entry id that `target` means, given the ids shown in the observation; need not exist."""
-        ...
-
-    def describe(self, settings: EpisodeSettings) -> str:
-        """The operations that these settings allow, explained to a language model."""
-        ...
-
+from atommem_env.plugins import is_target, load_part, suggest
+from atommem_env.types import Dialect
 
 _DIALECTS: dict[str, Dialect] = {
     dialect.name: dialect for dialect in (TagsDialect(), PublicCodeDialect(), ToolCallsDialect())
 }
 
 
-def get_dialect(name: str) -> Dialect:
-    """The dialect of the setting `dialect`.
+def get_dialect(dialect: str | Dialect) -> Dialect:
+    """The dialect of the setting `dialect`: its name, `module:attribute` of an object or class of one's own, or the object.
 
     Raises:
-        SettingError: there is none of that name.
+        SettingError: there is none of that name, or what is named is no dialect.
+        PluginError: `module:attribute` names nothing.
     """
-    if name not in _DIALECTS:
-        raise SettingError(f"dialect must be one of {sorted(_DIALECTS)}, got {name!r}.")
-    return _DIALECTS[name]
+    if not isinstance(dialect, str):
+        return _checked(dialect)
+    if dialect in _DIALECTS:
+        return _DIALECTS[dialect]
+    if is_target(dialect):
+        return _load(dialect)
+    raise SettingError(
+        f"dialect must be one of {', '.join(sorted(_DIALECTS))}, module:attribute or an object, got {dialect!r}"
+        f"{suggest(dialect, _DIALECTS) or '.'}"
+    )
+
+
+@cache
+def _load(target: str) -> Dialect:
+    return _checked(load_part(target))
+
+
+def _checked(dialect: Any) -> Dialect:
+    missing = [
+        name for name in ("name", "parse", "write", "show", "entry_id", "describe") if not hasattr(dialect, name)
+    ]
+    if missing or isinstance(dialect, type):
+        raise SettingError(
+            f"A dialect is an object like atommem_env.types.Dialect, got {dialect!r}"
+            + (f", which has no {', '.join(missing)}." if missing else ", a class; give an object of it.")
+        )
+    found: Dialect = dialect
+    return found

@@ -1,4 +1,4 @@
-"""Embedders: what turns texts into the vectors that a memory is searched by."""
+"""Embedders: they turn texts into the vectors that a memory is searched by."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atommem_env.errors import EmbeddingError, SettingError
+from atommem_env.plugins import is_target, load_part, suggest
 from atommem_env.types import EmbeddingKind, EmbeddingRequest, Vector
 
 _CACHED_ENTRIES = 32_768  # about 50 MB of vectors of 384 numbers
@@ -35,7 +36,8 @@ def get_embedder(name: str) -> CachedEmbedder:
 
     Args:
         name: "hashing" (no model), "minilm" (all-MiniLM-L6-v2), "st:MODEL" (a SentenceTransformer on this machine: a folder, or
-            a name of the Hugging Face Hub) or "openai:MODEL" (a service that speaks the OpenAI API, at OPENAI_BASE_URL).
+            a name of the Hugging Face Hub), "openai:MODEL" (a service that speaks the OpenAI API, at OPENAI_BASE_URL), or
+            `module:attribute` of an object or class of one's own.
 
     Raises:
         SettingError: `name` is none of these.
@@ -60,7 +62,18 @@ def get_embedder(name: str) -> CachedEmbedder:
         from atommem_env.embedders.openai_api import OpenAIEmbedder
 
         return CachedEmbedder(OpenAIEmbedder(model), _CACHED_ENTRIES)
-    raise SettingError(f"embedder must be 'hashing', 'minilm', 'st:MODEL' or 'openai:MODEL', got {name!r}.")
+    if is_target(name):
+        part = load_part(name)
+        missing = [needed for needed in ("name", "dimension", "embed") if not hasattr(part, needed)]
+        if missing:
+            raise SettingError(
+                f"An embedder is an object like atommem_env.embedders.Embedder; {name} has no {', '.join(missing)}."
+            )
+        return CachedEmbedder(part, _CACHED_ENTRIES)
+    raise SettingError(
+        f"embedder must be 'hashing', 'minilm', 'st:MODEL', 'openai:MODEL' or module:attribute, got {name!r}"
+        f"{suggest(name, ('hashing', 'minilm')) or '.'}"
+    )
 
 
 def embed(embedder: Embedder, requests: Sequence[EmbeddingRequest]) -> NDArray[np.float32]:
@@ -74,27 +87,27 @@ def embed(embedder: Embedder, requests: Sequence[EmbeddingRequest]) -> NDArray[n
         indices = [index for index, request in enumerate(requests) if request.kind == kind]
         if not indices:
             continue
-        found = embedder.embed([requests[index].text for index in indices], kind)
-        if np.shape(found) != (len(indices), embedder.dimension):
+        computed = embedder.embed([requests[index].text for index in indices], kind)
+        if np.shape(computed) != (len(indices), embedder.dimension):
             raise EmbeddingError(
                 f"The embedder {embedder.name!r} must return an array of shape {(len(indices), embedder.dimension)} for "
-                f"{len(indices)} texts, got {np.shape(found)}."
+                f"{len(indices)} texts, got {np.shape(computed)}."
             )
-        vectors[indices] = found
+        vectors[indices] = computed
     return vectors
 
 
 class CachedEmbedder:
-    """Keeps the vectors of the texts asked for last; safe to use from several threads.
+    """Caches the vectors of the texts requested last; safe to use from several threads.
 
     Args:
         embedder: computes what is missing, each text once, in one call.
-        entries: most vectors kept; the ones not asked for longest go first.
+        entries: most vectors in the cache; the least recently used are dropped first.
     """
 
     def __init__(self, embedder: Embedder, entries: int) -> None:
         self.name, self.dimension = embedder.name, embedder.dimension
-        self.hits = 0  # texts found in the cache, or met before in the same call
+        self.hits = 0  # texts that were in the cache, or earlier in the same call
         self.misses = 0  # texts that were embedded
         self._embedder = embedder
         self._entries = entries
@@ -103,11 +116,11 @@ class CachedEmbedder:
 
     def embed(self, texts: Sequence[str], kind: EmbeddingKind) -> NDArray[np.float32]:
         """The unit vectors [len(texts), D] of `texts`, in order."""
-        # A digest stands for its text: the cache would otherwise keep thousands of texts of any size alive.
+        # Digests as keys: otherwise thousands of texts of any size would stay in memory.
         keys = [(kind, blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()) for text in texts]
         with self._lock:
             missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._vectors}
-            # Copies: a row by itself would keep the whole batch that it was computed in.
+            # Copies: a view of a row would keep the whole batch in memory.
             computed = [row.copy() for row in self._embedder.embed(list(missing.values()), kind)] if missing else []
             self._vectors.update(zip(missing, computed, strict=True))
             self.misses += len(missing)

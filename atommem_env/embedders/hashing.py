@@ -79,7 +79,7 @@ def _features(counts: Sequence[tuple[str, int]]) -> tuple[NDArray[np.uint64], ND
     lengths = np.array([len(word) for word in words])
     weights = np.sqrt([count for _, count in counts]) * [_STOP_WEIGHT if word in _STOP_WORDS else 1.0 for word in words]
     codes = np.frombuffer(f" {' '.join(words)} ".encode("utf-32-le"), dtype="<u4").astype(np.uint64)
-    # 21 bits hold a character, so that different trigrams have different numbers, and bit 63 tells them from words.
+    # 21 bits hold a character, so that different trigrams have different numbers, and bit 63 distinguishes them from words.
     trigrams = codes[:-2] << np.uint64(42) | codes[1:-1] << np.uint64(21) | codes[2:] | np.uint64(1 << 63)
     trigrams = trigrams[codes[1:-1] != ord(" ")]
     whole = np.array([zlib.crc32(word.encode()) for word in words], dtype=np.uint64)

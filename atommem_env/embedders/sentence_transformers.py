@@ -61,7 +61,7 @@ class SentenceTransformerEmbedder:
         self._torch = torch
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         folder = _find(str(model))
-        # A relative path means something else in another working folder, and stores are kept by name.
+        # A relative path means something else in another working folder, and a store is looked up by this name.
         self.name = f"st:{folder.resolve() if Path(model).is_dir() else model}"
         try:
             self.model = SentenceTransformer(
@@ -108,7 +108,7 @@ class SentenceTransformerEmbedder:
         return vectors
 
     def _rows(self, features: Mapping[str, Any], batch: list[int], length: int) -> dict[str, Any]:
-        """The features of the texts `batch`, those that have a number for each token cut or filled to `length` of them."""
+        """The features of the texts `batch`, those with a number for each token truncated or padded to `length`."""
         left = getattr(self.model.tokenizer, "padding_side", "right") == "left"
         tokens = features["attention_mask"].shape
         rows = dict(features)  # some are of the whole batch: what kind of input it is, how long the prompt
@@ -125,11 +125,11 @@ class SentenceTransformerEmbedder:
 
     def _forward(self, features: Mapping[str, Any], kind: EmbeddingKind) -> NDArray[np.float32]:
         """What the model makes of the features of some texts."""
-        placed = {name: value.to(self.device) if hasattr(value, "to") else value for name, value in features.items()}
+        on_device = {name: value.to(self.device) if hasattr(value, "to") else value for name, value in features.items()}
         with self._torch.inference_mode():
-            vectors = self.model(placed, task=kind)["sentence_embedding"][:, : self.model.truncate_dim]
-        found: NDArray[np.float32] = vectors.float().cpu().numpy()
-        return found
+            vectors = self.model(on_device, task=kind)["sentence_embedding"][:, : self.model.truncate_dim]
+        embeddings: NDArray[np.float32] = vectors.float().cpu().numpy()
+        return embeddings
 
 
 def _find(model: str) -> Path:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 from atommem_env.errors import SettingError
+from atommem_env.plugins import is_target, load_attribute, suggest
 from atommem_env.prompts import public_code, shared_prefix, terse
 from atommem_env.types import EpisodeSettings, Message, Observation
 
@@ -13,15 +16,28 @@ Layout = Callable[[Observation, EpisodeSettings], list[Message]]
 _LAYOUTS: dict[str, Layout] = {"shared_prefix": shared_prefix.messages, "terse": terse.messages}
 
 
-def get_layout(name: str) -> Layout:
-    """The layout of that name: `shared_prefix`, `terse`, or `public_code:PATH` with your checkout of AtomMem's public code.
+def get_layout(layout: str | Layout) -> Layout:
+    """The layout of that name: `shared_prefix`, `terse`, `public_code:PATH` with your checkout of AtomMem's public code, or
+    `module:attribute` of a function of one's own; or the function itself.
 
     Raises:
         SettingError: there is none, or the words of `public_code` cannot be read.
+        PluginError: `module:attribute` names nothing.
     """
-    kind, _, path = name.partition(":")
-    if kind == "public_code":
-        return public_code.read(path).messages
-    if name not in _LAYOUTS:
-        raise SettingError(f"layout must be one of {[*_LAYOUTS, 'public_code:PATH']}, got {name!r}.")
-    return _LAYOUTS[name]
+    if isinstance(layout, str):
+        kind, _, path = layout.partition(":")
+        if kind == "public_code":
+            return public_code.read(path).messages
+        if layout in _LAYOUTS:
+            return _LAYOUTS[layout]
+    found: Any = _load(layout) if isinstance(layout, str) and is_target(layout) else layout
+    if isinstance(found, str) or not callable(found):
+        raise SettingError(
+            f"layout must be one of {', '.join(_LAYOUTS)}, public_code:PATH, module:attribute, or a function "
+            f"(observation, settings) -> messages, got {layout!r}{suggest(str(layout), _LAYOUTS) or '.'}"
+        )
+    given: Layout = found
+    return given
+
+
+_load = cache(load_attribute)

@@ -22,7 +22,7 @@ import os
 import sys
 import threading
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -34,6 +34,7 @@ from numpy.typing import ArrayLike
 
 from atommem_env.errors import MissingDependency, SettingError, StoreError
 from atommem_env.memory import WorkingMemory, unit
+from atommem_env.paths import remove_with, temporary_folder
 from atommem_env.store.folder_lock import FolderLock
 from atommem_env.store.recorder import INTERRUPTED, Commit, EpisodeRecord, Recorder, batches_of, dimensions_of
 from atommem_env.store.tables import (
@@ -93,6 +94,13 @@ class MemoryStore:
         SettingError: another durability.
     """
 
+    @classmethod
+    def temporary(cls, durability: str = "episode") -> MemoryStore:
+        """A store in a temporary folder that goes with `close`, with the store itself, or with the process."""
+        store = cls(temporary_folder("memory"), durability)
+        store._remove_later()
+        return store
+
     def __init__(self, folder: str | Path, durability: str = "episode") -> None:
         if durability not in DURABILITIES:
             raise SettingError(f"durability must be one of {', '.join(DURABILITIES)}, got {durability!r}.")
@@ -103,6 +111,10 @@ class MemoryStore:
         self._connection: Any = None
         self._tables: dict[str, Any] = {}
         self._commits = 0
+        self._remove: Callable[[], object] | None = None  # of a temporary store
+
+    def _remove_later(self) -> None:
+        self._remove = remove_with(self, self.folder)
 
     def __reduce__(self) -> tuple[type[MemoryStore], tuple[Path, str]]:
         return type(self), (self.folder, self.durability)
@@ -218,15 +230,21 @@ class MemoryStore:
                 self._optimize(table, alone)
 
     def close(self) -> None:
-        """Joins files where it wrote and they are many, and lets go of the folder; a later call opens it again."""
+        """Joins files where it wrote and they are many, and lets go of the folder; a later call opens it again.
+
+        A temporary folder is removed.
+        """
         with self._lock:
-            if not _forked_after_lancedb:
+            if self._remove is None and not _forked_after_lancedb:
                 with self._folder_lock.acquire_exclusive(leaving=True) as alone:
                     for name in TABLES if self._commits else ():
                         table = self._table(name)
                         if table is not None and (self._files(name) > _MOST_FILES if alone else self._grown(table)):
                             self._optimize(table, alone)
             self._connection, self._tables, self._commits = None, {}, 0
+            if self._remove is not None:
+                self._remove()
+                self._remove_later()  # in case that a later call makes it again
 
     def _files(self, name: str) -> int:
         return sum(path.is_file() for path in (self.folder / f"{name}.lance").rglob("*"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 
 from atommem_env.episode import Episode
@@ -18,8 +17,9 @@ def initial_episode(record: EpisodeRecord, source: TaskSource, settings: Episode
     Raises:
         SettingError: it was played with other settings, or `source` has another task in its place.
     """
-    given = dataclasses.asdict(settings)
-    changed = sorted(name for name in given if _plain(given[name]) != _plain(record.settings.get(name)))
+    given = settings.record()
+    before = EpisodeSettings().record() | record.settings  # a setting that came later was at its default
+    changed = sorted(name for name in given if _plain(given[name]) != _plain(before[name]))
     if changed:
         raise SettingError(f"Episode {record.episode_id} was played with other settings of {', '.join(changed)}.")
     task = source.task(record.index, record.task_seed)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from atommem_env.errors import SettingError
+from atommem_env.plugins import is_target, load_attribute, suggest
 from atommem_env.tasks.files import FilesSource
 from atommem_env.tasks.haystack import HaystackSource
 from atommem_env.tasks.synthetic import SyntheticSource
-from atommem_env.types import TaskSource
+from atommem_env.tasks.task_list import TaskList
+from atommem_env.types import Task, TaskSource
 
 SOURCES: dict[str, Callable[..., TaskSource]] = {
     "hotpotqa": partial(HaystackSource, "hotpotqa"),
@@ -20,28 +22,64 @@ SOURCES: dict[str, Callable[..., TaskSource]] = {
     "synthetic": SyntheticSource,
     "files": FilesSource,
 }
+Source = str | Task | Sequence[Task] | TaskSource | Callable[..., TaskSource]
+"""What can be given as a task source: a dataset's name, `module:attribute`, tasks, a source, or what makes one of options."""
 
 
-def source_options(dataset: str) -> dict[str, inspect.Parameter]:
-    """The keyword arguments of a dataset's source.
+def source_options(source: Source) -> dict[str, inspect.Parameter]:
+    """The options of a task source: the keyword arguments of what makes it; none of an object.
 
     Raises:
-        SettingError: there is no such dataset.
+        SettingError, PluginError: as in `make_source`.
     """
-    if dataset not in SOURCES:
-        raise SettingError(f"dataset must be one of {sorted(SOURCES)}, got {dataset!r}.")
-    parameters = inspect.signature(SOURCES[dataset]).parameters.values()
+    factory = _factory(source)
+    parameters = inspect.signature(factory).parameters.values()
     return {parameter.name: parameter for parameter in parameters}
 
 
-def make_source(dataset: str, **options: Any) -> TaskSource:
-    """The task source of a dataset.
+def make_source(source: Source, **options: Any) -> TaskSource:
+    """The task source of a dataset of ours, or one of one's own.
+
+    Args:
+        source: a name of `SOURCES`; one or more `Task`; a `TaskSource`; a class or function that makes one; or `module:attribute`
+            of any of these.
+        options: of the source, by keyword.
 
     Raises:
-        SettingError: no such dataset, or an option that it does not have.
+        SettingError: no such dataset, an option that it does not have, or something that is no source.
+        PluginError: `module:attribute` names nothing.
     """
-    known = source_options(dataset)
+    factory = _factory(source)
+    known = inspect.signature(factory).parameters
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise SettingError(f"{dataset} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
-    return SOURCES[dataset](**options)
+        raise SettingError(
+            f"{source} has no option {', '.join(unknown)}; it has {', '.join(sorted(known)) or 'none'}"
+            f"{suggest(unknown[0], known) or '.'}"
+        )
+    made = factory(**options)
+    missing = [name for name in ("dataset", "task", "__len__") if not hasattr(made, name)]
+    if missing:
+        raise SettingError(
+            f"A task source is an object like atommem_env.types.TaskSource, got {made!r}, which has no {', '.join(missing)}."
+        )
+    return made
+
+
+def _factory(source: Source) -> Callable[..., TaskSource]:
+    """What makes the source of its options."""
+    if isinstance(source, str) and source in SOURCES:
+        return SOURCES[source]
+    given: Any = load_attribute(source) if is_target(source) else source
+    if isinstance(given, Task):
+        return lambda: TaskList([given])
+    if isinstance(given, list | tuple):
+        return lambda: TaskList(given)
+    if hasattr(given, "task") and not isinstance(given, type):
+        return lambda: given
+    if callable(given):
+        return given
+    raise SettingError(
+        f"source must be one of {', '.join(sorted(SOURCES))}, module:attribute, tasks or an object like "
+        f"atommem_env.types.TaskSource, got {source!r}{suggest(str(source), SOURCES) or '.'}"
+    )

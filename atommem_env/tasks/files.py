@@ -13,7 +13,7 @@ from typing import Any
 from atommem_env.errors import DataError, DatasetNotFound, MissingDependency, SettingError
 from atommem_env.tasks.haystack import check_questions, group_starts
 from atommem_env.tasks.jsonl import read_records
-from atommem_env.tasks.records import checked, required_text
+from atommem_env.tasks.records import check_range, checked, required_text
 from atommem_env.types import Document, Evidence, Question, Task
 
 SUFFIXES = (".txt", ".text", ".md", ".markdown", ".pdf")  # what is taken from a folder
@@ -106,9 +106,8 @@ class FilesSource:
         return len(self._starts) - 1
 
     def task(self, index: int, seed: int) -> Task:
-        """The task at `index` (0 ≤ index < len); the same for every seed. Raises `SettingError` for another index."""
-        if not 0 <= index < len(self):
-            raise SettingError(f"index must be from 0 to {len(self) - 1}, got {index}.")
+        """The task at `index` (0 ≤ index < len); the same for every seed. Raises `OutOfRange` for another index."""
+        check_range("index", index, len(self))
         return Task(
             id=f"files/{index}" + ("" if self.questions == 1 else f"x{self.questions}"),
             dataset=self.dataset,

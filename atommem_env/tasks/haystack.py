@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from atommem_env.errors import SettingError
 from atommem_env.tasks.catalogue import Questions, open_dataset, open_file
+from atommem_env.tasks.records import check_range
 from atommem_env.types import Document, Evidence, Question, Task
 
 MOST_QUESTIONS = 10  # of a task
@@ -124,13 +125,11 @@ class HaystackSource:
         """The task at `index` (0 ≤ index < len), its context drawn and shuffled by `seed` (≥ 0).
 
         Raises:
-            SettingError: `index` or `seed` is out of range, the supporting documents alone are more than `num_docs`, or
-                all documents together are fewer.
+            OutOfRange: there is no such index, or the seed is negative.
+            SettingError: the supporting documents alone are more than `num_docs`, or all documents together are fewer.
         """
-        if not 0 <= index < len(self):
-            raise SettingError(f"index must be from 0 to {len(self) - 1}, got {index}.")
-        if seed < 0:
-            raise SettingError(f"seed must be at least 0, got {seed}.")
+        check_range("index", index, len(self))
+        check_range("seed", seed)
         rows = [self._questions.rows[place] for place in range(self._starts[index], self._starts[index + 1])]
         rng = np.random.default_rng([seed, index])
         numbers = self._choose(rows, rng)

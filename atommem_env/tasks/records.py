@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from atommem_env.errors import DataError
+from atommem_env.errors import DataError, OutOfRange
 from atommem_env.types import Document, Question
 
 T = TypeVar("T")
@@ -24,6 +24,17 @@ class Record:
     documents: tuple[Document, ...]  # in the order of the file; blank ones are left out
     supporting: tuple[int, ...]  # which of them hold evidence, ascending
     repairs: tuple[str, ...] = ()  # what was wrong with the row and has been mended, each thing once
+
+
+def check_range(name: str, value: int, end: int | None = None) -> None:
+    """Checks the index (below `end`) or the seed (of any size) that names a task.
+
+    Raises:
+        OutOfRange: it is negative, or not below `end`.
+    """
+    if value < 0 or (end is not None and value >= end):
+        expected = "at least 0" if end is None else f"from 0 to {end - 1}"
+        raise OutOfRange(f"{name} must be {expected}, got {value}.")
 
 
 def required(record: Mapping[str, Any], name: str, kind: type[T], where: str = "") -> T:

@@ -9,6 +9,7 @@ from typing import TypeVar
 import numpy as np
 
 from atommem_env.errors import SettingError
+from atommem_env.tasks.records import check_range
 from atommem_env.tasks.synthetic_world import (
     FILLERS,
     INSTRUMENT,
@@ -103,13 +104,10 @@ class SyntheticSource:
         """The task at `index`, with the same questions under every `seed`.
 
         Raises:
-            IndexError: there is no such index.
-            SettingError: the seed is negative.
+            OutOfRange: there is no such index, or the seed is negative.
         """
-        if not 0 <= index < TASKS:
-            raise IndexError(f"index must be from 0 to {TASKS - 1}, got {index}.")
-        if seed < 0:
-            raise SettingError(f"seed must be at least 0, got {seed}.")
+        check_range("index", index, TASKS)
+        check_range("seed", seed)
         name, split = f"synthetic-{self.split}-{index}", SPLITS.index(self.split)
         world = _World(self.split, np.random.default_rng([split, 0, index]))
         questions = tuple(self._question(world, f"{name}-q{number + 1}") for number in range(self.questions))

@@ -41,7 +41,7 @@ _OF_A_ROW = {
     *("embedder", "ablation", "dialect", "operations", "operations_per_reply", "scratchpad", "scratchpad_tokens"),
     *("top_k", "memory_tokens", "retrieval", "capacity"),
 }
-_DEFAULTS: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(EpisodeSettings())))
+_DEFAULTS: dict[str, Any] = json.loads(json.dumps(EpisodeSettings().record()))
 _PUBLISHED = Path(__file__).with_name("published.toml")
 
 
@@ -152,8 +152,8 @@ def _seeds(runs: Sequence[Run]) -> tuple[Run, ...]:
 
 
 def read_published(env_id: str) -> tuple[Published, ...]:
-    """What `published.toml` holds on an environment's dataset."""
-    dataset = ENVIRONMENTS[re.sub(r"^AtomMem[-/]|-v\d+$", "", env_id)]["dataset"]
+    """What `published.toml` holds on an environment's dataset; nothing on one that is not ours."""
+    dataset = ENVIRONMENTS.get(re.sub(r"^AtomMem[-/]|-v\d+$", "", env_id), {}).get("source")
     papers = tomllib.loads(_PUBLISHED.read_text(encoding="utf-8"))["papers"]
     methods = [paper | method for paper in papers for method in paper["methods"] if dataset in method]
     names = [field.name for field in dataclasses.fields(Published)]

@@ -19,12 +19,10 @@ from string import Template
 from typing import Annotated, Any
 from xml.etree.ElementTree import Element, tostring
 
-import gymnasium as gym
 import tyro
 
 import atommem_env  # noqa: F401  (registers the environments)
 from atommem_env.dialects import get_dialect
-from atommem_env.env import AtomMemEnv
 from atommem_env.episode import Episode, legal_text
 from atommem_env.errors import SettingError, StoreError
 from atommem_env.scoring import holds
@@ -45,6 +43,7 @@ from atommem_env.types import (
 )
 from eval.compare import read_run
 from eval.metrics import summarise
+from eval.options import make_env
 
 MOST_EPISODES = 50  # a page of more is slow to open
 
@@ -93,8 +92,7 @@ def trace_page(run: Path, episode: int | None = None) -> str:
         raise SettingError(f"No episode {episode} in {run}: the {len(records)} that are finished go from {numbers}.")
     # Vectors come from the store: whichever embedder made them need not be installed.
     options = {"store": str(run / "memory"), **config["options"], "durability": "off", "embedder": "hashing"}
-    env = gym.make(config["env_id"], **options).unwrapped
-    assert isinstance(env, AtomMemEnv)
+    env = make_env(config["env_id"], **options)
     # Of two of one name the later stands in episodes.jsonl: the run was killed after the first had been committed.
     stored = {(row.task_id, row.episode_seed): row for row in env.store.episodes() if row.status != INTERRUPTED}
     items, articles = [], []

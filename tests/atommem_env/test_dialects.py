@@ -468,5 +468,5 @@ def test_an_openai_response_is_a_reply() -> None:
 
 
 def test_an_unknown_dialect_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(SettingError, match=r"\['public_code', 'tags', 'tool_calls'\].*'xml'"):
+    with pytest.raises(SettingError, match=r"public_code, tags, tool_calls, .*'xml'"):
         get_dialect("xml")

@@ -215,9 +215,7 @@ def test_golds_are_told_only_at_the_end() -> None:
     assert told <= set(seen[-1][-1])
 
 
-def test_after_one_episode_with_default_settings_a_plain_lancedb_client_lists_its_entries(
-    own_data_folder: Path,
-) -> None:
+def test_after_one_episode_with_default_settings_a_plain_lancedb_client_lists_its_entries() -> None:
     env = make()
     play(env)
     assert inner(env).episode is not None
@@ -227,13 +225,42 @@ def test_after_one_episode_with_default_settings_a_plain_lancedb_client_lists_it
         "print(json.dumps([row['text'] for row in table.to_arrow().to_pylist()]))"
     )
     out = subprocess.run(
-        [sys.executable, "-c", code.format(str(own_data_folder / "memory" / "hashing"))],
+        [sys.executable, "-c", code.format(str(inner(env).store.folder))],
         capture_output=True,
         text=True,
         check=True,
     )
     assert sorted(json.loads(out.stdout)) == sorted(survivors)
     assert survivors
+
+
+def test_an_unnamed_store_is_temporary_and_a_named_one_is_kept(own_data_folder: Path, tmp_path: Path) -> None:
+    env, named = make(), make(store=tmp_path / "kept")
+    for one in (env, named):
+        play(one)
+    folder = inner(env).store.folder
+    assert any(folder.iterdir())
+    env.close()
+    named.close()
+    assert not folder.exists()
+    assert (tmp_path / "kept" / "entries.lance").is_dir()
+    assert not (own_data_folder / "memory").exists()
+
+
+@pytest.mark.parametrize("end", ["", "env.close()", "raise SystemExit(3)"])
+def test_an_unnamed_store_goes_with_the_process(end: str) -> None:
+    code = (
+        "import os, gymnasium as gym, atommem_env\n"
+        "env = gym.make('AtomMem-Synthetic', durability='step')\n"
+        "env.reset(seed=0)\n"
+        "env.step('<create_memory>x</create_memory>')\n"
+        "folder = env.unwrapped.store.folder\n"
+        "assert any(folder.iterdir())\n"
+        "print(folder, flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code + end], capture_output=True, text=True)
+    assert done.returncode == (3 if "3" in end else 0), done.stderr
+    assert not Path(done.stdout.strip()).exists()
 
 
 def test_an_interrupted_episode_goes_on_in_another_process_without_its_embedder(tmp_path: Path) -> None:
@@ -344,4 +371,4 @@ def test_a_task_source_of_ones_own_takes_the_datasets_place() -> None:
 
 
 def test_every_environment_is_listed() -> None:
-    assert set(atommem_env.ENVIRONMENTS) == {"HotpotQA", "2WikiMultiHopQA", "MuSiQue", "Synthetic", "Files"}
+    assert set(atommem_env.ENVIRONMENTS) == {"HotpotQA", "2WikiMultiHopQA", "MuSiQue", "Synthetic", "Files", "Custom"}

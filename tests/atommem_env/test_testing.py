@@ -18,8 +18,6 @@ import pytest
 from numpy.typing import NDArray
 
 import atommem_env  # noqa: F401  registers the environments
-from agents.registry import POLICIES
-from agents.testing import check_policy
 from atommem_env import dialects
 from atommem_env.dialects.tags import TagsDialect
 from atommem_env.embedders.hashing import HashingEmbedder
@@ -32,11 +30,9 @@ from atommem_env.types import (
     Entry,
     EpisodeSettings,
     Evidence,
-    Observation,
     Operation,
     OperationResult,
     Question,
-    Reply,
     Task,
 )
 
@@ -69,21 +65,6 @@ def test_the_source_of_ones_own_files_passes(tmp_path: Path) -> None:
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     files = [str(tmp_path / f"{name}.txt") for name in ("Ada", "Bo", "Cy")]
     check_task_source(FilesSource(files=files, data=questions), shuffled=False)
-
-
-@pytest.mark.parametrize("name", POLICIES)
-@pytest.mark.parametrize("dialect", ["tags", "public_code"])
-def test_every_policy_passes(name: str, dialect: str) -> None:
-    options: dict[str, Any] = {"chunk_tokens": 128, "dialect": dialect, "capacity": 8}
-    check_policy(POLICIES[name][0](EpisodeSettings(**options)), questions=2, num_docs=20, **options)
-
-
-def test_plain_and_asynchronous_functions_pass() -> None:
-    async def slow(observation: Observation) -> Reply:
-        return Reply("<final_answer>yes</final_answer>", (1,), (2, 3), (-0.5, -0.1))
-
-    check_policy(slow)
-    check_policy(lambda observation: observation["chunk"])
 
 
 @pytest.mark.parametrize("env_id", ["AtomMem-Synthetic", "AtomMem/Synthetic-v0"])
@@ -379,77 +360,6 @@ def test_a_source_made_by_hand_passes() -> None:
 def test_a_broken_source_is_refused(broken: Callable[[], Any], told: str) -> None:
     with pytest.raises(AssertionError, match=told):
         check_task_source(broken())
-
-
-# ----------------------------------------------------------------------------------------------------- broken policies
-
-
-@dataclass
-class Beginner:
-    begin: Callable[[int, Task | None], Any]
-    name: str = "beginner"
-    privileged: bool = False
-
-
-def changing(observation: Any) -> str:
-    observation["chunk"] = ""
-    return ""
-
-
-def trusting(observation: Any) -> str:
-    """Believes that what it stored is found."""
-    if observation["phase"] == "answer":
-        return f"<final_answer>{observation['retrieved'].splitlines()[0]}</final_answer>"
-    return f"<create_memory>{observation['chunk']}</create_memory><read_memory>{observation['questions']}</read_memory>"
-
-
-def shared_state() -> Any:
-    steps = itertools.count()
-    return lambda observation: f"<create_memory>{next(steps)}</create_memory>"
-
-
-def beside_others() -> Any:
-    """Keeps what belongs to an episode where all episodes see it, and starts anew with each."""
-    state = {"seed": 0}
-
-    def begin(seed: int, task: Task | None) -> Any:
-        state["seed"] = seed
-        return lambda observation: f"<create_memory>{state['seed']}</create_memory>"
-
-    return Beginner(begin)
-
-
-class Nameless:
-    privileged = False
-
-    def begin(self, seed: int, task: Task | None) -> Any:
-        return lambda observation: ""
-
-
-@pytest.mark.parametrize(
-    ("broken", "told"),
-    [
-        (3, r"Taking it as a policy raised PolicyError"),
-        (Nameless(), r"must also have name, see"),
-        (Beginner(lambda seed, task: "text"), "begin.. must return a function observation -> reply, got 'text'"),
-        (lambda observation: None, r"step 0 \(phase 'read', seed 0\) raised PolicyError: .*got NoneType"),
-        (lambda observation: "" if observation["phase"] == "read" else 7, r"phase 'answer', seed 0\) raised .*got int"),
-        (lambda observation: Reply(b"x"), r"Reply.text must be a text"),  # type: ignore[arg-type]
-        (lambda observation: Reply("x", (), (1, 2), (0.0,)), "one of logprobs for each of completion_ids.*1 for 2"),
-        (changing, "changed the observation that it was given for the reply to step 0"),
-        (trusting, r"phase 'answer', seed 2\) raised IndexError"),
-        (shared_state(), r"same seed must give the same replies: with seed 0, .* reply 0 differs"),
-        (beside_others(), r"same seed must give the same replies: with seed 0, .* reply \d differs"),
-        (lambda observation: str(random.random()), "or pass deterministic=False"),
-    ],
-)
-def test_a_broken_policy_is_refused(broken: Any, told: str) -> None:
-    with pytest.raises(AssertionError, match=f"(?s){told}"):
-        check_policy(broken)
-
-
-def test_a_policy_that_samples_freely_passes_where_the_user_says_so() -> None:
-    check_policy(lambda observation: str(random.random()), deterministic=False)
 
 
 # -------------------------------------------------------------------------------------------------- broken environments

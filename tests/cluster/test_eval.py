@@ -97,7 +97,7 @@ def written(out: Path) -> bytes:
 )
 def test_workers_write_what_one_process_writes(options: dict[str, Any], workers: Workers, tmp_path: Path) -> None:
     alone = evaluate(config(tmp_path / "alone", **options))
-    together = evaluate(config(tmp_path / "together", **options), workers=workers)
+    together = evaluate(config(tmp_path / "together", **options), player=workers)
     assert written(tmp_path / "together") == written(tmp_path / "alone")
     assert (tmp_path / "together/config.json").read_bytes() == (tmp_path / "alone/config.json").read_bytes()
     for clock in ("seconds", "steps_per_second"):
@@ -116,7 +116,7 @@ def test_workers_write_what_one_process_writes(options: dict[str, Any], workers:
 def test_a_worker_has_its_share_of_gpus_the_commands_variables_and_episodes_in_flight(
     workers: Workers, tmp_path: Path
 ) -> None:
-    evaluate(config(tmp_path, "playing:telling", episodes=16, in_flight=3, questions=1), workers=workers)
+    evaluate(config(tmp_path, "playing:telling", episodes=16, in_flight=3, questions=1), player=workers)
     told = {record["questions"][0]["prediction"] for record in read_jsonl(tmp_path / "episodes.jsonl")}
     assert told == {str((3, gpus, "this", "secret")) for gpus in ("0,1", "2,3")}
 
@@ -125,36 +125,36 @@ def test_an_error_of_a_policy_is_the_same_error_with_its_note_and_the_workers_go
     workers: Workers, tmp_path: Path
 ) -> None:
     with pytest.raises(Exception, match="no more of this") as raised:
-        evaluate(config(tmp_path / "a", "playing:refusing"), workers=workers)
+        evaluate(config(tmp_path / "a", "playing:refusing"), player=workers)
     from playing import Refused
 
     assert type(raised.value) is Refused
     assert "policy playing:refusing" in raised.value.__notes__[0]
     assert written(tmp_path / "a") == b""
-    assert evaluate(config(tmp_path / "b"), workers=workers)["episodes"] == 8
+    assert evaluate(config(tmp_path / "b"), player=workers)["episodes"] == 8
 
 
 def test_the_episodes_of_a_worker_that_is_killed_are_played_by_another(workers: Workers, tmp_path: Path) -> None:
-    evaluate(config(tmp_path / "b", "playing:once", durability="episode"), workers=workers)
+    evaluate(config(tmp_path / "b", "playing:once", durability="episode"), player=workers)
     assert Path("killed").exists()
-    evaluate(config(tmp_path / "a", "playing:once"), workers=workers)  # nobody is killed again
+    evaluate(config(tmp_path / "a", "playing:once"), player=workers)  # nobody is killed again
     assert written(tmp_path / "b") == written(tmp_path / "a")
     assert len(MemoryStore(tmp_path / "b" / "memory").episodes()) == 8
 
 
 def test_an_episode_that_kills_every_worker_ends_the_run_and_resume_goes_on(workers: Workers, tmp_path: Path) -> None:
     Path("victim").write_text("no such question")
-    evaluate(config(tmp_path / "a", "playing:always"), workers=workers)
+    evaluate(config(tmp_path / "a", "playing:always"), player=workers)
     question = read_jsonl(tmp_path / "a" / "episodes.jsonl")[3]["questions"][0]["prediction"]
     Path("victim").write_text(question)
     with pytest.raises(JobFailed, match="--resume goes on") as raised:
-        evaluate(config(tmp_path / "b", "playing:always", in_flight=1), workers=workers)
+        evaluate(config(tmp_path / "b", "playing:always", in_flight=1), player=workers)
     assert raised.value.__notes__ == ["at episode 3, as one before it"]
     kept = {record["episode"] for record in read_jsonl(tmp_path / "b" / "episodes.jsonl")}
     assert 3 not in kept
     assert len(kept) >= 6, "all others but one that the second worker may have been playing"
     Path("victim").write_text("no such question")
-    evaluate(config(tmp_path / "b", "playing:always", resume=True), workers=workers)
+    evaluate(config(tmp_path / "b", "playing:always", resume=True), player=workers)
     assert written(tmp_path / "b") == written(tmp_path / "a")
 
 
@@ -166,6 +166,6 @@ def test_a_recipe_is_played_by_the_same_workers(workers: Workers, tmp_path: Path
         '[[policies]]\npolicy = "playing:policy"\n'
     )
     runs = read_recipe(recipe, tmp_path / "runs")
-    failures = play_recipe(runs, workers=workers)
+    failures = play_recipe(runs, player=workers)
     assert [(run.policy, "no more of this" in told) for run, told in failures.items()] == [("playing:refusing", True)]
     assert [run.done for run in runs] == [True, False, True]

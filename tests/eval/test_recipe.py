@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import sys
@@ -16,7 +17,8 @@ from rich.console import Console
 from agents.registry import load_policy
 from atommem_env import cli
 from atommem_env.errors import SettingError
-from eval.recipe import FOLDER, Run, check, plan, play_recipe, read_recipe, tables
+from eval.played_as import record_of, write_card
+from eval.recipe import FOLDER, PlannedRun, _folder_name, check, plan, play_recipe, read_recipe, tables
 from eval.run_folder import read_jsonl
 
 SMALL = """
@@ -44,7 +46,7 @@ set = ["ablation=no_scratchpad", "top_k=5"]
 QUIET = Console(file=io.StringIO())
 
 
-def recipe(folder: Path, text: str = SMALL) -> list[Run]:
+def recipe(folder: Path, text: str = SMALL) -> list[PlannedRun]:
     (folder / "recipe.toml").write_text(text)
     return read_recipe(folder / "recipe.toml", folder / "out")
 
@@ -123,15 +125,55 @@ def test_what_is_wrong_in_a_recipe_is_named(change: tuple[str, str], message: st
         recipe(tmp_path, SMALL.replace(*change, 1))
 
 
+def test_a_recipe_based_on_another_replaces_its_rows_and_adds_to_what_is_set(tmp_path: Path) -> None:
+    recipe(tmp_path)
+    (tmp_path / "mine.toml").write_text(
+        'base = "recipe.toml"\nseeds = [5]\n[env]\nset = ["top_k=9"]\n[[policies]]\npolicy = "silent"\n'
+    )
+    runs = read_recipe(tmp_path / "mine.toml", tmp_path / "out")
+    assert [(run.environment, run.policy, run.config.seed) for run in runs] == [
+        ("Synthetic 20", "silent", 5),
+        ("Synthetic 40", "silent", 5),
+    ]
+    assert runs[0].config.set == ("chunk_tokens=256", "top_k=3", "top_k=9")
+    assert (runs[0].config.episodes, runs[0].config.durability) == (3, "off")
+
+
+def test_a_trained_model_keeps_layout_dialect_and_length_unless_its_row_says_otherwise(tmp_path: Path) -> None:
+    trained = recipe(tmp_path)[0].config
+    trained = dataclasses.replace(trained, layout="terse", set=("dialect=public_code", "top_k=1"))
+    write_card(tmp_path, record_of(trained), 16, command="atommem sft", run=tmp_path)
+    rows = f"""
+[[policies]]
+label = "as trained"
+policy = "{tmp_path}"
+
+[[policies]]
+label = "otherwise"
+policy = "{tmp_path}"
+layout = "shared_prefix"
+max_new_tokens = 32
+set = ["dialect=tool_calls"]
+"""
+    text = SMALL.replace("[env]", "[env]\nmax_new_tokens = 64") + rows
+    by_policy = {run.policy: run.config for run in recipe(tmp_path, text)}
+    played = by_policy["as trained"]
+    assert (played.layout, played.max_new_tokens) == ("terse", 16)
+    assert played.env_options()["dialect"] == "public_code"
+    assert played.env_options()["top_k"] == 3  # the environment is the recipe's
+    played = by_policy["otherwise"]
+    assert (played.layout, played.max_new_tokens) == ("shared_prefix", 32)
+    assert played.env_options()["dialect"] == "tool_calls"
+    assert by_policy["oracle"].max_new_tokens == 64
+
+
 def test_a_recipe_that_is_not_there_names_those_that_ship(tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match=r"baselines.toml, paper.toml, quick.toml; got 'mine.toml'"):
+    with pytest.raises(SettingError, match=r"baselines.toml, paper.toml, quick.toml, or the path .* got '.*mine.toml'"):
         read_recipe(tmp_path / "mine.toml", tmp_path)
 
 
 @given(st.text())
 def test_any_label_stays_in_its_folder(label: str) -> None:
-    from eval.recipe import _folder_name
-
     name = _folder_name(label)
     assert name not in ("", ".", "..")
     assert not set(name) & set('/\\:*?"<>|\x00')
@@ -288,7 +330,7 @@ def test_a_dry_run_lists_and_writes_nothing(
 
 def test_seeds_are_pooled_in_a_table_an_environment(tmp_path: Path) -> None:
     runs = recipe(tmp_path)
-    failures: dict[Run, str] = {runs[1]: "gone", runs[2]: "gone", runs[3]: "gone"}
+    failures: dict[PlannedRun, str] = {runs[1]: "gone", runs[2]: "gone", runs[3]: "gone"}
     play_recipe(runs, QUIET)
     console = Console(width=80, record=True, file=io.StringIO())
     first, second = tables(runs, failures)

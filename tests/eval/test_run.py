@@ -13,8 +13,9 @@ from rich.console import Console
 from agents.rollout import episode_specs
 from atommem_env.errors import SettingError
 from eval.options import EvalConfig
+from eval.players import Parts, prepare
 from eval.report.tables import results_table
-from eval.run import evaluate, prepare
+from eval.run import evaluate
 from eval.run_folder import read_jsonl
 
 FIELDS = [
@@ -161,8 +162,8 @@ def test_a_label_is_what_tables_call_the_run(tmp_path: Path) -> None:
 
 
 def test_thinking_is_part_of_what_was_asked_for(tmp_path: Path) -> None:
-    env, _, resolved_config = prepare(config(tmp_path, thinking=True))
-    env.close()
+    driver, _, resolved_config = prepare(config(tmp_path, thinking=True), Parts())
+    driver.store.close()
     assert resolved_config["sampling"]["thinking"] is True
     assert not list(tmp_path.iterdir())  # to look at a run writes nothing
 

@@ -8,7 +8,7 @@ import pytest
 from atommem_env.errors import MissingDependency, SettingError
 from eval.options import EvalConfig
 from eval.run import evaluate
-from eval.workers import Player, Workers
+from eval.workers import Worker, Workers
 
 
 def test_without_ray_the_package_is_named_and_nothing_is_written(
@@ -24,7 +24,7 @@ def test_without_ray_the_package_is_named_and_nothing_is_written(
 
 
 def test_a_machine_without_the_working_folder_is_named(tmp_path: Path) -> None:
-    player = Player(str(tmp_path / "elsewhere"), [], {})
+    worker = Worker(str(tmp_path / "elsewhere"), [], {})
     with pytest.raises(FileNotFoundError) as raised:
-        asyncio.run(player.call(os.getcwd))
+        asyncio.run(worker.call(os.getcwd))
     assert f"{tmp_path / 'elsewhere'}, which all machines must have" in raised.value.__notes__[0]

@@ -92,7 +92,7 @@ def test_rows_are_the_turns_of_the_episodes_that_an_evaluation_finds_good_enough
         "turns_with_faults": faults,
         "samples": len(rows),
         "reward": round(len(good) / 24, 4),
-        "schema_version": 2,
+        "schema_version": 3,
     }
     assert json.loads((tmp_path / "samples" / "summary.json").read_text()) == summary
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == sorted(FILES)

@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -30,7 +30,7 @@ from rich.console import Console  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
 from agents.registry import load_policy  # noqa: E402
-from agents.rollout import play_episode  # noqa: E402
+from atommem_env import cli  # noqa: E402
 from atommem_env.embedders import get_embedder  # noqa: E402
 from atommem_env.errors import (  # noqa: E402
     CheckpointError,
@@ -42,7 +42,7 @@ from atommem_env.errors import (  # noqa: E402
 )
 from atommem_env.types import Rollout  # noqa: E402
 from train import checkpoints, packing, samples  # noqa: E402
-from train.grpo import CHECKPOINT, METRICS, Trainer  # noqa: E402
+from train.grpo import CHECKPOINT, METRICS, Trainer, report_end  # noqa: E402
 from train.settings import LocalGRPOConfig  # noqa: E402
 from train.tiny_base import build_tokenizer  # noqa: E402
 
@@ -160,7 +160,9 @@ def test_a_gradient_of_equal_rewards_is_exactly_zero_even_where_it_is_computed(
     assert not changed(before, trainer.model)
 
 
-def test_a_run_learns_what_is_rewarded(make_run: Callable[..., LocalGRPOConfig], undecided: Path) -> None:
+def test_a_run_learns_what_is_rewarded(
+    make_run: Callable[..., LocalGRPOConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = make_run(steps=12, groups=4, group_size=6, learning_rate=1e-2, warmup_steps=1, schedule="cosine")
     trainer = begin(run)
     trainer.train()
@@ -172,9 +174,20 @@ def test_a_run_learns_what_is_rewarded(make_run: Callable[..., LocalGRPOConfig],
     names = {path.name for path in run.out.iterdir()}
     assert {"model", METRICS, CHECKPOINT, "tensorboard", "curve.png", "config.json"} <= names
     assert not [name for name in names if "partial" in name or name.endswith(".tmp")]
-    policy = load_policy(str(run.out / "model"), trainer.driver.settings, layout="terse")
-    env = gym.make("AtomMem-Synthetic", **run.env_options() | {"split": "test"})
-    assert [play_episode(env, policy, seed=seed).reward for seed in range(3)] == [1.0, 1.0, 1.0]
+    # The command that is printed at the end plays the game that was trained, on tasks that were not.
+    console = Console(file=io.StringIO())
+    report_end(run, console)
+    printed = console.file.getvalue().splitlines()[-1]  # type: ignore[attr-defined]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [*shlex.split(printed), "--episodes", "3"])
+    cli.main()
+    played, summary = (
+        json.loads((tmp_path / "runs/eval" / f"{name}.json").read_text()) for name in ("config", "summary")
+    )
+    assert summary["em"] == 1.0
+    trained = {name: value for name, value in run.env_options().items() if name != "durability"}
+    assert played["options"].items() >= (trained | {"split": "test"}).items()
+    assert (played["layout"], played["sampling"]["max_new_tokens"]) == ("terse", 8)
 
 
 def test_a_penalty_on_faults_is_trained_on_and_is_no_part_of_the_reward(

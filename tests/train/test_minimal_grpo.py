@@ -21,20 +21,18 @@ transformers = pytest.importorskip("transformers")
 from agents.models.chat_tokenizer import ChatTokenizer  # noqa: E402
 from atommem_env.env import AtomMemEnv  # noqa: E402
 from atommem_env.errors import SettingError  # noqa: E402
-from atommem_env.types import Observation, Reply, StopReason  # noqa: E402
-from atommem_env.types import Rollout as FullRollout  # noqa: E402
-from atommem_env.types import Turn as FullTurn  # noqa: E402
+from atommem_env.types import Observation, Reply, Rollout, StopReason, Turn  # noqa: E402
 from train import advantages, losses, minimal_grpo, samples  # noqa: E402
 from train.minimal_grpo import (  # noqa: E402
-    Rollout,
-    Run,
-    Turn,
+    MinimalGRPOConfig,
+    SampledReply,
+    Trajectory,
     add_gradients,
     group_advantages,
     grpo_loss,
     make_samples,
     play,
-    sample_turns,
+    sample_replies,
     token_logprobs,
     train,
 )
@@ -73,18 +71,18 @@ def model(folder: Path) -> Any:
 
 
 @pytest.fixture
-def groups(folder: Path, model: Any) -> list[list[Rollout]]:
-    """Three groups of four rollouts of the real environment, the second of them flat, with rewards made up."""
+def groups(folder: Path, model: Any) -> list[list[Trajectory]]:
+    """Three groups of four trajectories of the real environment, with rewards made up, equal ones in the second."""
     options: dict[str, Any] = {"split": "train", "num_docs": 8, **minimal_grpo.TASK, **minimal_grpo.MEMORY}
     envs = [gym.make("AtomMem-Synthetic", **options) for _ in range(12)]
     torch.manual_seed(1)
     seeds = np.repeat([5, 6, 7], 4).tolist()
-    rollouts = play(model, ChatTokenizer(folder), envs, seeds, max_new_tokens=6)
+    trajectories = play(model, ChatTokenizer(folder), envs, seeds, max_new_tokens=6)
     rewards = [1.0, 0.0, 0.5, 0.0, 0.1, 0.1, 0.1, 0.1, 0.0, 0.0, 0.0, 1.0]
-    for rollout, reward in zip(rollouts, rewards, strict=True):
-        assert rollout.reward == 0  # of a model that knows nothing
-        rollout.reward = reward
-    return [rollouts[:4], rollouts[4:8], rollouts[8:]]
+    for trajectory, reward in zip(trajectories, rewards, strict=True):
+        assert trajectory.reward == 0  # of a model that knows nothing
+        trajectory.reward = reward
+    return [trajectories[:4], trajectories[4:8], trajectories[8:]]
 
 
 def gradients(model: Any) -> list[Tensor]:
@@ -93,18 +91,14 @@ def gradients(model: Any) -> list[Tensor]:
     return found
 
 
-def as_full(rollout: Rollout) -> FullRollout:
-    """The same rollout as the full trainer has it."""
+def as_rollout(trajectory: Trajectory) -> Rollout:
+    """The same trajectory as the full trainer has it."""
     observation: Any = {}
     turns = tuple(
-        FullTurn(
-            observation,
-            Reply("", tuple(turn.prompt_ids), tuple(turn.completion_ids), tuple(turn.logprobs)),
-            results=(),
-        )
-        for turn in rollout.turns
+        Turn(observation, Reply("", *map(tuple, (reply.prompt_ids, reply.completion_ids, reply.logprobs))), results=())
+        for reply in trajectory.replies
     )
-    return FullRollout("task", 0, turns, rollout.reward, StopReason.ANSWERED)
+    return Rollout("task", 0, turns, trajectory.reward, StopReason.ANSWERED)
 
 
 def test_it_stays_a_file_to_read_that_stands_alone() -> None:
@@ -124,39 +118,41 @@ def test_what_is_noted_in_sampling_is_what_the_trainer_computes(model: Any, posi
         config = transformers.GPT2Config(vocab_size=99, n_positions=32, n_embd=32, n_layer=2, n_head=2)
         model = transformers.GPT2LMHeadModel(config).eval()
         model.transformer.wpe.weight.data.normal_()
-    turns = sample_turns(model, [[5], [6, 7, 8, 9, 10], [11, 12, 13]], eos_id=NEVER, max_new_tokens=9)
-    noted = torch.tensor([logp for turn in turns for logp in turn.logprobs])
+    replies = sample_replies(model, [[5], [6, 7, 8, 9, 10], [11, 12, 13]], eos_id=NEVER, max_new_tokens=9)
+    noted = torch.tensor([logp for reply in replies for logp in reply.logprobs])
     assert len(noted) == 27
-    torch.testing.assert_close(token_logprobs(model, turns), noted, atol=1e-4, rtol=0)
+    torch.testing.assert_close(token_logprobs(model, replies), noted, atol=1e-4, rtol=0)
 
 
 def test_a_reply_does_not_depend_on_the_prompts_beside_it(model: Any) -> None:
     prompts = [[5], [6, 7, 8, 9, 10, 20, 21], [11, 12, 13]]
-    together = sample_turns(model, prompts, eos_id=NEVER, max_new_tokens=9, greedy=True)
-    for prompt, turn in zip(prompts, together, strict=True):
-        (alone,) = sample_turns(model, [prompt], eos_id=NEVER, max_new_tokens=9, greedy=True)
-        assert alone.completion_ids == turn.completion_ids
-        assert alone.logprobs == pytest.approx(turn.logprobs, abs=1e-4)
+    together = sample_replies(model, prompts, eos_id=NEVER, max_new_tokens=9, greedy=True)
+    for prompt, reply in zip(prompts, together, strict=True):
+        (alone,) = sample_replies(model, [prompt], eos_id=NEVER, max_new_tokens=9, greedy=True)
+        assert alone.completion_ids == reply.completion_ids
+        assert alone.logprobs == pytest.approx(reply.logprobs, abs=1e-4)
 
 
 def test_a_reply_ends_with_its_first_end_token(model: Any) -> None:
-    def sample(eos_id: int) -> list[Turn]:
+    def sample(eos_id: int) -> list[SampledReply]:
         torch.manual_seed(3)
-        return sample_turns(model, [[5], [6, 7], [8, 9, 10]], eos_id=eos_id, max_new_tokens=12)
+        return sample_replies(model, [[5], [6, 7], [8, 9, 10]], eos_id=eos_id, max_new_tokens=12)
 
     endless = sample(NEVER)
-    assert [len(turn.completion_ids) for turn in endless] == [12, 12, 12]
+    assert [len(reply.completion_ids) for reply in endless] == [12, 12, 12]
     end = endless[1].completion_ids[3]
-    for turn, longer in zip(sample(end), endless, strict=True):
+    for reply, longer in zip(sample(end), endless, strict=True):
         ids = longer.completion_ids
         length = ids.index(end) + 1 if end in ids else 12
-        assert turn.completion_ids == ids[:length]
-        assert turn.logprobs == longer.logprobs[:length]
+        assert reply.completion_ids == ids[:length]
+        assert reply.logprobs == longer.logprobs[:length]
 
 
 def test_tokens_are_drawn_as_often_as_their_probability_says(model: Any) -> None:
     torch.manual_seed(4)
-    drawn = [turn.completion_ids[0] for turn in sample_turns(model, [[5, 6]] * 4000, eos_id=NEVER, max_new_tokens=1)]
+    drawn = [
+        reply.completion_ids[0] for reply in sample_replies(model, [[5, 6]] * 4000, eos_id=NEVER, max_new_tokens=1)
+    ]
     with torch.no_grad():
         expected = model(torch.tensor([[5, 6]])).logits[0, -1].softmax(-1)
     likeliest = int(expected.argmax())
@@ -164,12 +160,12 @@ def test_tokens_are_drawn_as_often_as_their_probability_says(model: Any) -> None
     assert share == pytest.approx(probability, abs=4 * (probability * (1 - probability) / 4000) ** 0.5)
 
 
-def test_the_rollouts_of_a_group_read_the_same_document(folder: Path, groups: list[list[Rollout]]) -> None:
+def test_the_rollouts_of_a_group_read_the_same_document(folder: Path, groups: list[list[Trajectory]]) -> None:
     chat = ChatTokenizer(folder)
-    first_prompts = [{chat.text(rollout.turns[0].prompt_ids) for rollout in group} for group in groups]
+    first_prompts = [{chat.text(trajectory.replies[0].prompt_ids) for trajectory in group} for group in groups]
     assert [len(texts) for texts in first_prompts] == [1, 1, 1]
     assert len(set.union(*first_prompts)) == 3
-    assert all(len(rollout.turns) > 4 for group in groups for rollout in group)
+    assert all(len(trajectory.replies) > 4 for group in groups for trajectory in group)
 
 
 # -------------------------------------------------------------------------------- the same mathematics as the full trainer
@@ -193,26 +189,30 @@ def test_the_loss_is_that_of_the_full_trainer_where_it_clips_too(rows: list[tupl
 
 @pytest.mark.parametrize("micro_batch", [1000, 5])
 def test_loss_and_gradients_are_those_of_the_full_trainer(
-    groups: list[list[Rollout]], model: Any, micro_batch: int, monkeypatch: pytest.MonkeyPatch
+    groups: list[list[Trajectory]], model: Any, micro_batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = np.random.default_rng(0)
-    for turn in (turn for group in groups for rollout in group for turn in rollout.turns):
+    for reply in (reply for group in groups for trajectory in group for reply in trajectory.replies):
         # A sampler that is somewhat off, so that the correction for it has something to do.
-        turn.logprobs = [min(0.0, logp + float(rng.normal(0, 0.5))) for logp in turn.logprobs]
+        reply.logprobs = [min(0.0, logp + float(rng.normal(0, 0.5))) for logp in reply.logprobs]
     monkeypatch.setattr(minimal_grpo, "MICRO_BATCH", micro_batch)
     ours = make_samples(groups)
     add_gradients(model, ours)
     our_gradients = gradients(model)
-    turns, turn_advantages = zip(*ours, strict=True)
-    logp = token_logprobs(model, turns)
-    noted = torch.tensor([logp for turn in turns for logp in turn.logprobs])
-    weights = torch.tensor([advantage for turn, advantage in ours for _ in turn.completion_ids])
+    replies, reply_advantages = zip(*ours, strict=True)
+    logp = token_logprobs(model, replies)
+    noted = torch.tensor([logp for reply in replies for logp in reply.logprobs])
+    weights = torch.tensor([advantage for reply, advantage in ours for _ in reply.completion_ids])
     our_loss = grpo_loss(logp, logp.detach(), noted, weights, len(logp))
 
-    rewards = [[rollout.reward for rollout in group] for group in groups]
-    made = samples.make_samples([list(map(as_full, group)) for group in groups], advantages.group_advantages(rewards))
-    assert [sample.token_ids for sample in made] == [tuple(turn.prompt_ids + turn.completion_ids) for turn in turns]
-    assert [sample.advantage for sample in made] == list(turn_advantages)
+    rewards = [[trajectory.reward for trajectory in group] for group in groups]
+    made = samples.make_samples(
+        [list(map(as_rollout, group)) for group in groups], advantages.group_advantages(rewards)
+    )
+    assert [sample.token_ids for sample in made] == [
+        tuple(reply.prompt_ids + reply.completion_ids) for reply in replies
+    ]
+    assert [sample.advantage for sample in made] == list(reply_advantages)
     batch = samples.collate([[sample] for sample in made])
     mask = torch.from_numpy(batch.loss_mask_B_T)
     logits = model(torch.from_numpy(batch.token_ids_B_T), torch.from_numpy(batch.attention_mask_B_T)).logits[mask]
@@ -231,8 +231,8 @@ def test_loss_and_gradients_are_those_of_the_full_trainer(
     assert max(float(gradient.abs().max()) for gradient in our_gradients) > 1e-3
 
 
-def test_an_advantage_of_zero_has_a_gradient_of_exactly_zero(groups: list[list[Rollout]], model: Any) -> None:
-    add_gradients(model, [(turn, 0.0) for turn in groups[0][0].turns])
+def test_an_advantage_of_zero_has_a_gradient_of_exactly_zero(groups: list[list[Trajectory]], model: Any) -> None:
+    add_gradients(model, [(reply, 0.0) for reply in groups[0][0].replies])
     assert all((gradient == 0).all() for gradient in gradients(model))
 
 
@@ -252,14 +252,14 @@ class LowercaseEnv(AtomMemEnv):
 
 @pytest.fixture
 def lowercase() -> Iterator[str]:
-    gym.register("AtomMemLowercase-v0", entry_point=LowercaseEnv, kwargs={"dataset": "synthetic"})
+    gym.register("AtomMemLowercase-v0", entry_point=LowercaseEnv, kwargs={"source": "synthetic"})
     yield "AtomMemLowercase-v0"
     del gym.registry["AtomMemLowercase-v0"]
 
 
-def small(folder: Path, **changes: Any) -> Run:
+def small(folder: Path, **changes: Any) -> MinimalGRPOConfig:
     options: dict[str, Any] = {"groups": 2, "group_size": 4, "num_docs": 4, "max_new_tokens": 6, "eval_episodes": 4}
-    return Run(model=folder, **options | changes)
+    return MinimalGRPOConfig(model=folder, **options | changes)
 
 
 def numbers(text: str, name: str) -> list[float]:
@@ -293,8 +293,8 @@ def test_each_update_is_of_its_own_rollouts_alone(
     torch.manual_seed(0)
     for gradient in told:
         seeds = np.repeat(rng.integers(2**31, size=2), 4).tolist()
-        rollouts = play(model, ChatTokenizer(folder), envs, seeds, max_new_tokens=6)
-        add_gradients(model, make_samples([rollouts[:4], rollouts[4:]]))
+        trajectories = play(model, ChatTokenizer(folder), envs, seeds, max_new_tokens=6)
+        add_gradients(model, make_samples([trajectories[:4], trajectories[4:]]))
         expected = sum(float((part**2).sum()) for part in gradients(model)) ** 0.5
         assert gradient == pytest.approx(expected, abs=1e-3)
     assert len(told) == 2

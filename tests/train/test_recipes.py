@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -48,10 +49,13 @@ def test_a_recipe_is_whole_and_its_commands_follow_one_another(name: str) -> Non
     split_options(
         "synthetic" if "Synthetic" in training.env_id else "hotpotqa", dynamics
     )  # raises where one is unknown
-    assert re.match(r"# \w", read_recipe(name).path.read_text(encoding="utf-8"))
+    assert re.match(r"# \w", (FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("given", ["--recipe tiny", "--recipe=tiny", f"--recipe {FOLDER / 'tiny.toml'}"])
+@pytest.mark.parametrize(
+    "given",
+    ["--recipe tiny", "--recipe=tiny", f"--recipe {FOLDER / 'tiny.toml'}", "--preset tiny"],  # --preset: its old name
+)
 def test_the_command_line_overrides_the_recipe(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words = f"grpo AtomMem-HotpotQA --steps 7 {given} --out elsewhere --set capacity=8"
     (config,) = run(monkeypatch, words)
@@ -59,6 +63,18 @@ def test_the_command_line_overrides_the_recipe(given: str, monkeypatch: pytest.M
     assert (config.env_id, config.steps, config.out) == ("AtomMem-HotpotQA", 7, Path("elsewhere"))
     assert (config.group_size, config.learning_rate) == (recipe.group_size, recipe.learning_rate)
     assert config.env_options() == {**recipe.env_options(), "capacity": 8}  # the recipe's other options stay
+
+
+def test_a_recipe_based_on_another_says_only_what_differs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.toml"
+    mine.write_text('base = "tiny"\n[env]\nset = ["capacity=3"]\n[grpo]\nsteps = 7')
+    (config,) = run(monkeypatch, f"grpo --recipe {mine} --set top_k=9")
+    tiny = load_recipe("tiny", LocalGRPOConfig)
+    assert config == dataclasses.replace(tiny, steps=7, set=(*tiny.set, "capacity=3", "top_k=9"))
+    assert load_recipe(str(mine), CollectConfig).set == (*tiny.set, "capacity=3")
+    mine.write_text('base = "tiny"\n[grpo]\nstep = 7\n')
+    with pytest.raises(SettingError, match=r"mine.toml \(base: .*tiny.toml\): \[grpo\] has no 'step'"):
+        read_recipe(str(mine))
 
 
 def test_required_arguments_come_from_the_recipe_or_are_still_required(
@@ -115,7 +131,7 @@ def test_what_is_wrong_in_a_file_is_named(text: str, told: str, tmp_path: Path) 
 
 
 def test_an_unknown_recipe_lists_those_that_exist() -> None:
-    with pytest.raises(SettingError, match=r"tiny, smollm2, qwen3-0\.6b, qwen3-8b-lora.*'nonsense'"):
+    with pytest.raises(SettingError, match=r"qwen3-0\.6b, qwen3-8b-lora, smollm2, tiny, .*'nonsense'"):
         read_recipe("nonsense")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +16,12 @@ pytest.importorskip("trl")
 
 from agents.models.chat_tokenizer import ChatTokenizer  # noqa: E402
 from agents.models.transformers_model import TransformersModel  # noqa: E402
+from atommem_env import cli  # noqa: E402
 from atommem_env.errors import DataError, PromptTooLong, SettingError  # noqa: E402
-from eval.options import EvalConfig  # noqa: E402
-from eval.run import evaluate  # noqa: E402
+from eval.played_as import eval_command  # noqa: E402
 from train.collect import CollectConfig, collect  # noqa: E402
 from train.settings import SFTConfig  # noqa: E402
-from train.sft import read_samples, train  # noqa: E402
+from train.sft import main, read_samples, train, write_samples_card  # noqa: E402
 
 TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
 
@@ -57,7 +59,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("collected") / "samples"
     collect(
-        CollectConfig(env_id="AtomMem-Synthetic", episodes=4, num_docs=8, layout="terse", out=out, set=("hops=[1]",))
+        CollectConfig(
+            env_id="AtomMem-Synthetic",
+            episodes=4,
+            num_docs=8,
+            layout="terse",
+            max_new_tokens=8,
+            out=out,
+            set=("hops=[1]",),
+        )
     )
     return out
 
@@ -86,7 +96,12 @@ def test_a_reply_that_spells_a_control_token_is_text(model: Path) -> None:
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_training_lowers_the_loss_and_leaves_a_model_that_is_evaluated_by_its_folder(
-    lora_rank: int, model: Path, samples: Path, tmp_path: Path
+    lora_rank: int,
+    model: Path,
+    samples: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     rows = list(read_samples(samples, ChatTokenizer(model), 4096))
     run = SFTConfig(
@@ -99,7 +114,8 @@ def test_training_lowers_the_loss_and_leaves_a_model_that_is_evaluated_by_its_fo
         learning_rate=1e-2,
         lora_rank=lora_rank,
     )
-    train(run)
+    main(run)
+    printed = capsys.readouterr().out.splitlines()[-1]
     log = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in log if "loss" in line]
     assert losses[-1] < losses[0]
@@ -113,18 +129,17 @@ def test_training_lowers_the_loss_and_leaves_a_model_that_is_evaluated_by_its_fo
         total -= sum(float(logp[place - 1, row["labels"][place]]) for place in places)
         count += len(places)
     assert losses[0] == pytest.approx(total / count, abs=2e-3)
-    evaluation = EvalConfig(
-        env_id="AtomMem-Synthetic",
-        policy=str(run.out / "model"),
-        layout="terse",
-        episodes=2,
-        num_docs=8,
-        max_new_tokens=8,
-        out=tmp_path / "eval",
-        set=("hops=[1]",),
-    )
-    summary = evaluate(evaluation)
-    assert summary["tokens"]["prompt"] > 0
+    # The command that was printed plays as the samples were collected.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [*shlex.split(printed), "--episodes", "2"])
+    assert sys.argv[:3] == ["atommem", "eval", "--policy"]
+    cli.main()
+    played = json.loads((tmp_path / "runs" / "eval" / "config.json").read_text())
+    collected = json.loads((samples / "config.json").read_text())
+    for name in ("env_id", "settings", "layout", "sampling"):
+        assert played[name] == collected[name]
+    assert (played["options"]["hops"], played["options"]["num_docs"], played["options"]["split"]) == ([1], 8, "test")
+    assert json.loads((tmp_path / "runs" / "eval" / "summary.json").read_text())["tokens"]["prompt"] > 0
     with pytest.raises(SettingError, match="new or empty"):
         train(run)
 
@@ -137,3 +152,12 @@ def test_what_cannot_be_trained_on_is_refused(model: Path, samples: Path, tmp_pa
         train(replace(run, max_tokens=20))
     with pytest.raises(DataError, match="atommem collect"):
         train(replace(run, samples=tmp_path / "nothing"))
+
+
+def test_samples_that_do_not_say_how_they_were_collected_leave_a_model_without_a_card(tmp_path: Path) -> None:
+    (tmp_path / "sft" / "model").mkdir(parents=True)
+    for text in (None, '{"mine": 1}'):
+        if text:
+            (tmp_path / "config.json").write_text(text)
+        write_samples_card(tmp_path, tmp_path / "sft", command="atommem sft")
+        assert eval_command(tmp_path / "sft" / "model").startswith("atommem eval ENV_ID --policy ")

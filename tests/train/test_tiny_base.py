@@ -1,10 +1,12 @@
 """The recipe of the shipped base model, and the model that it made."""
 
+import hashlib
 from pathlib import Path
 
 import gymnasium as gym
 import pytest
 
+from agents.baselines.world_reader import query, read_fact, read_query
 from agents.models.chat_tokenizer import ChatTokenizer
 from agents.models.find import find_model
 from agents.registry import load_policy
@@ -41,6 +43,19 @@ def test_exercises_are_in_the_form_of_the_chat_template_and_the_same_for_the_sam
         assert prompt == chat.prompt_ids([{"role": "user", "content": content}])
         assert reply == chat.completion_ids(text)
     assert {kind for kind, *_ in encoded} == {"copy", "find", "answer", "link", "next"}
+
+
+def test_exercises_are_those_that_the_shipped_base_was_trained_on() -> None:
+    exercises, digest = Exercises("train", 0), hashlib.sha256()
+    for _ in range(500):
+        digest.update(repr(exercises.draw()).encode())
+    assert digest.hexdigest() == "9575b0ca0ade68e21de0f94ad5445d7bc223b03b8f44ab52fb1d93303770c46a"
+
+
+def test_the_teacher_reads_the_facts_that_exercises_state() -> None:
+    facts = Exercises("train", 1)._facts(300)
+    assert [read_fact(fact.sentence) for fact in facts] == facts
+    assert [read_query(query(fact.link)) for fact in facts] == [fact.link for fact in facts]
 
 
 def test_the_shipped_base_reads_held_out_names() -> None:

@@ -21,7 +21,7 @@ from openrlhf.trainer.ppo_utils.replay_buffer import NaiveReplayBuffer
 from atommem_env.types import Rollout
 from train.advantages import GroupAdvantages, group_advantages
 from train.cluster.recipe import ClusterGRPOConfig, read_run
-from train.rollouts import policy_metrics, training_rewards
+from train.metrics import policy_metrics, training_rewards
 from train.samples import Sample, SampleKey, make_samples
 
 _PADDING = ""  # the label of a padding sample

@@ -43,7 +43,7 @@ from eval.run_folder import read_jsonl
 from train.advantages import GroupAdvantages
 from train.cluster.experience import ExperienceMaker, ReplayBuffer, step_advantages, trained_keys
 from train.cluster.metrics import MetricsLogger, flatten_stats
-from train.cluster.recipe import REPLACEMENTS, VERSION, ClusterGRPOConfig, Prompt, read_run
+from train.cluster.recipe import REPLACEMENTS, VERSION, ClusterGRPOConfig, Prompt, add_card, read_run
 from train.grpo import METRICS
 from train.samples import check_all_trained
 
@@ -221,6 +221,7 @@ class _Turns:
         if em is not None and em > self.best_eval_metric_value:
             self.best_eval_metric_value = em
             ray.get(self.actor_model_group.async_run_method("export", folder=str(self.run.out / "model")))
+            add_card(self.run)
 
 
 class PPOTrainer(_Turns, _modified(sync_trainer.PPOTrainer)):  # type: ignore[misc]

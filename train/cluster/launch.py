@@ -61,14 +61,16 @@ from train.cluster.preflight import (
 from train.cluster.recipe import (
     RUN_VARIABLE,
     ClusterGRPOConfig,
+    add_card,
     openrlhf_flags,
     read_recipe,
     recipe_names,
     write_prompts,
+    write_run_card,
 )
 from train.curve import draw_curve
 from train.estimate import estimate_table
-from train.grpo import METRICS, tell_end
+from train.grpo import METRICS, report_end
 from train.settings import open_run
 
 _POLL = 2.0  # seconds between looks at the job
@@ -169,8 +171,9 @@ def launch(config: LaunchConfig, out: Console, err: Console) -> None:
     out.print(estimate_table(run, plan.size, plan.task, machines.gpu_memory))
     write_folder(run)
     carry_out(plan, address, err)
+    add_card(run)
     draw_curve(run.out / METRICS, run.out / "curve.png")
-    tell_end(run, out)
+    report_end(run, out)
     serve = shlex.join(["vllm", "serve", str(run.out / "model"), "--max-model-len", str(run.max_tokens)])
     out.print(f"Serve it:\n  {serve}", soft_wrap=True, markup=False, highlight=False)
 
@@ -230,6 +233,7 @@ def write_folder(run: ClusterGRPOConfig) -> None:
             raise DataError(f"The {source.dataset} source has no tasks in {split!r}; choose another split.")
         counts.append(len(source))
     write_prompts(run, counts[0], counts[-1])
+    write_run_card(run)
     write_atomic(run.out / "config.json", config)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,9 @@ import tyro
 from agents.rollout import EpisodeSpec, episode_specs
 from atommem_env.errors import SettingError
 from eval.options import EnvConfig
+from eval.played_as import CARD, record_of, write_card
 from eval.run_folder import to_jsonl, write_atomic
-from eval.toml_tables import fields_of, read_table, read_toml
+from eval.toml_tables import fields_of, read_recipe_file, read_table, shipped_recipes
 from train.settings import GRPOConfig
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "cluster"
@@ -110,24 +112,21 @@ def read_recipe(name: str) -> ClusterGRPOConfig:
     """The recipe of that name in `configs/cluster/`, or the one in that TOML file.
 
     Raises:
-        SettingError: there is none, or something in it is not as it must be.
+        SettingError: as in `read_recipe_file`, or something in a file is not as it must be.
     """
-    names = recipe_names()
-    path = FOLDER / f"{name}.toml" if name in names else Path(name)
-    if not path.is_file():
-        raise SettingError(f"RECIPE is one of {', '.join(names)}, or the path of a TOML file; got {name!r}.")
-    tables = read_toml(path)
-    for table in tables:
+    file = read_recipe_file(name, FOLDER, joined=("set", "openrlhf"))
+    for table in file.tables:
         if table not in ("env", "cluster"):
-            raise SettingError(f"{path}: there is no table [{table}]. There are: env, cluster.")
-    env = read_table(path, "env", tables.get("env", {}), fields_of(EnvConfig))
-    own = read_table(path, "cluster", tables.get("cluster", {}), fields_of(ClusterGRPOConfig))
+            raise SettingError(f"{file}: there is no table [{table}]. There are: env, cluster.")
+    env = read_table(file, "env", file.tables.get("env", {}), fields_of(EnvConfig))
+    fields = {field: kind for field, kind in fields_of(ClusterGRPOConfig).items() if field != "recipe"}
+    own = read_table(file, "cluster", file.tables.get("cluster", {}), fields)
     if "env_id" not in env:
-        raise SettingError(f"{path}: [env] must name env_id, for example AtomMem-HotpotQA.")
+        raise SettingError(f"{file}: [env] must name env_id, for example AtomMem-HotpotQA.")
     try:
-        return ClusterGRPOConfig(**env | own)
+        return ClusterGRPOConfig(**env | own, recipe=file.name)
     except SettingError as error:
-        error.add_note(f"in {path}")
+        error.add_note(f"in {file}")
         raise
 
 
@@ -149,7 +148,7 @@ def read_run() -> ClusterGRPOConfig:
 
 def recipe_names() -> list[str]:
     """The recipes that come with this package."""
-    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+    return shipped_recipes(FOLDER)
 
 
 def write_prompts(run: ClusterGRPOConfig, train_tasks: int, held_out_tasks: int) -> None:
@@ -168,6 +167,21 @@ def write_prompts(run: ClusterGRPOConfig, train_tasks: int, held_out_tasks: int)
         prompts = (Prompt(split, number % wanted, spec).text() for number, spec in enumerate(specs))
         lines = "".join(to_jsonl({"prompt": prompt, "datasource": split}) for prompt in prompts)
         write_atomic(run.out / f"{name}.jsonl", lines)
+
+
+def write_run_card(run: ClusterGRPOConfig) -> None:
+    """Writes `atommem.json` into the run's folder, from where it goes into that of every model (`add_card`)."""
+    environment = record_of(run)
+    write_card(
+        run.out, environment, run.max_new_tokens, command="atommem train cluster", run=run.out, recipe=run.recipe
+    )
+
+
+def add_card(run: ClusterGRPOConfig) -> None:
+    """Puts the run's `atommem.json` into the folder of the model that OpenRLHF wrote, if it has written one."""
+    card, model = run.out / CARD, run.out / "model"
+    if card.is_file() and model.is_dir():  # a folder that an earlier version prepared has no card
+        shutil.copyfile(card, model / CARD)
 
 
 def openrlhf_flags(run: ClusterGRPOConfig, model: Path) -> list[str]:

@@ -38,11 +38,12 @@ from rich.console import Console
 from agents.models.chat_tokenizer import ChatTokenizer
 from agents.models.find import find_model
 from atommem_env.errors import MissingDependency, ModelNotFound, SettingError
+from eval.played_as import eval_command
 from eval.progress import step_progress
 from eval.run_folder import read_jsonl, require_empty_dir, to_jsonl, write_atomic
 from train.cluster.jobs import LocalJob, check_running, ended_by_signals
 from train.cluster.recipe import VERSION, flag_words
-from train.sft import read_samples
+from train.sft import read_samples, write_samples_card
 
 _METRICS = "metrics.jsonl"
 _POLL = 2.0  # seconds between looks at the job
@@ -184,7 +185,7 @@ def main(run: ClusterSFTConfig) -> None:
     metrics = train(run, Console(stderr=True))
     out.print(
         f"Loss {metrics['loss']:.3f} in the last of {metrics['step']} updates.\n"
-        f"The model is in [bold]{run.out / 'model'}[/]: atommem eval ENV_ID --policy {run.out / 'model'}",
+        f"The model is in [bold]{run.out / 'model'}[/]. Evaluate it:\n  {eval_command(run.out / 'model')}",
         soft_wrap=True,
     )
 
@@ -221,6 +222,7 @@ def train(run: ClusterSFTConfig, console: Console) -> dict[str, Any]:
                 progress.update(bar, completed=line["step"], told=f"loss {line['loss']:.3f}")
             if running:
                 time.sleep(_POLL)
+    write_samples_card(run.samples, run.out, command="atommem train cluster-sft")
     return read_jsonl(run.out / _METRICS)[-1]
 
 

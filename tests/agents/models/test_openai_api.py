@@ -23,6 +23,7 @@ from agents.chat_policy import ChatPolicy, Sampling
 from agents.models import openai_api
 from agents.models.openai_api import OpenAIModel
 from agents.rollout import Driver, EpisodeSpec
+from atommem_env import openai_client
 from atommem_env.errors import MissingDependency, ModelError, PromptTooLong, SettingError
 from atommem_env.types import Message, Reply, Rollout, Usage
 
@@ -144,7 +145,7 @@ def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("openai", reason="needs the extra 'openai'")
     monkeypatch.setattr(openai_api, "_PATIENCE", 0.8)
     monkeypatch.setattr(openai_api, "_PAUSES", (0.02, 0.1))
-    monkeypatch.setattr(openai_api, "_UNTOLD", 0.0)
+    monkeypatch.setattr(openai_client, "_UNREPORTED", 0.0)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
 
@@ -305,7 +306,7 @@ def test_a_refusal_is_told_at_once_and_without_the_key(status: int, service: Ser
 def test_a_request_that_is_wrong_in_every_form_is_refused_with_the_services_words(service: Service) -> None:
     service.refuses = lambda body: "temperature must be non-negative"
     model = OpenAIModel("m")
-    with pytest.raises(ModelError, match=r"refused the request: temperature must be non-negative\."):
+    with pytest.raises(ModelError, match=r"rejected the request: temperature must be non-negative\."):
         ask(model)
     service.refuses = lambda body: ""
     ask(model)
@@ -385,7 +386,7 @@ def test_a_passing_failure_costs_no_reply_and_changes_nothing_of_what_is_sent(
     assert ask(OpenAIModel("m")).text == EXPECTED
     assert len(service.asked) == len(failures) + 1
     assert all(body == service.asked[0] for body in service.asked)
-    started, ended = (record.getMessage() for record in caplog.records if record.name == openai_api.__name__)
+    started, ended = (record.getMessage() for record in caplog.records if record.name == openai_client.__name__)
     assert "openai:m" in started
     assert "answers again" in ended
 
@@ -393,7 +394,7 @@ def test_a_passing_failure_costs_no_reply_and_changes_nothing_of_what_is_sent(
 def test_an_outage_of_a_moment_is_not_told(
     service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(openai_api, "_UNTOLD", 60.0)
+    monkeypatch.setattr(openai_client, "_UNREPORTED", 60.0)
     service.failures = [429, DEAD]
     assert ask(OpenAIModel("m")).text == EXPECTED
     assert not caplog.records
@@ -501,7 +502,7 @@ def play(replied: Callable[[], None] = lambda: None) -> list[Rollout]:
 
 def test_no_failure_becomes_a_reply(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openai_api, "_PATIENCE", 30.0)
-    monkeypatch.setattr(openai_api, "_GARBLED", 10)
+    monkeypatch.setattr(openai_api, "_TRIES", 10)
     expected = play()
     replies = len(service.asked)
     assert replies > 20
@@ -543,7 +544,7 @@ def test_a_key_reaches_no_folder_no_log_and_no_repr(
     from eval.options import EvalConfig
     from eval.run import evaluate
 
-    for logger in ("agents", "openai"):
+    for logger in ("agents", "atommem_env", "openai"):
         caplog.set_level(logging.DEBUG, logger)
     load_model.cache_clear()
     service.failures = [500]

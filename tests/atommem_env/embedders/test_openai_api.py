@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,6 +23,7 @@ import numpy as np
 import pytest
 
 import atommem_env  # noqa: F401  registers the environments
+from atommem_env import openai_client
 from atommem_env.embedders import get_embedder, openai_api
 from atommem_env.embedders.hashing import HashingEmbedder
 from atommem_env.embedders.openai_api import OpenAIEmbedder
@@ -45,6 +47,7 @@ class Service(ThreadingHTTPServer):
         self.base64 = True
         self.knows_how_to_cut = True
         self.window = 10**9  # characters
+        self.words = ""  # at the end of a refusal
         self.over = threading.Event()
 
 
@@ -66,7 +69,8 @@ class Handler(BaseHTTPRequestHandler):
             body["input"] = [text[: self.server.window] for text in body["input"]]
         if any(len(text) > self.server.window for text in body["input"]):
             status = 400
-        self._send(status, self._answer(body["input"]) if status == 200 else {"error": {"message": "no, because"}})
+        refusal = {"error": {"message": f"no, because; {self.server.words}"}}
+        self._send(status, self._answer(body["input"]) if status == 200 else refusal)
 
     def _answer(self, texts: list[str]) -> Any:
         vectors = 3 * HashingEmbedder(D).embed(texts, "document")
@@ -172,7 +176,9 @@ def test_texts_beyond_the_models_window_are_cut_or_refused_as_the_service_can(
     if knows_how_to_cut:
         np.testing.assert_allclose(embedder.embed(["a " * 60], "document"), hashed(["a " * 50]), atol=1e-6)
     else:
-        with pytest.raises(EmbeddingError, match=r"refused 2 texts, the longest of 120 characters: .*no, because"):
+        with pytest.raises(
+            EmbeddingError, match=r"rejected 2 texts, the longest of 120 characters with status 400: no, because"
+        ):
             embedder.embed(["a", "a " * 60], "document")
 
 
@@ -203,7 +209,9 @@ def test_a_service_that_is_not_there_is_told_with_its_address(
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{port}/v1")
-    with pytest.raises(EmbeddingError, match=rf"http://127.0.0.1:{port}/v1 .*has not answered for 1 s: .*refused"):
+    with pytest.raises(
+        EmbeddingError, match=rf"http://127.0.0.1:{port}/v1 .*does not answer: .*refused.*lasted for 1 s"
+    ):
         OpenAIEmbedder("m")
 
 
@@ -213,7 +221,7 @@ def test_an_outage_costs_the_patience_once_until_an_answer_comes(service: Servic
     service.failures = [503] * 99
     tried = []
     for _ in range(2):
-        with pytest.raises(EmbeddingError, match=r"refused 1 texts.*503"):
+        with pytest.raises(EmbeddingError, match=r"answered with status 503: no, because"):
             embedder.embed(TEXTS[:1], "document")
         tried.append(len(service.asked))
     assert tried[0] > 1
@@ -227,9 +235,27 @@ def test_an_outage_costs_the_patience_once_until_an_answer_comes(service: Servic
 @pytest.mark.parametrize("status", [401, 404])
 def test_a_refusal_is_told_at_once(status: int, service: Service) -> None:
     service.failures = [status]
-    with pytest.raises(EmbeddingError, match=f"refused 1 texts.*{status}.*no, because"):
+    with pytest.raises(EmbeddingError, match=f"rejected 1 texts.*{status}.*no, because"):
         OpenAIEmbedder("m")
     assert len(service.asked) == 1
+
+
+@pytest.mark.parametrize("failure", [401, 503, 0, 200])
+def test_no_key_and_no_password_is_shown(
+    failure: int, service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    key, password, token = "sk-nobody-may-see-this", "open-sesame", "in-the-query"
+    monkeypatch.setattr(openai_client, "_UNREPORTED", 0.0)
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    monkeypatch.setenv("OPENAI_BASE_URL", service.url.replace("://", f"://me:{password}@") + f"?token={token}")
+    service.words = f"{key} of {password} with {token}"
+    service.failures = [failure] * 99
+    service.distort = lambda answer: service.words
+    with pytest.raises(EmbeddingError, match=rf"at {service.url} ") as caught:
+        OpenAIEmbedder("m")
+    shown = "".join(traceback.format_exception(caught.value)) + caplog.text
+    assert not [secret for secret in (key, password, token) if secret in shown]
+    assert "…" in shown or failure == 0
 
 
 def number(value: float, size: int = D) -> str:
@@ -327,7 +353,7 @@ def test_vllm_gives_the_vectors_that_the_model_gives_here(tmp_path: Path, monkey
         embedder = OpenAIEmbedder("minilm")
         vectors = embedder.embed(texts, "document")
         one_by_one = np.concatenate([embedder.embed([text], "document") for text in texts])
-        with pytest.raises(EmbeddingError, match=r"refused 1 texts.*unknown.*not exist"):
+        with pytest.raises(EmbeddingError, match=r"rejected 1 texts.*unknown.*not exist"):
             OpenAIEmbedder("unknown")
     finally:
         process.terminate()

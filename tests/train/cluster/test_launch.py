@@ -24,6 +24,7 @@ from rich.console import Console
 from atommem_env import cli
 from atommem_env.errors import JobFailed, SettingError
 from atommem_env.plugins import MODULES
+from eval.command_line import parse_eval
 from eval.run_folder import to_jsonl
 from train import shapes
 from train.cluster import jobs, preflight
@@ -31,8 +32,17 @@ from train.cluster import launch as launcher
 from train.cluster.jobs import SLURM, EmbeddingService, LocalJob, wait_for
 from train.cluster.launch import LaunchConfig, call, commands, follow, job_environment, launch, write_folder
 from train.cluster.preflight import make_plan
-from train.cluster.recipe import RUN_VARIABLE, ClusterGRPOConfig, Prompt, openrlhf_flags, read_run, recipe_names
-from train.grpo import METRICS, tell_end
+from train.cluster.recipe import (
+    RUN_VARIABLE,
+    ClusterGRPOConfig,
+    Prompt,
+    add_card,
+    openrlhf_flags,
+    read_run,
+    recipe_names,
+    write_run_card,
+)
+from train.grpo import METRICS, report_end
 
 RECIPE = """
 [env]
@@ -412,13 +422,20 @@ def test_the_end_tells_what_to_do_next(run: ClusterGRPOConfig) -> None:
     lines = [{"step": 0, "eval_em": 0.1}, {"step": 2, "eval_em": 0.5}, {"step": 3, "eval_em": 0.5}]
     (run.out / METRICS).write_text("".join(map(to_jsonl, lines)), encoding="utf-8")
     console = Console(file=io.StringIO(), width=60)
-    tell_end(run, console)
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "Best held-out exact match 50.0 % after 2 of 3 steps." in text
-    words = shlex.split(text.splitlines()[-1])
-    assert words[:3] == ["atommem", "eval", "AtomMem-Synthetic"]
-    assert words[-3:] == ["--set", "chunk_tokens=48", "top_k=2"]
-    assert words[words.index("--max-new-tokens") + 1] == "64"
+    report_end(run, console)
+    told = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "Best held-out exact match 50.0 % after 2 of 3 steps." in told
+    words = shlex.split(told.splitlines()[-1])
+    assert words == ["atommem", "eval", "ENV_ID", "--policy", str(run.out / "model")]
+    (run.out / "model").mkdir()
+    write_run_card(run)
+    add_card(run)
+    report_end(run, console)
+    words = shlex.split(console.file.getvalue().splitlines()[-1])  # type: ignore[attr-defined]
+    assert words == ["atommem", "eval", "--policy", str(run.out / "model")]
+    config, _ = parse_eval("atommem eval", "", words[2:])
+    assert (config.env_id, config.layout, config.max_new_tokens) == (run.env_id, run.layout, 64)
+    assert set(run.set) <= set(config.set)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- Slurm

@@ -202,7 +202,7 @@ def test_an_environment_without_enough_tasks_is_rejected(shared_data: Path) -> N
     (message,) = problems(replace(run, groups=400))
     assert "at least groups = 400 tasks, so that none is taken twice at a time; got 315" in message
     (message,) = problems(replace(run, env_id="AtomMem-Nothing"))
-    assert message.startswith("split: ")
+    assert message.startswith("environment: There is no environment 'AtomMem-Nothing'")
 
 
 def test_a_model_folder_without_a_template_or_an_end_is_rejected(tmp_path: Path) -> None:

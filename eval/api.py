@@ -1,0 +1,235 @@
+"""Evaluation from Python: `atommem_env.evaluate(policy, env, episodes=…)`, what `atommem eval` is on the command line.
+
+import atommem_env
+
+def policy(observation):
+    return "<final_answer>unknown</final_answer>"
+
+result = atommem_env.evaluate(policy, "AtomMem-Synthetic", episodes=100)
+print(result.em, result.ci95)
+print(result.compare(atommem_env.evaluate("oracle", "AtomMem-Synthetic", episodes=100)))
+result.save("runs/mine")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import gymnasium as gym
+import pyarrow as pa
+from rich.console import Console
+
+from agents.chat_policy import ChatModel
+from atommem_env.env import AtomMemEnv
+from atommem_env.errors import SettingError
+from atommem_env.paths import remove_with, temporary_folder
+from atommem_env.plugins import name_of
+from atommem_env.types import Task, TaskSource
+from eval.compare import compare, read_run
+from eval.options import EnvConfig, EvalConfig, PlayConfig, make_env
+from eval.players import AnyPolicy, LocalPlayer, Parts
+from eval.run import evaluate as evaluate_config
+from eval.run import evaluate_async as evaluate_config_async
+from eval.run_folder import read_records, require_empty_dir
+
+AnyEnv = str | gym.Env[Any, Any] | Task | Sequence[Task] | TaskSource
+_Config = TypeVar("_Config", bound=PlayConfig)
+# fields of a configuration that are options of the environment
+_OF_ENV = {field.name for field in dataclasses.fields(EnvConfig)} - {
+    "layout",
+    "temperature",
+    "max_new_tokens",
+    "in_flight",
+}
+
+
+class Result:
+    """What came of an evaluation: the folder of its run, read when asked.
+
+    Args:
+        folder: of a finished run, as `atommem eval --out` or `save` wrote it.
+
+    Raises:
+        SettingError: there is no finished run.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        path = self.folder / "summary.json"
+        if not path.is_file():
+            raise SettingError(f"{self.folder} holds no finished run: expected summary.json in it.")
+        self.summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+
+    @property
+    def em(self) -> float:
+        """Exact match: the share of questions that were answered right."""
+        return float(self.summary["em"])
+
+    @property
+    def ci95(self) -> tuple[float, float]:
+        """The 95 % interval of `em`, from resampling whole tasks."""
+        low, high = self.summary["em_ci95"]
+        return low, high
+
+    @property
+    def episodes(self) -> list[dict[str, Any]]:
+        """A record an episode, as `eval.metrics.episode_record` makes it."""
+        return read_records(self.folder / "episodes.jsonl")
+
+    def table(self) -> pa.Table:
+        """The episodes as a table of Arrow, a row each; `.to_pandas()` makes a data frame of it."""
+        return pa.Table.from_pylist(self.episodes)
+
+    def save(self, folder: str | Path) -> Path:
+        """Copies the run, memory and all, into a new or empty folder, for `atommem compare`, `report` and `trace`.
+
+        Raises:
+            SettingError: the folder holds something.
+        """
+        require_empty_dir(Path(folder))
+        return Path(shutil.copytree(self.folder, folder, dirs_exist_ok=True))
+
+    def compare(self, other: Result) -> dict[str, Any]:
+        """This run's numbers beside those of `other` on the same episodes, see `eval.compare.compare`; differences are
+        `other` − this.
+
+        Raises:
+            SettingError: they are not of the same episodes.
+        """
+        return compare(read_run(self.folder), read_run(other.folder))
+
+    def __repr__(self) -> str:
+        low, high = self.ci95
+        return (
+            f"Result({self.summary['label']} on {self.summary['environment']}: EM {100 * self.em:.1f} % "
+            f"[{100 * low:.1f}, {100 * high:.1f}], {self.summary['episodes']} episodes)"
+        )
+
+
+def evaluate(
+    policy: AnyPolicy,
+    env: AnyEnv = "AtomMem-Synthetic",
+    *,
+    episodes: int = 50,
+    seed: int = 0,
+    out: str | Path | None = None,
+    model: str | ChatModel | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> Result:
+    """Plays `episodes` of an environment, many at the same time, and returns what came of them.
+
+    Args:
+        policy: a name from `atommem policies`, `module:attribute`, a function from observation to reply, a `Policy`, a chat
+            model as an AtomMem agent, or, with `model`, a method of prompting.
+        env: an id; an environment of `gym.make`, whose own store and episode stay as they are; or tasks of your own: one or
+            more `Task`, or a `TaskSource`.
+        seed: draws the tasks, their documents and whatever a policy draws.
+        out: folder of the run; left out, it is temporary and goes with the result, unless it is saved.
+        model: what a method of prompting asks: a name, or an object.
+        progress: whether a bar is drawn on stderr.
+        options: of `atommem eval`, with underscores (`layout`, `temperature`, `max_new_tokens`, `label`, `in_flight`, …), and of
+            the environment.
+
+    Raises:
+        SettingError: an option cannot work.
+        AtomMemError: environment, policy or model cannot be had.
+        Exception: what the policy, the embedder or the store raised.
+    """
+    folder = temporary_folder("run") if out is None else Path(out)
+    config, parts = configure(
+        EvalConfig, policy, env, model, options | {"out": folder, "episodes": episodes, "seed": seed}
+    )
+    player = None if config.workers and parts == Parts() else LocalPlayer(parts)
+    if config.workers and player:
+        raise SettingError("workers are other processes: name policy, model, layout and environment as texts for them.")
+    evaluate_config(config, _console(progress), player=player)
+    return _result(folder, temporary=out is None)
+
+
+async def evaluate_async(
+    policy: AnyPolicy,
+    env: AnyEnv = "AtomMem-Synthetic",
+    *,
+    episodes: int = 50,
+    seed: int = 0,
+    out: str | Path | None = None,
+    model: str | ChatModel | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> Result:
+    """`evaluate` in the caller's event loop, for a policy whose client is bound to it."""
+    folder = temporary_folder("run") if out is None else Path(out)
+    config, parts = configure(
+        EvalConfig, policy, env, model, options | {"out": folder, "episodes": episodes, "seed": seed}
+    )
+    if config.workers:
+        raise SettingError("workers are other processes, which have no event loop of the caller's; use evaluate.")
+    await evaluate_config_async(config, LocalPlayer(parts), _console(progress))
+    return _result(folder, temporary=out is None)
+
+
+def configure(
+    kind: type[_Config], policy: AnyPolicy, env: AnyEnv, model: str | ChatModel | None, options: dict[str, Any]
+) -> tuple[_Config, Parts]:
+    """A command's configuration from Python's arguments, and the objects that it cannot hold.
+
+    Args:
+        kind: of configuration.
+        options: fields of `kind`, and options of the environment.
+
+    Raises:
+        SettingError: an option that cannot be given beside an environment that is made already.
+    """
+    options = dict(options)
+    layout = None if isinstance(options.get("layout", ""), str) else options.pop("layout")
+    own = {field.name for field in dataclasses.fields(kind)}
+    of_env = {name: options.pop(name) for name in list(options) if name not in own or name in _OF_ENV}
+    name = policy if isinstance(policy, str) else name_of(policy)
+    made: gym.Env[Any, Any] | None = None
+    if isinstance(env, gym.Env):
+        made = env
+        if of_env:
+            raise SettingError(
+                f"The environment is made already: give {', '.join(sorted(of_env))} to gym.make, or name it by its id."
+            )
+        inner = env.unwrapped
+        env_id = inner.env_id if isinstance(inner, AtomMemEnv) else type(inner).__name__
+        config = kind(env_id=env_id, policy=name, **options)
+    else:
+        if not isinstance(env, str):
+            of_env["source"], env = env, "AtomMem-Custom"
+        plain = {key: value for key, value in of_env.items() if _is_plain(value)}
+        fields = {key: plain.pop(key) for key in list(plain) if key in own}
+        pairs = tuple(f"{key}={json.dumps(value)}" for key, value in plain.items())
+        config = kind(env_id=env, policy=name, set=pairs, **fields, **options)
+        objects = {key: value for key, value in of_env.items() if not _is_plain(value)}
+        if objects:
+            made = make_env(env, **{"store": str(config.out / "memory")} | config.env_options() | objects)
+    given = None if isinstance(policy, str) else policy
+    return config, Parts(policy=given, model=model, layout=layout, env=made)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether the command line could say it."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    return value is None or isinstance(value, str | int | float | Path)
+
+
+def _console(progress: bool) -> Console:
+    return Console(stderr=True, quiet=not progress)
+
+
+def _result(folder: Path, *, temporary: bool) -> Result:
+    result = Result(folder)
+    if temporary:
+        remove_with(result, folder)
+    return result
