@@ -6,6 +6,7 @@ from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +17,8 @@ pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from atommem_env.errors import ModelNotFound, SettingError  # noqa: E402
+from train import estimate as estimate_module  # noqa: E402
+from train import shapes  # noqa: E402
 from train.cluster.preflight import make_plan  # noqa: E402
 from train.cluster.recipe import ClusterGRPOConfig  # noqa: E402
 from train.cluster.recipe import read_recipe as read_cluster_recipe  # noqa: E402
@@ -206,6 +209,14 @@ def test_whoever_trains_is_asked_first(undecided: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
     with pytest.raises(ModelNotFound):
         check_memory(replace(run, model=str(tmp_path / "nowhere")))
+
+
+def test_a_check_derives_size_and_turns_once(undecided: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spies = [Mock(wraps=estimate_module.model_size), Mock(wraps=shapes.environment_of)]
+    monkeypatch.setattr(estimate_module, "model_size", spies[0])
+    monkeypatch.setattr(shapes, "environment_of", spies[1])
+    check_memory(replace(RUN, model=str(undecided)))
+    assert [spy.call_count for spy in spies] == [1, 1]
 
 
 # ------------------------------------------------------------------------------------------------------------- on a cluster

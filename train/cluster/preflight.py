@@ -89,7 +89,7 @@ def make_plan(run: ClusterGRPOConfig, size: ModelSize | None = None) -> Plan:
     try:
         task = TaskShape.of(run)
         problems += _budget_problems(run, task)
-    except SettingError as error:  # an option or a layout that does not exist
+    except AtomMemError as error:  # an option, a layout or a module of your own that does not exist
         problems.append(f"environment: {error}")
     problems += _flag_problems(run)
     _reject(run, problems)

@@ -12,10 +12,10 @@ import signal
 import subprocess
 import sys
 import threading
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from processes import alive, shadow_packages, wait_until, write_program
@@ -402,22 +402,12 @@ def test_paths_mean_the_same_in_the_job_s_folder(
 
 
 def test_a_launch_derives_what_will_run_once(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    counts: Counter[str] = Counter()
-
-    def count(module: Any, name: str) -> None:
-        real = getattr(module, name)
-
-        def counted(*args: Any) -> Any:
-            counts[name] += 1
-            return real(*args)
-
-        monkeypatch.setattr(module, name, counted)
-
     derived = {"environment_of": shapes, "get_layout": shapes, "model_size": preflight, "find_model": preflight}
-    for name, module in derived.items():
-        count(module, name)
+    spies = {name: Mock(wraps=getattr(module, name)) for name, module in derived.items()}
+    for name, spy in spies.items():
+        monkeypatch.setattr(derived[name], name, spy)
     dry(parsed(recipe))
-    assert counts == dict.fromkeys(derived, 1)
+    assert {name: spy.call_count for name, spy in spies.items()} == dict.fromkeys(derived, 1)
 
 
 def test_preflight_comes_before_the_folder(recipe: str, programs: Path, tmp_path: Path) -> None:
