@@ -27,7 +27,7 @@ def rewards(draw: st.DrawFn) -> list[list[float | None]]:
 def test_equals_plain_arithmetic(rewards_P_G: list[list[float | None]], divide_by_std: bool) -> None:
     groups = group_advantages(rewards_P_G, divide_by_std=divide_by_std)
     for row, failed, flat, group in zip(
-        groups.advantages_P_G, groups.failed_P, groups.flat_P, rewards_P_G, strict=True
+        groups.advantages_P_G, groups.failed_P, groups.zero_variance_P, rewards_P_G, strict=True
     ):
         known = [reward for reward in group if reward is not None]
         assert failed == (len(known) < len(group))
@@ -38,7 +38,7 @@ def test_equals_plain_arithmetic(rewards_P_G: list[list[float | None]], divide_b
         scale = statistics.stdev(known) + 1e-6 if divide_by_std else 1.0
         assert row == pytest.approx([(reward - statistics.fmean(known)) / scale for reward in known], abs=1e-9)
     assert groups.active_groups + groups.zero_variance_groups + groups.failed_groups == len(rewards_P_G)
-    assert groups.active_groups == int(groups.live_P.sum())
+    assert groups.active_groups == int(groups.active_P.sum())
 
 
 @pytest.mark.parametrize("divide_by_std", [False, True])

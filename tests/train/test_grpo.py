@@ -220,7 +220,7 @@ def test_lora_trains_the_adapters_alone_and_leaves_a_plain_model(make_run: Calla
     moved = changed(before, trainer.model)
     assert moved
     assert all("lora_" in name for name in moved)
-    trainer._keep_line({**trainer.train_step()})
+    trainer._log({**trainer.train_step()})
     trainer.export()
     plain, info = transformers.AutoModelForCausalLM.from_pretrained(run.out / "model", output_loading_info=True)
     assert not info["missing_keys"]
@@ -463,7 +463,7 @@ MOMENTS = {
     "before the first checkpoint": ("train.grpo:Trainer.train_step", 2, False),
     "while episodes are played": ("agents.rollout:_rollout", 24, True),
     "between gradient and update": ("train.grpo:check_all_trained", 3, True),
-    "after a line that no checkpoint covers": ("train.grpo:Trainer._keep_line", 4, True),
+    "after a line that no checkpoint covers": ("train.grpo:Trainer._log", 4, True),
     "before a checkpoint is complete": ("os:fsync", 2, False),
     "while the model is written": ("shutil:rmtree", 2, True),
 }

@@ -296,7 +296,7 @@ def test_equal_rewards_give_exactly_zero_gradient_and_leave_the_weights_as_they_
     groups = group_advantages(rewards)
     assert {sample.group for sample in make_samples(play(rewards), groups)} == {1}  # skipped as a rule
 
-    groups.flat_P[0] = False  # and if it were not:
+    groups.zero_variance_P[0] = False  # and if it were not:
     samples = [sample for sample in make_samples(play(rewards), groups) if sample.group == 0]
     model = Counting()
     before = [parameter.detach().clone() for parameter in model.parameters()]
