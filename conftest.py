@@ -7,9 +7,6 @@ from importlib.util import find_spec
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-collect_ignore = (
-    []
-    if find_spec("openrlhf")
-    else ["train/cluster/agent.py", "train/cluster/executor.py", "train/cluster/extension.py", "tests/cluster"]
-)
+_CLUSTER = ["agent.py", "executor.py", "experience.py", "extension.py"]
+collect_ignore = [] if find_spec("openrlhf") else ["tests/cluster", *(f"train/cluster/{name}" for name in _CLUSTER)]
 collect_ignore += ["tests/cluster/shims", "tests/cluster/one_step.py"]

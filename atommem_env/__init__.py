@@ -39,7 +39,7 @@ for _name, _kwargs in ENVIRONMENTS.items():
 # The front door: where each name is defined.
 _DOOR = {
     "eval.api": ("evaluate", "evaluate_async", "Result"),
-    "train.collect": ("collect",),
+    "train.api": ("collect",),
     "agents.rollout": ("play_episode", "play_episode_async"),
     "agents.registry": ("load_policy",),
     "agents.policy": ("Policy",),

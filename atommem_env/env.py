@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections import Counter
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Self, get_type_hints
 
 import gymnasium as gym
 from gymnasium.utils import EzPickle
@@ -212,6 +213,23 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
         if self.render_mode == "human":
             self.render()
         return result.observation, result.reward, result.terminated, result.truncated, info
+
+    def fork(self) -> Self:
+        """An independent copy in the middle of an episode: both continue from here, and draw the same episodes afterwards.
+
+        Nothing that the copy does is stored. Of an environment of `gym.make`: `env.unwrapped.fork()`.
+
+        Raises:
+            ResetNeeded: no episode has begun.
+        """
+        if self._session is None:
+            raise gym.error.ResetNeeded("Call reset() before fork().")
+        twin = object.__new__(type(self))  # not copy.copy, for which EzPickle makes a new environment
+        vars(twin).update(vars(self), store=MemoryStore(self.store.folder, "off"), _owns_store=False)
+        twin._session = self._session.fork()
+        twin.episode = twin._session.episode
+        twin.np_random = copy.deepcopy(self.np_random)
+        return twin
 
     def render(self) -> str | None:
         """The observation as text: returned with `ansi`, printed with `human`."""

@@ -148,7 +148,7 @@ def evaluate(
     player = None if config.workers and parts == Parts() else LocalPlayer(parts)
     if config.workers and player:
         raise SettingError("workers are other processes: name policy, model, layout and environment as texts for them.")
-    evaluate_config(config, _console(progress), player=player)
+    evaluate_config(config, console_for(progress), player=player)
     return _result(folder, temporary=out is None)
 
 
@@ -170,7 +170,7 @@ async def evaluate_async(
     )
     if config.workers:
         raise SettingError("workers are other processes, which have no event loop of the caller's; use evaluate.")
-    await evaluate_config_async(config, LocalPlayer(parts), _console(progress))
+    await evaluate_config_async(config, LocalPlayer(parts), console_for(progress))
     return _result(folder, temporary=out is None)
 
 
@@ -210,7 +210,9 @@ def configure(
         config = kind(env_id=env, policy=name, set=pairs, **fields, **options)
         objects = {key: value for key, value in of_env.items() if not _is_plain(value)}
         if objects:
-            made = make_env(env, **{"store": str(config.out / "memory")} | config.env_options() | objects)
+            made = make_env(
+                env, **{"store": str(config.out / "memory")} | config.env_options(objects.get("source")) | objects
+            )
     given = None if isinstance(policy, str) else policy
     return config, Parts(policy=given, model=model, layout=layout, env=made)
 
@@ -224,7 +226,7 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, str | int | float | Path)
 
 
-def _console(progress: bool) -> Console:
+def console_for(progress: bool) -> Console:
     return Console(stderr=True, quiet=not progress)
 
 

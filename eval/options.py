@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,7 +14,8 @@ from gymnasium.envs.registration import EnvSpec
 from agents.chat_policy import GREEDY
 from atommem_env.env import AtomMemEnv
 from atommem_env.errors import SettingError
-from atommem_env.plugins import load_module
+from atommem_env.plugins import load_module, suggest
+from atommem_env.tasks import Source, source_options
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +60,12 @@ class EnvConfig:
     in_flight: int = 64
     """Episodes played at the same time; changes the speed only."""
 
-    def env_options(self) -> dict[str, Any]:
-        """The keyword arguments of `gym.make` that were given."""
+    def env_options(self, source: Source | None = None) -> dict[str, Any]:
+        """The keyword arguments of `gym.make` that were given; a split that is a command's default, where there are splits.
+
+        Args:
+            source: an object in the place of `self.source`.
+        """
         names = (
             "split",
             "data",
@@ -82,6 +87,9 @@ class EnvConfig:
             if not equals:
                 raise SettingError(f"--set takes NAME=VALUE, got {pair!r}.")
             options[name] = _value(value)
+        default = next(field.default for field in fields(self) if field.name == "split")
+        if "split" in options and self.split == default and not has_splits(self.env_id, options.get("source", source)):
+            del options["split"]
         return options
 
     def make_env(self, **options: Any) -> AtomMemEnv:
@@ -130,8 +138,7 @@ def make_env(env_id: str, **options: Any) -> AtomMemEnv:
         env_id: of one that is registered, or `module:ID` of one that a module of the working folder registers.
 
     Raises:
-        SettingError: it is not an environment of ours, or an option cannot work.
-        gymnasium.error.Error: there is no such environment.
+        SettingError: there is no such environment, it is not one of ours, or an option cannot work.
     """
     made = gym.make(find_spec(env_id), **options).unwrapped
     if not isinstance(made, AtomMemEnv):
@@ -139,17 +146,30 @@ def make_env(env_id: str, **options: Any) -> AtomMemEnv:
     return made
 
 
+def has_splits(env_id: str, source: Source | None) -> bool:
+    """Whether the task source of an environment has an option `split`; `source` takes the place of the registered one."""
+    source = find_spec(env_id).kwargs.get("source") if source is None else source
+    return source is not None and "split" in source_options(source)
+
+
 def find_spec(env_id: str) -> EnvSpec:
     """What Gymnasium registered under an id, or under `module:ID` once the module is imported.
 
     Raises:
-        gymnasium.error.Error: there is no such environment.
+        SettingError: there is no such environment.
         PluginError: there is no such module.
     """
     module, colon, name = env_id.rpartition(":")
     if colon:
         load_module(module)
-    return gym.spec(name)
+    try:
+        return gym.spec(name)
+    except gym.error.Error as error:
+        ours = sorted(known for known in gym.registry if known.startswith("AtomMem-"))
+        raise SettingError(
+            f"There is no environment {env_id!r}{suggest(name, gym.registry) or '.'} There are {', '.join(ours)}, and module:ID "
+            "of one that your module registers."
+        ) from error
 
 
 def _value(text: str) -> Any:

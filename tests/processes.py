@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -36,18 +37,33 @@ def session(pid: int) -> int | None:
         return None
 
 
+def write_program(folder: Path, name: str, code: str) -> None:
+    """Puts a program of that name, in Python, into a folder."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!{sys.executable}\n{textwrap.dedent(code)}", encoding="utf-8")
+    (folder / name).chmod(0o755)
+
+
+def shadow_packages(folder: Path) -> None:
+    """Puts a `train.py` and an `agents/` into a folder that say so when they are imported instead of ours."""
+    complaint = "raise AssertionError(f'{__file__} was imported')\n"
+    (folder / "agents").mkdir(parents=True)
+    (folder / "agents" / "__init__.py").write_text(complaint, encoding="utf-8")
+    (folder / "train.py").write_text(complaint, encoding="utf-8")
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as free:
         return int(free.getsockname()[1])
 
 
 @contextlib.contextmanager
-def started_ray(gpus: int = 4) -> Iterator[str]:
-    """The dashboard of a Ray that believes in so many GPUs, and that no other Ray of this machine meets."""
+def started_ray(gpus: int = 4, folder: Path | None = None) -> Iterator[str]:
+    """The dashboard of a Ray that believes in so many GPUs, and that no other Ray of this machine meets; started in `folder`."""
     names = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
     ports = {name: free_port() for name in names}
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:  # its sockets need a short path
-        options = {"num-gpus": gpus, "num-cpus": 4 * gpus, "object-store-memory": 10**9, "temp-dir": folder, **ports}
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as temporary:  # its sockets need a short path
+        options = {"num-gpus": gpus, "num-cpus": 4 * gpus, "object-store-memory": 10**9, "temp-dir": temporary, **ports}
         options |= {"dashboard-host": "127.0.0.1", "node-ip-address": "127.0.0.1"}
         words = [f"--{name}={value}" for name, value in options.items()]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -58,6 +74,7 @@ def started_ray(gpus: int = 4) -> Iterator[str]:
             stderr=subprocess.STDOUT,
             text=True,
             env=environment,
+            cwd=folder,
             start_new_session=True,
         )
         try:

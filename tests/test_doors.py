@@ -45,7 +45,7 @@ def score(prediction, golds):
 class Riddles:
     dataset = "riddles"
 
-    def __init__(self, count=40, split="train"):
+    def __init__(self, count=40):
         self.count = count
 
     def __len__(self):
@@ -378,3 +378,36 @@ def test_a_task_of_plain_texts_has_an_id_of_its_texts() -> None:
     assert one.id != other.id
     assert [document.title for document in one.documents] == ["Document 1", "Title"]
     assert one.questions[0].answers == ("a", "b")
+
+
+def test_collect_in_python_writes_what_the_command_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    atommem(
+        monkeypatch,
+        *[
+            "collect",
+            "AtomMem-Synthetic",
+            "--policy",
+            "oracle",
+            "--num-docs",
+            "6",
+            "--episodes",
+            "4",
+            "--out",
+            "command",
+        ],
+    )
+    summary = atommem_env.collect("oracle", num_docs=6, episodes=4, out="python", progress=False)
+    assert summary["samples"] > 0
+    for name in ("config.json", "samples.jsonl"):
+        assert (tmp_path / "command" / name).read_bytes() == (tmp_path / "python" / name).read_bytes()
+    task = atommem_env.Task.of(["Ada moved to Rome."], [("Where does Ada live?", "Rome")])
+    own = atommem_env.collect(
+        lambda observation: "<final_answer>Rome</final_answer>",
+        [task],
+        episodes=2,
+        layout=parts().layout,
+        out=tmp_path / "own",
+        progress=False,
+    )
+    assert own["kept"] == 2
+    assert json.loads((tmp_path / "own" / "samples.jsonl").read_text().splitlines()[0])["prompt"][0]["role"] == "user"

@@ -75,11 +75,12 @@ def collect(config: CollectConfig, console: Console | None = None, parts: Parts 
         SettingError: the folder is not empty, a setting cannot work, or no turn was good enough.
         Exception: what the policy, the embedder or the store raised.
     """
-    layout = get_layout(config.layout)
+    parts = parts or Parts()
+    layout = get_layout(parts.layout or config.layout)
     if not 0 <= config.min_reward <= 1:
         raise SettingError(f"min_reward must be between 0 and 1, got {config.min_reward}.")
     require_empty_dir(config.out)
-    driver, policy, resolved_config = prepare(config, parts or Parts())
+    driver, policy, resolved_config = prepare(config, parts)
     config.out.mkdir(parents=True, exist_ok=True)
     specs = episode_specs(len(driver.source), config.episodes, config.seed)
     with closing(driver.store), episode_bar(console, None, f"{policy.name} on {config.env_id}", len(specs)) as bar:

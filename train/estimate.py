@@ -1,40 +1,38 @@
-"""What training needs at its peak, summed before anything is loaded, so that what cannot fit is refused at once.
+"""The memory that a run needs at its peak, on one machine or on many, summed before anything is loaded; and a cluster's time.
 
-Weights, gradients, Adam's moments and copies are counted exactly: the model is built from its configuration on PyTorch's meta
-device, where a tensor has a shape and no memory. The rest are rules of thumb that lean towards too little, because a run
-that would have worked must not be refused: an entry and a reply are short (`SHORT` tokens), a document has the length that is
-usual in its dataset, and what an allocator wastes is left out. Against the resident memory of small Qwen3 models on a CPU
-(width 256 and 512), an update's sum came out 0 to 15 % too small, and the cache of keys and values 10 to 20 %.
+Weights, gradients, Adam's moments and copies are counted exactly, from the model's size. The rest are rules of thumb that lean
+towards too little, because a run that would have worked must not be rejected: an entry and a reply are short (`SHORT` tokens),
+a document has the length that is usual in its dataset, and what an allocator wastes is left out. Against the resident memory of
+small Qwen3 models on a CPU (width 256 and 512), an update's sum came out 0 to 15 % too small, and the cache of keys and values
+10 to 20 %.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from rich import box
+from rich.table import Table
 
 from agents.models.find import find_model
-from atommem_env.env import split_options
 from atommem_env.errors import MissingDependency, SettingError
-from atommem_env.tasks import Source, source_options
-from atommem_env.tasks.haystack import MOST_QUESTIONS
-from atommem_env.types import EpisodeSettings
-from eval.options import EnvConfig, find_spec
+from train.cluster.recipe import ClusterGRPOConfig
+from train.settings import LocalGRPOConfig, SFTConfig
+from train.shapes import SHORT, ModelSize, TaskShape, TurnTokens, model_size
 
-if TYPE_CHECKING:
-    from train.settings import LocalGRPOConfig, SFTConfig
-
-SHORT = 64  # tokens of a usual entry or reply: a sentence or two
-# Of a usual document, title included: the means over the paragraphs of each dataset.
-_DOCUMENT_TOKENS = {"hotpotqa": 112, "2wikimultihopqa": 92, "musique": 98, "synthetic": 20}
+MODEL_TOKENS = 1.3  # a model's tokens for one of the tokenizer `builtin`, in the mean
 _CHARACTERS_A_TOKEN = 5  # of English text, rounded up
+_ENGINE = 3e9  # bytes of an engine's workspace and CUDA graphs
+# An H100: peak of its dense bf16 arithmetic and of its memory, with the shares of them that are usually reached.
+_FLOPS, _BANDWIDTH = 989e12, 3.35e12  # a second; bytes a second
+_PREFILL, _DECODE, _TRAIN = 0.4, 0.4, 0.35
 
 
 class Item(NamedTuple):
@@ -45,51 +43,8 @@ class Item(NamedTuple):
     how: str  # the multiplication
 
 
-@dataclass(frozen=True, slots=True)
-class ModelSize:
-    """What a model's memory follows from."""
-
-    parameters: int  # tied embeddings once
-    linear_width: int  # inputs and outputs of all linear layers but the last: parameters of adapters of rank 1
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    normalised_heads: bool  # queries and keys, as in Qwen3
-    vocabulary: int
-    window: int  # most tokens of prompt and reply together
-
-    @classmethod
-    def of(cls, config: Any) -> ModelSize:
-        """The size of the causal language model with this configuration of transformers."""
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-        text = config.get_text_config()
-        return cls(
-            parameters=sum(weight.numel() for weight in model.parameters()),
-            linear_width=sum(
-                one.in_features + one.out_features for one in linear if one is not model.get_output_embeddings()
-            ),
-            layers=text.num_hidden_layers,
-            hidden=text.hidden_size,
-            intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-            heads=text.num_attention_heads,
-            kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-            normalised_heads=any(name.endswith("q_norm") for name, _ in model.named_modules()),
-            vocabulary=text.vocab_size,
-            window=text.max_position_embeddings,
-        )
-
-
 def check_memory(run: SFTConfig | LocalGRPOConfig, model: dict[str, Any] | None = None) -> None:
-    """Refuses a run that cannot fit into the memory that is free now, of the GPU where there is one.
+    """Rejects a run that cannot fit into the memory that is free now, of the GPU where there is one.
 
     Args:
         run: What is to be trained.
@@ -100,7 +55,7 @@ def check_memory(run: SFTConfig | LocalGRPOConfig, model: dict[str, Any] | None 
         ModelNotFound: `model` is not given, and the model is not on this machine.
         MissingDependency: the extra `train` is not installed.
     """
-    size = model_size(run.model, model)
+    size = model_size(model or find_model(run.model))
     try:
         import psutil
         import torch
@@ -108,31 +63,10 @@ def check_memory(run: SFTConfig | LocalGRPOConfig, model: dict[str, Any] | None 
         raise MissingDependency(f"Training needs {error.name!r}: pip install 'atommem[train]'.") from error
     gpu = torch.cuda.is_available()
     free = torch.cuda.mem_get_info()[0] if gpu else psutil.virtual_memory().available
-    refuse_too_large(run, size, free, gpu=gpu)
+    check_fits(run, size, free, gpu=gpu)
 
 
-def model_size(name: str, fields: dict[str, Any] | None = None) -> ModelSize:
-    """The size of a model.
-
-    Args:
-        name: As in `find_model`.
-        fields: Those of its `config.json`, where the model is not on this machine yet.
-
-    Raises:
-        ModelNotFound: `fields` is not given, and the model is not on this machine.
-        MissingDependency: the extra `train` is not installed.
-    """
-    folder = None if fields else find_model(name)
-    try:
-        from transformers import AutoConfig
-
-        config = AutoConfig.for_model(**fields) if fields else AutoConfig.from_pretrained(folder, local_files_only=True)
-        return ModelSize.of(config)
-    except ImportError as error:
-        raise MissingDependency(f"Training needs {error.name!r}: pip install 'atommem[train]'.") from error
-
-
-def refuse_too_large(run: SFTConfig | LocalGRPOConfig, size: ModelSize, free: int, *, gpu: bool) -> None:
+def check_fits(run: SFTConfig | LocalGRPOConfig, size: ModelSize, free: int, *, gpu: bool) -> None:
     """Compares the sum with `free` bytes.
 
     Raises:
@@ -165,8 +99,6 @@ def written_sum(items: Sequence[Item]) -> str:
 
 def memory_needed(run: SFTConfig | LocalGRPOConfig, size: ModelSize, *, gpu: bool) -> dict[str, list[Item]]:
     """The sum for each phase of a run; what it needs is the larger one."""
-    from train.settings import SFTConfig
-
     return _sft_memory(run, size, gpu=gpu) if isinstance(run, SFTConfig) else _grpo_memory(run, size, gpu=gpu)
 
 
@@ -193,16 +125,16 @@ def _grpo_memory(run: LocalGRPOConfig, size: ModelSize, *, gpu: bool) -> dict[st
         always.append(product("copy that plays", (size.parameters, "parameters"), (2, "bytes")))
     if run.kl_coef and not run.lora_rank:
         always.append(product("starting model", (size.parameters, "parameters"), (4, "bytes")))
-    if run.eval_every and not gpu:  # on a GPU they are kept beside it
+    if run.eval_every and not gpu:  # with a GPU they lie in the machine's memory
         always.append(product("best weights so far", (_trained_count(size, run.lora_rank), "trained"), (4, "bytes")))
 
-    turn = Turn.of(run)
+    turn = TurnTokens.of(run)
     rows = min(run.in_flight, max(run.groups * run.group_size, run.eval_episodes if run.eval_every else 0))
-    places = min(size.window, turn.chunk + turn.entries + run.max_new_tokens)
+    positions = min(size.window, turn.chunk + turn.entries + run.max_new_tokens)
     cache = product(
         "keys and values",
         (rows, "rows"),
-        (places, "tokens"),
+        (positions, "tokens"),
         (size.layers, "layers"),
         (2 * size.kv_heads * size.head_dim, "numbers"),
         (computed, "bytes"),
@@ -253,7 +185,7 @@ def _trained_count(size: ModelSize, lora_rank: int) -> int:
 
 
 def _trained(size: ModelSize, lora_rank: int, weight: int, *, gradients: bool) -> list[Item]:
-    """The weights, and what the optimiser keeps for those that it trains; `weight` is bytes, adapters are float32."""
+    """The weights, and what the optimiser stores for those that it trains; `weight` is bytes, adapters are float32."""
     count, of_trained = _trained_count(size, lora_rank), 4 if lora_rank else weight
     lines = [product("weights", (size.parameters, "parameters"), (weight, "bytes"))]
     if lora_rank:
@@ -272,12 +204,12 @@ def _casts(size: ModelSize) -> Item:
 
 
 def activations(size: ModelSize, tokens: int, computed: int, *, residual: int, adapters: bool, recompute: bool) -> Item:
-    """What a forward pass keeps for the backward pass, at `computed` bytes a number and `residual` between the layers.
+    """What a forward pass stores for the backward pass, at `computed` bytes a number and `residual` between the layers.
 
-    A layer keeps of each token: of its two norms, always in float32, input, result and output (3 h each, 2 h where their weights
+    A layer stores of each token: of its two norms, always in float32, input, result and output (3 h each, 2 h where their weights
     are not trained), and of the norms of queries and keys two (one); of the attention queries, keys and values repeated for
     all heads, its result, and that again in the order of the row (5 q); of the MLP its four inner tensors (4 i). Recomputing
-    keeps each layer's input, and all this for one layer.
+    stores each layer's input, and all this for one layer.
     """
     queries, keys = size.heads * size.head_dim, size.kv_heads * size.head_dim
     norms = (4 if adapters else 6) * size.hidden
@@ -288,66 +220,6 @@ def activations(size: ModelSize, tokens: int, computed: int, *, residual: int, a
         return product("activations", (tokens, "tokens"), (size.layers, "layers"), (layer, "bytes"))
     inputs = size.layers * size.hidden * residual
     return product("activations, recomputed", (tokens, "tokens"), (inputs + layer, "bytes"))
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """Usual lengths of a turn, in tokens of the environment."""
-
-    chunk: int  # the longest
-    entries: int
-    reply: int
-    context: int  # all chunks of an episode
-    answering: int  # turns of an episode after the last chunk
-
-    @property
-    def reading(self) -> int:
-        """Turns of an episode with a chunk."""
-        return math.ceil(self.context / self.chunk)
-
-    @property
-    def turns(self) -> int:
-        """Turns of an episode."""
-        return self.reading + self.answering
-
-    @property
-    def own(self) -> int:
-        """What a rollout does not share with its group."""
-        return self.entries + self.reply
-
-    @classmethod
-    def of(cls, run: EnvConfig) -> Turn:
-        """Turns in the environment of a run."""
-        source, settings, options = environment_of(run)
-        document = _DOCUMENT_TOKENS.get(str(source), 100)
-        sized = source_options(source).get("num_docs")
-        context = (options.get("num_docs") or sized.default) * document if sized else settings.chunk_tokens
-        chunk, reply = min(settings.chunk_tokens, context), min(SHORT, run.max_new_tokens)
-        return cls(
-            chunk=chunk,
-            entries=min(settings.memory_tokens, settings.top_k * min(reply, document)),
-            reply=reply,
-            context=context,
-            answering=most_questions(options),
-        )
-
-
-def most_questions(source: Mapping[str, Any]) -> int:
-    """Questions that a task can have, by the options of its source."""
-    questions = source.get("questions", 1)
-    return MOST_QUESTIONS if questions == "sampled" else int(questions)
-
-
-def environment_of(run: EnvConfig) -> tuple[Source, EpisodeSettings, dict[str, Any]]:
-    """Source, settings and source options of a run's environment, which is not made: it needs no data.
-
-    Raises:
-        SettingError: an option that the environment does not have.
-    """
-    options = {**find_spec(run.env_id).kwargs, **run.env_options()}
-    options = {name: value for name, value in options.items() if name not in ("embedder", "store", "durability")}
-    source = options.pop("source", None)
-    return source, *split_options(source, options)
 
 
 def _longest_sample(folder: Path) -> int:
@@ -368,13 +240,231 @@ def _remedies(run: SFTConfig | LocalGRPOConfig, phase: str) -> list[str]:
     """Options that would make the phase's sum smaller, those first that change least of what is learned."""
     names = {"plays": ["in_flight"], "updates": ["micro_batch_tokens"], "trains": ["micro_batch_size"]}[phase]
     values = dataclasses.asdict(run)
-    told = [f"a lower --{name.replace('_', '-')} than {values[name]}" for name in names if values[name] > 1]
+    options = [f"a lower --{name.replace('_', '-')} than {values[name]}" for name in names if values[name] > 1]
     if phase == "plays":
-        told.append("a smaller --max-new-tokens or --set chunk_tokens=")
+        options.append("a smaller --max-new-tokens or --set chunk_tokens=")
     if phase == "updates" and not values["gradient_checkpointing"]:
-        told.append("--gradient-checkpointing")
+        options.append("--gradient-checkpointing")
     if run.dtype == "float32":
-        told.append("--dtype bfloat16")
+        options.append("--dtype bfloat16")
     if not run.lora_rank:
-        told.append("--lora-rank 16")
-    return told
+        options.append("--lora-rank 16")
+    return options
+
+
+# ------------------------------------------------------------------------------------------------------------- on a cluster
+
+
+def gpu_memory_needed(run: ClusterGRPOConfig, size: ModelSize, gpu_memory: int) -> dict[str, list[Item]]:
+    """What one GPU must hold in each phase of a step.
+
+    Args:
+        gpu_memory: Bytes that it has; services take shares of it.
+
+    DeepSpeed trains in bf16 with float32 copies; ZeRO 2 shards gradients, copies and moments over the GPUs that train, ZeRO 3
+    the weights as well. Between updates, with `colocate`, all but the bf16 weights wait in the machine's memory.
+    """
+    ranks = max(1, run.training_gpus)
+    shard = (ranks, "GPUs")
+    parameters = (size.parameters, "parameters")
+    of_weights = shard if run.zero_stage == 3 else (1, "GPU")
+    weights = [_quotient("weights", of_weights, parameters, (2, "bytes"))]
+    if run.kl_coef > 0:
+        weights.append(_quotient("starting model", of_weights, parameters, (2, "bytes")))
+    trained = [*weights, _quotient("gradients", shard, parameters, (2, "bytes"))]
+    if not run.offload_optimizer:
+        trained.append(_quotient("float32 weights, moments", shard, parameters, (12, "bytes")))
+    if run.zero_stage == 3:
+        trained.append(product("weights gathered", (min(size.parameters, 10**9), "parameters"), (2, "bytes")))
+    trained += [
+        activations(size, run.micro_batch_tokens, 2, residual=2, adapters=False, recompute=run.gradient_checkpointing),
+        product(
+            "logits",
+            (run.micro_batch_tokens, "tokens"),
+            (size.vocabulary, "vocabulary"),
+            (10, "bytes: float32, its gradient, that in bf16"),
+        ),
+    ]
+    engine = [_share("engine", run.gpu_memory_utilization, gpu_memory)]
+    service = [_share("embedding service", run.embedding_gpu_memory, gpu_memory)] if run.embedding_model else []
+    samples = [*engine, *(weights if run.colocate else []), *service]
+    return {"samples": samples, "updates": [*trained, *service]}
+
+
+def gpu_memory_problems(run: ClusterGRPOConfig, size: ModelSize, gpu_memory: int) -> Iterator[str]:
+    """What does not fit on GPUs with `gpu_memory` bytes each: the sum, and what would make it smaller."""
+    for phase, items in gpu_memory_needed(run, size, gpu_memory).items():
+        total = sum(item.size for item in items)
+        if total > gpu_memory:
+            yield (
+                f"a GPU must have about {total / 1e9:.1f} GB while it {phase}; got {gpu_memory / 1e9:.1f} GB:\n"
+                f"{written_sum(items)}\n  Smaller with {', '.join(_cluster_remedies(run, phase))}."
+            )
+    room, needed = _cache_room(run, size, gpu_memory), run.max_tokens * _cache_of_token(size)
+    if room < needed:
+        yield (
+            f"an engine must have room for the keys and values of max_tokens = {run.max_tokens} tokens, {needed / 1e9:.1f} GB; "
+            f"got {room / 1e9:.1f} GB, what {run.gpu_memory_utilization} of {gpu_memory / 1e9:.1f} GB leaves beside the weights. "
+            f"Raise gpu_memory_utilization or tensor_parallel."
+        )
+
+
+def _quotient(what: str, divisor: tuple[int, str], *factors: tuple[int, str]) -> Item:
+    """
+    >>> _quotient("weights", (8, "GPUs"), (1_000, "parameters"), (2, "bytes"))
+    Item(what='weights', size=250, how='1,000 parameters × 2 bytes / 8 GPUs')
+    """
+    item = product(what, *factors)
+    return Item(what, item.size // divisor[0], item.how + (f" / {divisor[0]} {divisor[1]}" if divisor[0] > 1 else ""))
+
+
+def _share(what: str, share: float, memory: int) -> Item:
+    return Item(what, int(share * memory), f"{share:g} of {memory / 1e9:.1f} GB")
+
+
+def _cache_of_token(size: ModelSize) -> int:
+    """Bytes of the keys and values of a token, in bf16."""
+    return 2 * size.layers * size.kv_heads * size.head_dim * 2
+
+
+def _cache_room(run: ClusterGRPOConfig, size: ModelSize, gpu_memory: int) -> float:
+    """Bytes that an engine, over all its GPUs, has for keys and values."""
+    return run.tensor_parallel * (run.gpu_memory_utilization * gpu_memory - _ENGINE) - 2 * size.parameters
+
+
+def _cluster_remedies(run: ClusterGRPOConfig, phase: str) -> list[str]:
+    """Settings that would make the phase's sum smaller, those first that cost least."""
+    if phase == "samples":
+        settings = ["a lower gpu_memory_utilization"]
+    else:
+        settings = ["a lower micro_batch_tokens"] if run.micro_batch_tokens > run.max_tokens else []
+        settings += ["gradient_checkpointing = true"] if not run.gradient_checkpointing else []
+    settings += ["zero_stage = 3"] if run.zero_stage < 3 else []
+    if phase == "updates":
+        settings += ["offload_optimizer = true"] if not run.offload_optimizer else []
+        settings += ["a lower max_tokens with micro_batch_tokens"]
+    return [*settings, "more GPUs"]
+
+
+class EstimateRow(NamedTuple):
+    """One line of the estimate."""
+
+    what: str
+    figure: str
+    how: str
+
+
+def estimate(run: ClusterGRPOConfig, size: ModelSize, task: TaskShape, gpu_memory: int) -> list[EstimateRow]:
+    """Tokens, memory and time of a run on a cluster, by rules of thumb.
+
+    A chunk has the usual length of its dataset, an entry and a reply 64 tokens, and one token of the environment is 1.3 of the
+    model's. The time is that of H100s (989 TFLOP/s and 3.35 TB/s, of which prefill reaches 40 %, decoding 40 % and training
+    35 %), with 2 FLOPs a parameter and token forward and 4 backward; attention, stragglers, the passing on of weights, the
+    embedder and evaluations come on top.
+
+    Args:
+        gpu_memory: Bytes of each GPU.
+    """
+    turn, settings = task.turn, task.settings
+    head = round(MODEL_TOKENS * (task.layout_tokens + SHORT * turn.questions))
+    chunk = round(MODEL_TOKENS * turn.context / turn.reading)
+    reads, writes = "read" in settings.operations, settings.scratchpad
+    own = (turn.entries + SHORT if reads else 0) + (SHORT if writes else 0)
+    prompt = head + chunk + own
+    tokens = turn.reading * chunk + turn.turns * (head + own + turn.reply)
+    rollouts = run.groups * run.group_size
+
+    shared = turn.reading * chunk + turn.turns * head
+    prefilled = run.groups * shared + rollouts * turn.turns * own
+    engine_gpus = run.engines * run.tensor_parallel
+    prefill = 2 * size.parameters * prefilled / (engine_gpus * _FLOPS * _PREFILL)
+    rows = math.ceil(rollouts / run.engines)
+    cache = (prompt + turn.reply) * _cache_of_token(size)
+    room = int(_cache_room(run, size, gpu_memory) // cache)
+    at_once = max(1, min(rows, room))
+    read = (2 * size.parameters + at_once * cache) / run.tensor_parallel
+    decode = math.ceil(rows / at_once) * turn.turns * turn.reply * read / (_BANDWIDTH * _DECODE)
+
+    passes = 2 + 6 + 2 * run.gradient_checkpointing + 2 * (run.kl_coef > 0)
+    trained = passes * size.parameters * rollouts * tokens / (max(1, run.training_gpus) * _FLOPS * _TRAIN)
+    seconds = max(prefill + decode, trained) if run.asynchronous else prefill + decode + trained
+
+    sums = {name: sum(item.size for item in items) for name, items in gpu_memory_needed(run, size, gpu_memory).items()}
+    gpus = f"{run.training_gpus} GPU{'s' if run.training_gpus > 1 else ''}"
+    waiting = 2 * run.engines if run.colocate else 0  # bytes a parameter in a machine's memory: the engines' weights
+    waiting += 14 if run.colocate or run.offload_optimizer else 0  # the trainer's copies and moments
+    return [
+        EstimateRow(
+            "tokens a rollout",
+            f"{_round(tokens):,}",
+            f"{turn.reading} chunks × {chunk:,} + {turn.turns} turns × ({head} of layout and questions + {own} of memory + "
+            f"{turn.reply} of reply)",
+        ),
+        EstimateRow(
+            "tokens trained a step",
+            f"{_round(rollouts * tokens):,}",
+            f"{run.groups} groups × {run.group_size} rollouts × {tokens:,}",
+        ),
+        EstimateRow(
+            "KV cache a rollout",
+            f"{cache / 1e9:.2f} GB",
+            f"{prompt + turn.reply:,} tokens × {_cache_of_token(size):,} bytes; an engine has room for {max(0, room)} that "
+            f"share nothing, and gets {rows}",
+        ),
+        EstimateRow(
+            "memory of a GPU, sampling",
+            f"{sums['samples'] / 1e9:.0f} GB",
+            f"of {gpu_memory / 1e9:.0f}; {run.gpu_memory_utilization:g} of it the engine's",
+        ),
+        EstimateRow(
+            "memory of a GPU, updating",
+            f"{sums['updates'] / 1e9:.0f} GB",
+            f"ZeRO {run.zero_stage} over {gpus}, {run.micro_batch_tokens:,} tokens at a time",
+        ),
+        EstimateRow(
+            "memory of a machine",
+            f"{waiting * size.parameters / run.nodes / 1e9:.0f} GB",
+            "what waits there while others have the GPUs: 2 bytes a parameter of each engine, 14 of the trainer",
+        ),
+        EstimateRow(
+            "seconds of sampling",
+            f"{_round(prefill + decode):,}",
+            f"{prefilled / 1e6:.1f}e6 prompt tokens (shared ones once a group): {prefill:.0f} s; "
+            f"{turn.turns * turn.reply} tokens decoded of {at_once} rollouts at once: {decode:.0f} s",
+        ),
+        EstimateRow(
+            "seconds of training",
+            f"{_round(trained):,}",
+            f"{passes} FLOPs × {size.parameters / 1e9:.2f}e9 parameters × {rollouts * tokens / 1e6:.1f}e6 tokens / ({gpus} × "
+            f"{_TRAIN * 100:.0f} % of {_FLOPS / 1e12:.0f} TFLOP/s)",
+        ),
+        EstimateRow(
+            "seconds a step", f"{_round(seconds):,}", f"{run.steps} steps in {run.steps * seconds / 3600:.1f} hours"
+        ),
+    ]
+
+
+def estimate_table(run: ClusterGRPOConfig, size: ModelSize | None, task: TaskShape, gpu_memory: int | None) -> Table:
+    """The estimate as a table; where the memory of the GPUs is not known, for GPUs of 80 GB.
+
+    Where the model's size is not known, the table says so.
+    """
+    table = Table(title="Estimate (an H100's speed; rules of thumb)", box=box.SIMPLE, title_justify="left")
+    table.add_column("")
+    table.add_column("", justify="right")
+    table.add_column("how")
+    if size is None:
+        table.add_row("size of the model", "unknown", f"{run.model} is not on this machine: hf download {run.model}")
+    else:
+        for row in estimate(run, size, task, gpu_memory or 80 * 10**9):
+            table.add_row(*row)
+    return table
+
+
+def _round(value: float) -> int:
+    """To two significant digits.
+
+    >>> _round(36_512), _round(373.2), _round(4.2)
+    (37000, 370, 4)
+    """
+    return round(value if value < 10 else round(value, 1 - math.floor(math.log10(value))))

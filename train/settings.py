@@ -13,7 +13,7 @@ import tyro
 
 from atommem_env.env import AtomMemEnv
 from atommem_env.errors import SettingError
-from eval.options import EnvConfig
+from eval.options import EnvConfig, has_splits
 from eval.run_folder import require_empty_dir, require_same_config
 
 
@@ -102,7 +102,14 @@ class GRPOConfig(EnvConfig):
 
 def make_env(run: GRPOConfig, split: str | None) -> AtomMemEnv:
     """The environment of a run, with the tasks of one split."""
-    return run.make_env(store=str(run.out / "memory"), **({"split": split} if split else {}))
+    if split in (None, run.split):
+        return run.make_env(store=str(run.out / "memory"))
+    if not has_splits(run.env_id, run.source):
+        raise SettingError(
+            f"The tasks of {run.source or run.env_id} have no splits, so that none can be held out for evaluation. Give the task "
+            "source an option split, or turn evaluation off with --eval-every 0."
+        )
+    return run.make_env(store=str(run.out / "memory"), split=split)
 
 
 def open_run(run: GRPOConfig) -> str:

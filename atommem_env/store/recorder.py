@@ -72,6 +72,10 @@ class Recorder:
         self._ending: tuple[str, float, WorkingMemory] | None = None
         self._closed = False
 
+    def detached(self) -> Recorder:
+        """A recorder for a copy of the episode: it takes the replies that follow, and stores nothing."""
+        return Recorder("off", replace(self._record, steps=self._steps))
+
     @property
     def due(self) -> bool:
         """Whether `MemoryStore.write` has something to write: with "episode" at the end, with "step" after each reply."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from numpy.typing import ArrayLike
@@ -95,6 +95,14 @@ class EpisodeSession:
         if self.episode.stop_reason is not None:
             self.recorder.end(self.episode.stop_reason, self.episode.reward, self.episode.memory)
         return result
+
+    def fork(self) -> Self:
+        """A copy of the episode that takes its own course, of which nothing is stored.
+
+        Raises:
+            EpisodeStateError: a reply is submitted and not resolved.
+        """
+        return replace(self, episode=self.episode.fork(), recorder=self.recorder.detached())
 
     def leave(self) -> bool:
         """Notes what an episode that nobody will finish has in memory; returns False where it is over or has not begun."""

@@ -93,7 +93,7 @@ def _import(console: Console, dataset: Dataset, split: str, files: Sequence[Path
             dataset, split, files, corpus, lambda path, done: bar.update(tasks[path], completed=done)
         )
     _show(console, [report], "Imported")
-    environment = next(f"AtomMem-{name}" for name, kwargs in ENVIRONMENTS.items() if kwargs["dataset"] == dataset)
+    environment = next(f"AtomMem-{name}" for name, kwargs in ENVIRONMENTS.items() if kwargs.get("source") == dataset)
     option = "" if split == "dev" else f', split="{split}"'
     console.print(
         f'Next, in Python: import atommem_env, gymnasium; gymnasium.make("{environment}"{option})', markup=False

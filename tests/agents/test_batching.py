@@ -1,4 +1,4 @@
-"""`agents.batching`: who shares a batch with whom, errors, cancellation."""
+"""`agents.batching`: which calls share a batch, errors, cancellation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from agents.batching import Batcher
 
 
 class Doubling:
-    """Doubles numbers, refuses 13, and records the batches; `gate` holds every batch back while it is closed."""
+    """Doubles numbers, rejects 13, and records the batches; `gate` holds every batch back while it is closed."""
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -28,7 +28,7 @@ class Doubling:
         assert self.gate.wait(timeout=10)
         self.running -= 1
         if 13 in items:
-            raise ValueError("13 is refused")
+            raise ValueError("13 is rejected")
         return [2 * item for item in items]
 
 

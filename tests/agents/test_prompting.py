@@ -1,4 +1,4 @@
-"""A method with a model behind it as a policy: what is counted, kept and drawn; and what texts cannot do."""
+"""A method with a model behind it as a policy: what is counted, recorded and drawn; and what texts cannot do."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ HELLO = [Message(role="user", content="hello")]
 @dataclass
 class Model:
     name: str = "model"
-    told: list[dict[str, Any]] = field(default_factory=list)
+    received: list[dict[str, Any]] = field(default_factory=list)
     uses: tuple[Usage | None, ...] = (Usage(1, 10, 3, 4),)
     stop: Any = "stop"
 
     async def complete(self, messages: Sequence[Message], **options: Any) -> Reply:
-        self.told.append(options)
-        number = len(self.told)
+        self.received.append(options)
+        number = len(self.received)
         usage = self.uses[(number - 1) % len(self.uses)]
         return Reply(f"reply {number}", (1, 2), (3, number), (-0.5, -0.1), self.stop, usage)
 
@@ -71,7 +71,7 @@ def test_a_model_that_tells_no_usage_is_counted_by_its_ids() -> None:
     assert replies(PromptedPolicy("m", asks(2), Model(uses=(None,)), SETTINGS), 1)[0].usage == Usage(2, 4, 4)
 
 
-def test_ids_and_logprobs_are_kept_of_one_call_and_of_no_more() -> None:
+def test_ids_and_logprobs_are_recorded_of_one_call_and_of_no_more() -> None:
     none, one, two = replies(PromptedPolicy("m", asks(0, 1, 2), Model(stop="length"), SETTINGS), 3)
     assert (one.prompt_ids, one.completion_ids, one.logprobs, one.stop) == ((1, 2), (3, 1), (-0.5, -0.1), "length")
     for reply in (none, two):
@@ -79,7 +79,7 @@ def test_ids_and_logprobs_are_kept_of_one_call_and_of_no_more() -> None:
     assert (none.stop, two.stop) == ("stop", "length")
 
 
-def test_what_a_method_dropped_is_told_and_a_models_own_reply_is_not_counted_twice() -> None:
+def test_what_a_method_dropped_is_reported_and_a_models_own_reply_is_not_counted_twice() -> None:
     def dropping(settings: EpisodeSettings, ask: Ask) -> Act:
         async def act(observation: Observation) -> Reply:
             await ask(HELLO)
@@ -98,13 +98,13 @@ def test_every_call_has_a_seed_of_its_own_and_the_sampling_of_the_policy() -> No
     def seeds(seed: int) -> list[int]:
         model = Model()
         replies(PromptedPolicy("m", asks(1, 2), model, SETTINGS, Sampling(0.7, 33, True)), 2, seed)
-        for told in model.told:
-            assert {name: told[name] for name in told if name != "seed"} == {
+        for received in model.received:
+            assert {name: received[name] for name in received if name != "seed"} == {
                 "temperature": 0.7,
                 "max_new_tokens": 33,
                 "thinking": True,
             }
-        return [told["seed"] for told in model.told]
+        return [received["seed"] for received in model.received]
 
     assert len({*seeds(1), *seeds(2)}) == 6
     assert seeds(1) == seeds(1)
@@ -120,7 +120,7 @@ def test_episodes_played_at_the_same_time_do_not_mix() -> None:
     assert [reply.usage.calls for reply in asyncio.run(play())] == [1, 1]
 
 
-def test_settings_that_a_method_cannot_work_with_are_refused_when_the_policy_is_made() -> None:
+def test_settings_that_a_method_cannot_work_with_are_rejected_when_the_policy_is_made() -> None:
     def picky(settings: EpisodeSettings, ask: Ask) -> Act:
         raise SettingError("needs more")
 

@@ -23,7 +23,7 @@ from atommem_env.plugins import load_attribute
 from atommem_env.types import EpisodeSettings, Observation, Operation, OperationKind, Reply
 
 
-def test_a_policy_of_ones_own_is_found_in_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_policy_of_your_own_is_found_in_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_own_policy.py").write_text("def policy(observation): return 'mine'")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -43,7 +43,7 @@ def test_a_policy_of_ones_own_is_found_in_the_working_folder(tmp_path: Path, mon
         load_policy("my_own_policy:other", settings)
 
 
-def test_a_method_of_ones_own_has_any_model_behind_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_method_of_your_own_has_any_model_behind_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
     lines = prompting.__doc__.partition("    def notes")[2] if prompting.__doc__ else ""
     imports = "from agents.prompting import render_reply\nfrom atommem_env.types import Operation, OperationKind\n"
@@ -187,17 +187,17 @@ def test_what_does_not_fit_together_is_rejected(policy: Any, model: Any, message
 
 @pytest.mark.parametrize("name", ["oracel", "orcale@tiny", "no_such_module:policy"])
 def test_a_misspelt_name_is_rejected_with_what_is_near(name: str) -> None:
-    told = (
+    message = (
         "no module 'no_such_module' in the working folder"
         if ":" in name
         else r"did you mean 'oracle'\? There are oracle"
     )
-    with pytest.raises(PolicyError, match=told):
+    with pytest.raises(PolicyError, match=message):
         load_policy(name, EpisodeSettings())
 
 
 @pytest.mark.parametrize(
-    ("name", "error", "told"),
+    ("name", "error", "message"),
     [
         ("rag", PolicyError, "rag needs a model: rag@smollm2"),
         ("rag@", PolicyError, "rag needs a model"),
@@ -207,8 +207,8 @@ def test_a_misspelt_name_is_rejected_with_what_is_near(name: str) -> None:
         ("folder/of/no-model", ModelNotFound, "folder/of/no-model"),
     ],
 )
-def test_a_name_that_is_none_is_refused_with_what_there_is(name: str, error: type[Exception], told: str) -> None:
-    with pytest.raises(error, match=told):
+def test_a_name_that_is_none_is_rejected_with_what_there_is(name: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
         load_policy(name, EpisodeSettings())
 
 

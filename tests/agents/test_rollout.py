@@ -168,15 +168,17 @@ def test_an_infrastructure_failure_stops_the_run_and_is_never_a_reward_of_zero()
             raise EmbeddingError("the server is gone")
 
     driver = replace(make_driver(), embedder=Broken())
-    told: list[int] = []
+    reported: list[int] = []
     with pytest.raises(EmbeddingError, match="gone") as failure:
         asyncio.run(
             driver.run(
-                SPECS, load_policy("perfect-rag", driver.settings), finished=lambda number, rollout: told.append(number)
+                SPECS,
+                load_policy("perfect-rag", driver.settings),
+                finished=lambda number, rollout: reported.append(number),
             )
         )
     assert "in episode" in failure.value.__notes__[0]
-    assert told == []
+    assert reported == []
 
 
 class Frail:
@@ -201,7 +203,7 @@ class Frail:
         return reply
 
 
-def test_for_training_a_failed_episode_is_played_anew_and_one_that_fails_each_time_is_none(
+def test_for_training_a_failed_episode_is_played_again_and_one_that_fails_each_time_is_none(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     driver, specs = make_driver(), SPECS[:6]
@@ -209,15 +211,19 @@ def test_for_training_a_failed_episode_is_played_anew_and_one_that_fails_each_ti
     assert whole == asyncio.run(driver.run(specs, Frail(driver, {})))
     assert not caplog.records
     policy = Frail(driver, {specs[1].seed: 1, specs[2].seed: 2, specs[4].seed: 3})
-    told: list[int] = []
+    reported: list[int] = []
     replies = itertools.count()
     rollouts = asyncio.run(
         driver.run_with_retries(
-            specs, policy, retries=2, finished=lambda place, rollout: told.append(place), replied=lambda: next(replies)
+            specs,
+            policy,
+            retries=2,
+            finished=lambda place, rollout: reported.append(place),
+            replied=lambda: next(replies),
         )
     )
     assert rollouts == [*whole[:4], None, whole[5]]
-    assert sorted(told) == [0, 1, 2, 3, 5]
+    assert sorted(reported) == [0, 1, 2, 3, 5]
     assert [policy.begun[spec.seed] for spec in specs] == [1, 2, 3, 1, 3, 1]
     assert len(caplog.records) == 1 + 2 + 3
     assert all("server is gone" in record.message for record in caplog.records)
@@ -225,7 +231,7 @@ def test_for_training_a_failed_episode_is_played_anew_and_one_that_fails_each_ti
 
 
 @pytest.mark.parametrize("error", [SettingError, DataError, PromptTooLong, MissingDependency])
-def test_what_playing_anew_cannot_mend_is_raised_at_once(error: type[Exception]) -> None:
+def test_what_playing_again_cannot_fix_is_raised_at_once(error: type[Exception]) -> None:
     driver = make_driver()
     policy = Frail(driver, {SPECS[3].seed: 1}, error)
     with pytest.raises(error, match="gone") as failure:

@@ -106,7 +106,7 @@ class Nameless:
 
 
 @pytest.mark.parametrize(
-    ("broken", "told"),
+    ("broken", "message"),
     [
         (3, r"Taking it as a policy raised PolicyError"),
         (method, r"Taking it as a policy raised PolicyError: method needs a model"),
@@ -124,8 +124,8 @@ class Nameless:
         (lambda observation: str(random.random()), "or pass deterministic=False"),
     ],
 )
-def test_a_broken_policy_is_rejected(broken: Any, told: str) -> None:
-    with pytest.raises(AssertionError, match=f"(?s){told}"):
+def test_a_broken_policy_is_rejected(broken: Any, message: str) -> None:
+    with pytest.raises(AssertionError, match=f"(?s){message}"):
         check_policy(broken)
 
 

@@ -234,6 +234,27 @@ def test_after_one_episode_with_default_settings_a_plain_lancedb_client_lists_it
     assert survivors
 
 
+def test_a_fork_takes_its_own_course_and_is_not_stored(tmp_path: Path) -> None:
+    env = make(store=tmp_path, durability="step")
+    with pytest.raises(gym.error.ResetNeeded):
+        inner(env).fork()
+    env.reset(seed=3)
+    env.step("<create_memory>kept</create_memory>")
+    twin = inner(env).fork()
+    one, other = (
+        [each.step(reply) for reply in (f"<create_memory>{name}</create_memory>", "<read_memory>kept</read_memory>")]
+        for each, name in ((inner(env), "left"), (twin, "right"))
+    )
+    assert [step[0]["chunk"] for step in one] == [step[0]["chunk"] for step in other]
+    assert ("left" in one[1][0]["retrieved"], "right" in other[1][0]["retrieved"]) == (True, True)
+    (episode,) = inner(env).store.episodes()
+    assert [reply for reply in inner(env).store.replies(episode.episode_id) if "right" in reply] == []
+    assert env.reset()[1] == twin.reset()[1]  # the next episode is the same for both
+    twin.close()
+    env.step("")  # the store of the other is open
+    env.close()
+
+
 def test_an_unnamed_store_is_temporary_and_a_named_one_is_kept(own_data_folder: Path, tmp_path: Path) -> None:
     env, named = make(), make(store=tmp_path / "kept")
     for one in (env, named):

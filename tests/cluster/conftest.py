@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import started_ray
+from processes import shadow_packages, started_ray
 
 from agents.models.find import find_model
 from eval.run_folder import read_jsonl
@@ -33,9 +33,11 @@ sys.path.insert(0, ENVIRONMENT["PYTHONPATH"])  # and for imports of this one
 
 
 @pytest.fixture(scope="module")
-def dashboard() -> Iterator[str]:
-    """Of a Ray with pretended GPUs; it ends with the module's last test."""
-    with started_ray(gpus=4) as address:
+def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Of a Ray with pretended GPUs, started in a folder with packages of our names; it ends with the module's last test."""
+    folder = tmp_path_factory.mktemp("ray")
+    shadow_packages(folder)
+    with started_ray(gpus=4, folder=folder) as address:
         yield address
 
 
@@ -74,9 +76,9 @@ def finish(
     def run(*words: str) -> tuple[Path, list[dict[str, Any]]]:
         out = tmp_path / "run"
         job = start(*words)
-        said, _ = job.communicate(timeout=900)
+        text, _ = job.communicate(timeout=900)
         log = out / "job.log"
-        assert job.returncode == 0, said + (log.read_text()[-8000:] if log.exists() else "")
+        assert job.returncode == 0, text + (log.read_text()[-8000:] if log.exists() else "")
         return out, read_jsonl(out / "metrics.jsonl")
 
     return run

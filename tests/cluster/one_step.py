@@ -19,15 +19,16 @@ from transformers import AutoModelForCausalLM
 from agents.models.chat_tokenizer import ChatTokenizer
 from agents.models.find import find_model
 from atommem_env.types import Message, Reply
-from train.cluster import extension
+from train.cluster import experience
 from train.cluster.executor import response
+from train.cluster.extension import Generator, PolicyActor
 from train.cluster.recipe import ClusterGRPOConfig, Prompt, openrlhf_flags, read_recipe
 from train.grpo import Trainer
 from train.samples import make_samples
 from train.settings import GRPOConfig, LocalGRPOConfig
 
 
-class Told(Exception):
+class Parsed(Exception):
     """Carries OpenRLHF's parsed arguments out of its command line, before it starts anything."""
 
 
@@ -35,14 +36,14 @@ def parsed(flags: list[str]) -> Any:
     real = openrlhf.utils.get_strategy
 
     def stop(args: Any) -> None:
-        raise Told(args)
+        raise Parsed(args)
 
     openrlhf.utils.get_strategy = stop
     sys.argv = ["train_ppo_ray", *flags]
     try:
         runpy.run_module("openrlhf.cli.train_ppo_ray", run_name="__main__", alter_sys=True)
-    except Told as told:
-        return told.args[0]
+    except Parsed as parsed:
+        return parsed.args[0]
     finally:
         openrlhf.utils.get_strategy = real
     raise AssertionError("unreachable")
@@ -91,23 +92,23 @@ def main(folder: Path, zero_stage: int) -> None:
 
     # One machine.
     groups = trainer.play_groups()
-    advantages = extension.step_advantages(groups, run)
+    advantages = experience.step_advantages(groups, run)
     local = trainer.update(make_samples(groups, advantages))
 
     # OpenRLHF: the same rollouts from the generator's hands on, to the actor's update; Ray, which would carry them, is left out.
-    extension.running = lambda: run
+    experience.read_run = lambda: run
     args = parsed(openrlhf_flags(run, find_model(run.model)))
-    generator = extension.Generator.__new__(extension.Generator)
+    generator = Generator.__new__(Generator)
     experiences = [
         generator._experience(
-            response(Prompt("train", place, trainer.specs[place]).text(), rollout), {"max_len": run.max_tokens}
+            response(Prompt("train", position, trainer.specs[position]).text(), rollout), {"max_len": run.max_tokens}
         )
-        for place, group in enumerate(groups)
+        for position, group in enumerate(groups)
         for rollout in group
     ]
-    actor = extension.PolicyActor(1, 0, "127.0.0.1", None)
+    actor = PolicyActor(1, 0, "127.0.0.1", None)
     actor.init_model_from_pretrained(openrlhf.utils.get_strategy(args), str(find_model(run.model)), run.steps, None)
-    maker = extension.ExperienceMaker(
+    maker = experience.ExperienceMaker(
         None, None, None, None, SimpleNamespace(value=0.0), SimpleNamespace(args=args), actor.tokenizer
     )
 
@@ -131,7 +132,7 @@ def main(folder: Path, zero_stage: int) -> None:
         json.dumps(
             {
                 "samples": len(maker.samples),
-                "trained": len(extension.trained_keys(actor.trained_labels())),
+                "trained": len(experience.trained_keys(actor.trained_labels())),
                 "grad_norms": [local["grad_norm"], status["actor_grad_norm"]],
                 "policy_losses": [local["policy_loss"], status["policy_loss"]],
                 "sampler_kl": status["vllm_kl"],

@@ -18,22 +18,23 @@ from openrlhf.trainer.ppo_utils.experience import balance_experiences  # noqa: E
 from agents.rollout import EpisodeSpec  # noqa: E402
 from atommem_env.errors import SamplesMismatch  # noqa: E402
 from atommem_env.types import Reply, Rollout, StopReason, Turn  # noqa: E402
-from eval.run_folder import read_jsonl, to_jsonl, write_atomic  # noqa: E402
+from eval.run_folder import read_jsonl  # noqa: E402
 from train.advantages import group_advantages  # noqa: E402
-from train.cluster import extension  # noqa: E402
+from train.cluster import experience, extension  # noqa: E402
 from train.cluster.executor import response  # noqa: E402
-from train.cluster.extension import ExperienceMaker, Generator, MetricsLogger, trained_keys  # noqa: E402
-from train.cluster.recipe import ClusterGRPOConfig, Prompt, write_prompts  # noqa: E402
+from train.cluster.experience import ExperienceMaker, trained_keys  # noqa: E402
+from train.cluster.extension import Generator  # noqa: E402
+from train.cluster.recipe import REPLACEMENTS, ClusterGRPOConfig, Prompt, write_prompts  # noqa: E402
 from train.samples import check_all_trained  # noqa: E402
 
-REWARDS = [[1.0, 0.0, 0.0], [0.25, 1.0, 0.5], [1.0, 1.0, 1.0]]  # the last group is flat
+REWARDS = [[1.0, 0.0, 0.0], [0.25, 1.0, 0.5], [1.0, 1.0, 1.0]]  # the last group has no variance
 TURNS = [[3, 1, 2], [5, 1, 4], [2, 2, 2]]
 
 
 @pytest.fixture
 def run(recipe: ClusterGRPOConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ClusterGRPOConfig:
     made = dataclasses.replace(recipe, out=tmp_path, groups=3, group_size=3, fault_penalty=0.0)
-    monkeypatch.setattr(extension, "running", lambda: made)
+    monkeypatch.setattr(experience, "read_run", lambda: made)
     return made
 
 
@@ -61,9 +62,9 @@ def rollout_experiences(run: ClusterGRPOConfig) -> list[Any]:
     generator = Generator.__new__(Generator)
     options = {"max_len": 64}
     return [
-        generator._experience(response(Prompt("train", place, EpisodeSpec(0, 0, 0)).text(), one), options)
-        for place, (rewards, turns) in enumerate(zip(REWARDS, TURNS, strict=True))
-        for one in [rollout(r, t, 3 * place + i) for i, (r, t) in enumerate(zip(rewards, turns, strict=True))]
+        generator._experience(response(Prompt("train", position, EpisodeSpec(0, 0, 0)).text(), one), options)
+        for position, (rewards, turns) in enumerate(zip(REWARDS, TURNS, strict=True))
+        for one in [rollout(r, t, 3 * position + i) for i, (r, t) in enumerate(zip(rewards, turns, strict=True))]
     ]
 
 
@@ -86,7 +87,7 @@ def made(run: ClusterGRPOConfig, ranks: int) -> tuple[ExperienceMaker, list[Any]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_every_turn_of_a_live_group_is_trained_on_once_with_its_rollout_s_advantage(
+def test_every_turn_of_an_active_group_is_trained_on_once_with_its_rollout_s_advantage(
     run: ClusterGRPOConfig, ranks: int
 ) -> None:
     maker, experiences = made(run, ranks)
@@ -98,7 +99,7 @@ def test_every_turn_of_a_live_group_is_trained_on_once_with_its_rollout_s_advant
     check_all_trained(maker.samples, trained_keys(labels))
     turns = sum(sum(row) for row in TURNS[:2])
     assert len(maker.samples) == turns == 16
-    assert (maker.stats["samples"], maker.stats["pads"]) == (turns, -turns % ranks)
+    assert (maker.stats["samples"], maker.stats["padding_samples"]) == (turns, -turns % ranks)
     for batch in per_rank:
         for row, label in enumerate(batch.labels):
             mask, advantages = batch.action_mask[row].bool(), batch.advantages[row]
@@ -129,37 +130,18 @@ def test_the_stats_of_a_step(run: ClusterGRPOConfig) -> None:
     assert maker.stats["reward"] == pytest.approx(np.mean(REWARDS))
 
 
-def test_each_prompt_has_spares_of_its_own(run: ClusterGRPOConfig) -> None:
+def test_each_prompt_has_replacements_of_its_own(run: ClusterGRPOConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     write_prompts(run, 1000, 1000)
+    monkeypatch.setattr(extension, "read_run", lambda: run)
     generator = Generator.__new__(Generator)
     prompts = [line["prompt"] for line in read_jsonl(run.out / "prompts.jsonl")]
     assert len(prompts) == run.steps * run.groups
     chains = []
     for prompt in prompts:
         chain = [prompt]
-        while (spare := generator._spare(chain[-1])) is not None:
-            assert Prompt.of(spare).place == Prompt.of(prompt).place
-            chain.append(spare)
-        assert len(chain) == 1 + extension.SPARES
+        while (replacement := generator._replacement(chain[-1])) is not None:
+            assert Prompt.of(replacement).position == Prompt.of(prompt).position
+            chain.append(replacement)
+        assert len(chain) == 1 + REPLACEMENTS
         chains += chain
     assert len(set(chains)) == len(chains)
-
-
-def test_metrics_are_those_of_one_machine_and_are_cut_when_a_run_goes_on(tmp_path: Path) -> None:
-    told: list[Any] = []
-    board = SimpleNamespace(log_train=lambda *given: told.append(given), log_eval=lambda *given: told.append(given))
-    logger = MetricsLogger(tmp_path / "metrics.jsonl", board)
-    write_atomic(tmp_path / "metrics.jsonl", to_jsonl({"step": 1}) + to_jsonl({"step": 2}))
-    logger.cut(1)
-    logger.places = [4, 5]
-    logger.log_train(
-        2, {"vllm_kl": 0.5, "rollout/turns": 3.0, "rollout/operations/create": 0.25, "generated_samples": ["", 1]}
-    )
-    logger.log_eval(2, {"eval_held_out_pass1": 0.5, "eval_num_samples": 100.0})
-    lines = read_jsonl(tmp_path / "metrics.jsonl")
-    assert lines == [
-        {"step": 1},
-        {"step": 2, "places": [4, 5], "sampler_kl": 0.5, "turns": 3.0, "operations": {"create": 0.25}},
-        {"step": 2, "eval_em": 0.5, "eval_em_ci95": [0.402, 0.598], "eval_episodes": 100},
-    ]
-    assert len(told) == 2

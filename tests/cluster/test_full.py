@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from processes import session, wait_until
+from processes import session, shadow_packages, wait_until
 
 from agents.rollout import Driver
 from atommem_env.embedders.hashing import HashingEmbedder
@@ -36,8 +36,8 @@ MINUTE = 60.0
 HERE = Path(__file__).parent
 
 
-def trained_places(lines: list[dict[str, Any]]) -> list[int]:
-    return sorted(place for line in lines for place in line.get("places", ()))
+def trained_positions(lines: list[dict[str, Any]]) -> list[int]:
+    return sorted(position for line in lines for position in line.get("positions", ()))
 
 
 # ------------------------------------------------------------------------------------------------------- ways to train
@@ -52,7 +52,7 @@ def test_sampling_beside_training_with_partial_rollouts_and_dynamic_filtering(fi
         assert abs(line["sampler_kl"]) < 0.5  # weights change under the rollouts
         assert 0 < line["grad_norm"] < 100
     assert sum(line["groups_filtered"] for line in steps) == sum(line["groups_replaced"] for line in steps)
-    assert trained_places(lines) == list(range(16))
+    assert trained_positions(lines) == list(range(16))
     assert [line["step"] for line in lines if "eval_em" in line] == [0, 2, 4]
     assert (out / "model" / "model.safetensors").stat().st_size > 10**6
 
@@ -61,7 +61,7 @@ def test_zero_2_and_two_engines(finish: Finish) -> None:
     _, lines = finish("--zero-stage", "2", "--gpus-per-node", "4", "--engines", "2")
     steps = [line for line in lines if "reward" in line]
     assert [line["step"] for line in steps] == [1, 2]
-    assert trained_places(lines) == list(range(8))
+    assert trained_positions(lines) == list(range(8))
     assert all(abs(line["sampler_kl"]) < 0.05 and line["grad_norm"] > 0 for line in steps)
 
 
@@ -72,6 +72,7 @@ def test_a_ray_of_the_run_s_own(tmp_path: Path) -> None:
     program.write_text("#!/bin/sh\nprintf '81559\\n81559\\n81559\\n'\n")
     program.chmod(0o755)
     out = tmp_path / "run"
+    shadow_packages(tmp_path / "working")
     done = subprocess.run(
         [Path(sys.executable).with_name("atommem"), "train", "cluster", HERE / "tiny.toml", "--out", out],
         env={
@@ -79,13 +80,14 @@ def test_a_ray_of_the_run_s_own(tmp_path: Path) -> None:
             "PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}",
             "RAY_OVERRIDE_RESOURCES": '{"GPU": 3, "CPU": 12}',
         },
+        cwd=tmp_path / "working",
         capture_output=True,
         text=True,
         timeout=15 * MINUTE,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     lines = read_jsonl(out / "metrics.jsonl")
-    assert trained_places(lines) == list(range(8))
+    assert trained_positions(lines) == list(range(8))
     assert (out / "model" / "model.safetensors").is_file()
     assert f"vllm serve {out / 'model'}" in done.stdout
 
@@ -136,7 +138,7 @@ def test_a_trainer_that_is_killed_and_resumed_trains_on_each_prompt_once(
     assert re.search("JobFailed|Error", said), said
     _, lines = finish(*words, "--resume")
     assert [line["step"] for line in lines if "reward" in line] == [1, 2, 3, 4, 5, 6]
-    assert trained_places(lines) == list(range(24))
+    assert trained_positions(lines) == list(range(24))
 
 
 @pytest.mark.parametrize("how", [(), ASYNC], ids=["in turns", "beside each other"])
@@ -154,12 +156,12 @@ def test_an_engine_that_dies_ends_the_job_within_a_minute_and_is_named(
 
 
 class Service(ThreadingHTTPServer):
-    """An embedding service that embeds by hashing, and refuses what it is told to."""
+    """An embedding service that embeds by hashing, and rejects the texts that it should."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.refuses: Callable[[str], bool] = lambda text: False
-        self.refused = 0
+        self.rejects: Callable[[str], bool] = lambda text: False
+        self.rejected = 0
         self.status = 400
 
 
@@ -168,13 +170,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         texts = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["input"]
-        refused = any(map(self.server.refuses, texts))
-        self.server.refused += refused
+        rejected = any(map(self.server.rejects, texts))
+        self.server.rejected += rejected
         rows = HashingEmbedder(64).embed(texts, "document").tolist()
         data = [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows)]
-        answer = {"error": {"message": "refused"}} if refused else {"object": "list", "model": "m", "data": data}
+        answer = {"error": {"message": "rejected"}} if rejected else {"object": "list", "model": "m", "data": data}
         content = json.dumps(answer).encode()
-        self.send_response(self.server.status if refused else 200)
+        self.send_response(self.server.status if rejected else 200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -198,20 +200,20 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
 def test_an_episode_that_always_fails_costs_its_group_which_is_replaced_and_counted(
     service: Service, finish: Finish, recipe: ClusterGRPOConfig, tmp_path: Path
 ) -> None:
-    # The service refuses all texts about the person whom the first task asks about: that episode cannot be played.
+    # The service rejects all texts about the person that the first task asks about: that episode cannot be played.
     source = Driver.of(make_env(recipe, "train")).source
     (tmp_path / "plan").mkdir()
     write_prompts(dataclasses.replace(recipe, out=tmp_path / "plan"), len(source), len(source))
     first = Prompt.of(read_jsonl(tmp_path / "plan" / "prompts.jsonl")[0]["prompt"])
     question = source.task(first.spec.index, first.spec.task_seed).questions[0].text
     name = re.findall(r"[A-Z]\w+ [A-Z]\w+", question)[0]
-    service.refuses = lambda text: name in text
+    service.rejects = lambda text: name in text
     _, lines = finish("--embedder", "openai:m", "--eval-every", "0")
-    assert service.refused > 0
+    assert service.rejected > 0
     steps = [line for line in lines if "reward" in line]
     assert sum(line["groups_failed"] for line in steps) >= 1
     assert sum(line["groups_replaced"] for line in steps) >= 1
-    assert trained_places(lines) == list(range(8))
+    assert trained_positions(lines) == list(range(8))
 
 
 def test_an_embedder_that_fails_ends_the_job_within_a_minute_with_the_cause(
@@ -221,6 +223,6 @@ def test_an_embedder_that_fails_ends_the_job_within_a_minute_with_the_cause(
     job = start("--embedder", "openai:m", "--steps", "50", "--eval-every", "0")
     wait_until(lambda: job.poll() is not None or after_step(tmp_path / "run", 1)(), 10 * MINUTE)
     assert job.poll() is None, job.communicate()
-    service.refuses = lambda text: True
+    service.rejects = lambda text: True
     said = ended_within_a_minute(job)
     assert re.search("(?s)As many groups of a step as it has.*The embedding service at", said), said

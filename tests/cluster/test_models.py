@@ -217,18 +217,18 @@ def test_a_service_that_is_killed_and_started_again_loses_no_reply(
             served.start()
 
     with caplog.at_level(logging.WARNING, "agents"):
-        found = play(service, replied)
-    assert count == sum(len(rollout.turns) for rollout in found)
+        rollouts = play(service, replied)
+    assert count == sum(len(rollout.turns) for rollout in rollouts)
     began, ended = (record.getMessage() for record in caplog.records if record.name == "agents.models.openai_api")
     assert "is asked again" in began
     assert "answers again" in ended
     print(ended)
-    assert all(rollout.stop_reason in set(StopReason) and rollout.turns for rollout in found)
-    assert all(turn.reply.completion_ids for rollout in found for turn in rollout.turns)
-    assert [rollout.reward for rollout in found] == [rollout.reward for rollout in expected]
+    assert all(rollout.stop_reason in set(StopReason) and rollout.turns for rollout in rollouts)
+    assert all(turn.reply.completion_ids for rollout in rollouts for turn in rollout.turns)
+    assert [rollout.reward for rollout in rollouts] == [rollout.reward for rollout in expected]
     pairs = [
         (one.reply.completion_ids, other.reply.completion_ids)
-        for before, after in zip(expected, found, strict=True)
+        for before, after in zip(expected, rollouts, strict=True)
         for one, other in zip(before.turns, after.turns, strict=False)
     ]
     assert sum(one == other for one, other in pairs) > 0.9 * len(pairs)

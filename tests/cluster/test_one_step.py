@@ -23,12 +23,12 @@ def test_the_same_rollouts_give_the_same_gradient_and_the_same_weights(zero_stag
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["samples"] == found["trained"] > 16
-    local, cluster = found["grad_norms"]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["samples"] == result["trained"] > 16
+    local, cluster = result["grad_norms"]
     assert local > 0.01
     assert cluster == pytest.approx(local, rel=1e-2)
-    assert abs(found["sampler_kl"]) < 1e-5
+    assert abs(result["sampler_kl"]) < 1e-5
     # In the mean over the weights: Adam's first step has the size of the learning rate, also where a gradient is all rounding.
-    assert found["moved"] > 1e-4
-    assert found["apart"] < 1e-4 * found["moved"]
+    assert result["moved"] > 1e-4
+    assert result["apart"] < 1e-4 * result["moved"]

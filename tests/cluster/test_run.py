@@ -20,7 +20,7 @@ def test_a_run_as_a_user_starts_it(finish: Finish, tiny: Path) -> None:
     out, lines = finish()
     steps = [line for line in lines if "reward" in line]
     assert [line["step"] for line in steps] == [1, 2]
-    assert sorted(place for line in steps for place in line["places"]) == list(range(8))
+    assert sorted(position for line in steps for position in line["positions"]) == list(range(8))
     for line in steps:
         assert line["groups_failed"] == 0
         assert line["groups_active"] + line["groups_zero_variance"] == 4

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from processes import shadow_packages
 from rich.console import Console
 
 from agents.models.chat_tokenizer import ChatTokenizer
@@ -69,16 +70,20 @@ def test_openrlhf_gets_these_tokens_and_the_loss_is_on_the_replies_alone(run: Cl
     for ((ids,), (attention,), (loss_mask,)), sample in zip(items, expected, strict=True):
         assert ids == sample["input_ids"]
         assert attention == [1] * len(ids)
-        # A place counts where the token after it is one of the reply's; the last place has none after it.
+        # A position counts where the token after it is one of the reply's; the last has none after it.
         assert loss_mask == [float(label != -100) for label in sample["labels"][1:]] + [0.0]
     longest = max(len(sample["input_ids"]) for sample in expected[:2])
     assert shapes == [[2, longest]] * 3
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])
-def test_a_run_learns_and_its_model_is_loaded(zero_stage: int, run: ClusterSFTConfig, tiny: Path) -> None:
+def test_a_run_learns_and_its_model_is_loaded(
+    zero_stage: int, run: ClusterSFTConfig, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import AutoModelForCausalLM
 
+    shadow_packages(tmp_path / "working")
+    monkeypatch.chdir(tmp_path / "working")
     run = replace(run, zero_stage=zero_stage, learning_rate=1e-3, epochs=4)
     last = train(run, Console(quiet=True))
     lines = read_jsonl(run.out / "metrics.jsonl")

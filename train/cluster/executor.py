@@ -23,7 +23,7 @@ from agents.models.vllm_model import reply_of
 from agents.rollout import Driver
 from atommem_env.errors import EngineDied, PromptTooLong
 from atommem_env.types import Message, Reply, Rollout
-from train.cluster.recipe import Prompt, running
+from train.cluster.recipe import Prompt, read_run
 from train.settings import make_env
 
 
@@ -68,7 +68,7 @@ class AgentExecutor(AgentExecutorBase):
     """Plays episodes; what it returns is one response of OpenRLHF's, with the whole rollout in it."""
 
     def __init__(self) -> None:
-        self.run = running()
+        self.run = read_run()
         self.model = find_model(self.run.model)
         self.chat = ChatTokenizer(self.model)
         self.drivers = {
@@ -88,17 +88,17 @@ class AgentExecutor(AgentExecutorBase):
         llm_engine: Any,
         images: Any = None,
     ) -> dict[str, Any]:
-        """One rollout; its `rollout` is None, and `lost` says why, where the infrastructure failed each time that it was tried.
+        """One rollout; its `rollout` is None, and `lost` says why, where the infrastructure failed at every try.
 
         Raises:
-            AtomMemError: what trying again cannot mend.
+            AtomMemError: what another try cannot fix.
         """
         number = self.played[prompt]
         self.played[prompt] += 1
-        asked, run = Prompt.of(prompt), self.run
-        driver, spec = self.drivers[asked.split], asked.spec
+        named, run = Prompt.of(prompt), self.run
+        driver, spec = self.drivers[named.split], named.spec
         temperature = 0.0
-        if asked.split == "train":
+        if named.split == "train":
             temperature = run.temperature
             seeds = np.random.default_rng(spec.seed).integers(2**31, size=run.group_size).tolist()
             spec = dataclasses.replace(spec, seed=seeds[number % run.group_size])

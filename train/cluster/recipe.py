@@ -1,4 +1,4 @@
-"""What a cluster run is, and how OpenRLHF is told: a recipe's settings, and the flags that they become."""
+"""What a cluster run is: a recipe's settings, and the flags of OpenRLHF that they become."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from eval.toml_tables import fields_of, read_recipe_file, read_table, shipped_re
 from train.settings import GRPOConfig
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "cluster"
-VERSION = "0.11.2"  # of OpenRLHF; another is refused
+VERSION = "0.11.2"  # of OpenRLHF; another is rejected
 AGENT = Path(__file__).with_name("agent.py")
 RUN_VARIABLE = "ATOMMEM_RUN"  # names the folder of the run to every process of its job
-SPARES = 3  # of each prompt
+REPLACEMENTS = 3  # of each prompt
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 
@@ -46,11 +46,11 @@ class ClusterGRPOConfig(GRPOConfig):
     zero_stage: int = 3
     """DeepSpeed: 2 shards gradients and moments over the GPUs, 3 the weights as well."""
     offload_optimizer: bool = False
-    """Keep Adam's moments in the machines' memory instead of the GPUs'."""
+    """Hold Adam's moments in the machines' memory instead of the GPUs'."""
     gradient_checkpointing: bool = True
-    """Compute activations twice instead of keeping them: less memory, more time."""
+    """Compute activations twice instead of storing them: less memory, more time."""
     max_tokens: int = 16_384
-    """Longest prompt and reply together; a longer prompt ends the run: nothing is cut."""
+    """Longest prompt and reply together; a longer prompt ends the run: nothing is truncated."""
     gpu_memory_utilization: float = 0.6
     """Share of its GPU's memory that an engine may take."""
     asynchronous: bool = False
@@ -58,9 +58,9 @@ class ClusterGRPOConfig(GRPOConfig):
     partial_rollouts: bool = False
     """With `asynchronous`: new weights reach episodes in the middle."""
     dynamic_filtering: bool = False
-    """Play another task in the place of one whose rollouts all have the same reward."""
+    """Play another task instead of one whose rollouts all have the same reward."""
     retries: int = 2
-    """How often an episode that the infrastructure failed is played anew before its group is dropped and replaced."""
+    """How often an episode that the infrastructure failed is played again before its group is dropped and replaced."""
     embedding_model: str | None = None
     """The model that an embedding service of the run's own serves, for the embedder openai:MODEL; else it runs elsewhere."""
     embedding_gpu_memory: float = 0.1
@@ -96,16 +96,16 @@ class Prompt:
     """What OpenRLHF takes for a prompt: the name of an episode."""
 
     split: str  # train or held_out
-    place: int  # among the prompts of its file; a spare has the place of what it replaces
+    position: int  # among the prompts of its file; a replacement has that of what it replaces
     spec: EpisodeSpec
 
     def text(self) -> str:
-        return json.dumps({"split": self.split, "place": self.place, **dataclasses.asdict(self.spec)})
+        return json.dumps({"split": self.split, "position": self.position, **dataclasses.asdict(self.spec)})
 
     @classmethod
     def of(cls, text: str) -> Prompt:
         fields = json.loads(text)
-        return cls(fields.pop("split"), fields.pop("place"), EpisodeSpec(**fields))
+        return cls(fields.pop("split"), fields.pop("position"), EpisodeSpec(**fields))
 
 
 def read_recipe(name: str) -> ClusterGRPOConfig:
@@ -130,7 +130,7 @@ def read_recipe(name: str) -> ClusterGRPOConfig:
         raise
 
 
-def running() -> ClusterGRPOConfig:
+def read_run() -> ClusterGRPOConfig:
     """The run that this process is a part of: the one in the folder that the variable `ATOMMEM_RUN` names.
 
     Raises:
@@ -154,17 +154,17 @@ def recipe_names() -> list[str]:
 def write_prompts(run: ClusterGRPOConfig, train_tasks: int, held_out_tasks: int) -> None:
     """Writes the files of prompts into the run's folder: a prompt names a task, which the executor plays.
 
-    OpenRLHF reads `prompts.jsonl`, exactly those of all steps, and `held_out.jsonl`. The tasks of `spares.jsonl` take the
-    places of those whose group is dropped or filtered: the spares of place p are its lines p, p + N, …, with N prompts in all,
-    so that a resumed run takes the same ones.
+    OpenRLHF reads `prompts.jsonl`, exactly those of all steps, and `held_out.jsonl`. The tasks of `replacements.jsonl` replace
+    those whose group is dropped or filtered: the replacements of prompt p are its lines p, p + N, …, with N prompts in all, so
+    that a resumed run takes the same ones.
     """
     wanted = run.steps * run.groups
-    train = episode_specs(train_tasks, (1 + SPARES) * wanted, run.seed)
-    files = {"prompts": ("train", train[:wanted]), "spares": ("train", train[wanted:])}
+    train = episode_specs(train_tasks, (1 + REPLACEMENTS) * wanted, run.seed)
+    files = {"prompts": ("train", train[:wanted]), "replacements": ("train", train[wanted:])}
     if run.eval_every:
         files["held_out"] = ("held_out", episode_specs(held_out_tasks, run.eval_episodes, run.seed))
     for name, (split, specs) in files.items():
-        prompts = (Prompt(split=split, place=place % wanted, spec=spec).text() for place, spec in enumerate(specs))
+        prompts = (Prompt(split, number % wanted, spec).text() for number, spec in enumerate(specs))
         lines = "".join(to_jsonl({"prompt": prompt, "datasource": split}) for prompt in prompts)
         write_atomic(run.out / f"{name}.jsonl", lines)
 

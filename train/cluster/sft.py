@@ -4,16 +4,17 @@
     atommem train cluster-sft runs/samples --model /models/Qwen3-8B --out runs/sft
     atommem train cluster-sft runs/samples --model /models/Qwen3-8B --out runs/sft --dry-run       # prints the command
 
-The job is `openrlhf.cli.train_sft`, with samples of ours in the place of its own: token ids, those of sampling. Left to itself
+The job is `openrlhf.cli.train_sft`, with samples of ours instead of its own: token ids, those of sampling. Left to itself
 OpenRLHF renders and tokenizes chats by rules of its own: a template may write a reply otherwise than it is sampled, and what a
 document says can become a control token. The loss is on the replies alone, the mean over the tokens of a batch. Weights are
 bfloat16, with a float32 copy in the optimizer; learning rate and Adam are those of `atommem sft`.
 
 The folder `--out`, which all machines must see under the same path, then holds the model in the form of Hugging Face
-(`model/`), `config.json`, `metrics.jsonl`, `job.log` and the token ids (`tokens/`).
+(`model/`), `config.json`, `metrics.jsonl`, `job.log` and the token ids (`tokens/`). DeepSpeed runs in it, and so reads a
+`.deepspeed_env` of the home folder alone.
 
-What is left out: going on with an interrupted run; and the samples that do not fill the last micro-batch of all GPUs in an epoch,
-or the last batch of the run. They are others in each epoch, as samples are shuffled anew.
+What is left out: resuming an interrupted run; and the samples that do not fill the last micro-batch of all GPUs in an epoch,
+or the last batch of the run. They are others in each epoch, as samples are shuffled again.
 """
 
 from __future__ import annotations
@@ -40,12 +41,15 @@ from atommem_env.errors import MissingDependency, ModelNotFound, SettingError
 from eval.played_as import eval_command
 from eval.progress import step_progress
 from eval.run_folder import read_jsonl, require_empty_dir, to_jsonl, write_atomic
-from train.cluster.launch import LocalJob, check_running, ended_by_signals
+from train.cluster.jobs import LocalJob, check_running, ended_by_signals
 from train.cluster.recipe import VERSION, flag_words
 from train.sft import read_samples, write_samples_card
 
 _METRICS = "metrics.jsonl"
 _POLL = 2.0  # seconds between looks at the job
+# -P for each of the processes that DeepSpeed's launcher starts by `python -m`, on all machines: else a `train.py` of the working
+# folder would be imported instead of ours.
+_SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +71,7 @@ class ClusterSFTConfig:
     zero_stage: int = 3
     """DeepSpeed: 2 shards gradients and moments over the GPUs, 3 the weights as well."""
     gradient_checkpointing: bool = True
-    """Compute activations twice instead of keeping them: less memory, more time."""
+    """Compute activations twice instead of storing them: less memory, more time."""
     epochs: int = 3
     """Passes over the samples."""
     batch_size: int = 16
@@ -77,7 +81,7 @@ class ClusterSFTConfig:
     learning_rate: float = 2e-5
     """Highest learning rate; it rises over the first 3 % of the updates and falls to 0 as a cosine."""
     max_tokens: int = 18_384
-    """A longer sample, prompt and reply together, is refused: nothing is cut."""
+    """A longer sample, prompt and reply together, is rejected: nothing is truncated."""
     seed: int = 0
     """Of the order of the samples."""
     openrlhf: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FLAG")] = ()
@@ -174,7 +178,9 @@ def main(run: ClusterSFTConfig) -> None:
         except (ModelNotFound, MissingDependency) as error:
             out.print(f"# {error}", soft_wrap=True, markup=False, highlight=False)
             model = Path(run.model)
-        out.print(shlex.join(launch_command(run, model)), soft_wrap=True, markup=False, highlight=False)
+        variables = [f"{name}={value}" for name, value in _SAFE_PATH.items()]
+        words = shlex.join([*variables, *launch_command(run, model)])
+        out.print(words, soft_wrap=True, markup=False, highlight=False)
         return
     metrics = train(run, Console(stderr=True))
     out.print(
@@ -205,7 +211,8 @@ def train(run: ClusterSFTConfig, console: Console) -> dict[str, Any]:
     write_atomic(run.out / "config.json", json.dumps(dataclasses.asdict(run), indent=2, default=str) + "\n")
     words = [sys.executable, "-m", "deepspeed.launcher.runner", *launch_command(run, model)[1:]]
     with ExitStack() as stack, ended_by_signals(), step_progress(console) as progress:
-        job = LocalJob(words, {}, run.out / "job.log")
+        # In the run's folder: for several machines DeepSpeed puts the working folder into PYTHONPATH.
+        job = LocalJob(words, _SAFE_PATH, run.out / "job.log", folder=run.out)
         stack.callback(job.stop)
         bar = progress.add_task("SFT", total=total, told="starting")
         running = True
@@ -250,7 +257,7 @@ def write_tokens(run: ClusterSFTConfig, model: Path) -> int:
 
 
 def job() -> None:
-    """Runs `openrlhf.cli.train_sft` with the arguments of this process, which is one of as many as there are GPUs."""
+    """Runs `openrlhf.cli.train_sft` with the arguments of this process, one for each GPU."""
     _check_version()
     install()
     runpy.run_module("openrlhf.cli.train_sft", run_name="__main__", alter_sys=True)
@@ -263,7 +270,7 @@ def install() -> None:
     import torch
 
     class TokenDataset(openrlhf.datasets.SFTDataset):
-        """Items: token ids, attention mask and loss mask, each [1, T]; the last marks the places *before* a reply's tokens."""
+        """Items: token ids, attention mask and loss mask, each [1, T]; the last marks the positions *before* a reply's tokens."""
 
         def __init__(self, dataset: Any, tokenizer: Any, *args: Any, **kwargs: Any) -> None:
             self.rows, self.tokenizer = dataset, tokenizer
@@ -299,12 +306,12 @@ def install() -> None:
 
 def _check_version() -> None:
     try:
-        found = importlib.metadata.version("openrlhf")
+        installed = importlib.metadata.version("openrlhf")
     except importlib.metadata.PackageNotFoundError as error:
         raise MissingDependency("Training on a cluster needs OpenRLHF: pip install 'atommem[cluster]'.") from error
-    if found != VERSION:
+    if installed != VERSION:
         raise SettingError(
-            f"This is written for OpenRLHF {VERSION}; {found} is installed. pip install openrlhf=={VERSION}"
+            f"This is written for OpenRLHF {VERSION}; {installed} is installed. pip install openrlhf=={VERSION}"
         )
 
 

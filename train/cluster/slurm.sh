@@ -4,7 +4,8 @@
 #   sbatch --nodes=2 --gpus-per-node=8 slurm.sh qwen3-8b-2-nodes --out /shared/runs/qwen3
 #
 # Submit it from the virtual environment that atommem[cluster] is installed in. That folder, ATOMMEM_DATA and --out must be on a
-# file system that all machines share. Copy this file to change what Slurm is asked for; the variables below can be set outside.
+# file system that all machines share, and so must the folder that modules of your own are in: the one that you submit from, or
+# the one that ATOMMEM_MODULES names. Copy this file to change what Slurm is asked for; the variables below can be set outside.
 #SBATCH --job-name=atommem
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
@@ -21,7 +22,7 @@ nodes=${SLURM_JOB_NUM_NODES:?start this by sbatch}
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 HEAD_IP=${HEAD_IP:-$(hostname --ip-address | awk '{print $1}')}  # this script runs on the first machine
 dashboard="http://$HEAD_IP:$DASHBOARD_PORT"
-unset RAY_ADDRESS RAY_API_SERVER_ADDRESS # to Ray they would count more than what it is told here
+unset RAY_ADDRESS RAY_API_SERVER_ADDRESS # Ray would prefer them to the addresses given here
 
 started=()
 on() { # HOST COMMAND…: in the background, until the job ends
@@ -45,7 +46,7 @@ done
 
 atommem train cluster "$1" --ray-address "$dashboard" "${@:2}" &
 launcher=$!
-trap 'kill -TERM "$launcher"' TERM # bash hands on no signal by itself; the launcher stops its job in order
+trap 'kill -TERM "$launcher"' TERM # bash passes on no signal by itself; the launcher stops its job in order
 code=0
 while kill -0 "$launcher" 2>/dev/null; do
     wait "$launcher" && code=0 || code=$?

@@ -265,7 +265,7 @@ def test_a_question_that_does_not_fit_by_itself_is_an_error(tells: bool) -> None
 
 
 @given(st.text("ab ", max_size=30), st.integers(0, 12))
-def test_what_is_kept_of_a_text_is_its_ends(text: str, kept: int) -> None:
+def test_what_is_left_of_a_text_is_its_ends(text: str, kept: int) -> None:
     spans = list(get_tokenizer("builtin").spans(text))
     words = text.split()
     ends = without_middle(text, spans, kept).split()
@@ -338,7 +338,7 @@ def test_every_method_plays_with_a_real_model(method: str) -> None:
         *((method, {"advance": "on_write"}, "advance") for method in METHODS),
     ],
 )
-def test_an_environment_that_lacks_what_a_method_needs_is_refused(method: str, options: Any, needs: str) -> None:
+def test_an_environment_that_lacks_what_a_method_needs_is_rejected(method: str, options: Any, needs: str) -> None:
     with pytest.raises(SettingError, match=f"{method} needs {needs}"):
         PromptedPolicy(method, METHODS[method][0], Reader(None), EpisodeSettings(**options))
 

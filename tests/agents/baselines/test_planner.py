@@ -130,7 +130,7 @@ def test_it_writes_names_and_answers_only_what_is_in_view(dropped: tuple[str, ..
     assert (written > 0) is ("create" not in dropped)
 
 
-def test_it_is_privileged_and_refuses_other_questions() -> None:
+def test_it_is_privileged_and_rejects_other_questions() -> None:
     assert Planner(EpisodeSettings()).privileged
     foreign = Question("q", "Where was the author of Emma born?", ("x",), (), "bridge", 1)
     with pytest.raises(PolicyError, match="AtomMem-Synthetic"):

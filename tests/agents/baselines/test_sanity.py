@@ -25,7 +25,7 @@ def test_noise_earns_no_more_than_abstaining_always(policy: str) -> None:
     assert mean_reward(play(policy)) <= mean_reward(play("constant=unknown")) + 0.05
 
 
-def test_spam_floods_and_is_told() -> None:
+def test_spam_floods_and_is_notified() -> None:
     rollout = play("spam", SPECS[:1])[0]
     seen = {result.fault for turn in rollout.turns for result in turn.results}
     assert {Fault.SUPERSEDED, Fault.OUT_OF_PHASE} <= seen

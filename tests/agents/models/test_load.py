@@ -36,12 +36,12 @@ def test_a_folder_is_called_by_its_last_name(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("name", ["no-such-model", "openai:", "vllm:", "other:model"])
-def test_an_unknown_name_is_told_what_there_is(name: str) -> None:
+def test_an_unknown_name_is_answered_with_what_there_is(name: str) -> None:
     with pytest.raises(ModelNotFound, match=", ".join(MODELS)):
         load_model(name)
 
 
-def test_what_is_missing_is_told_by_the_back_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_is_reported_by_the_back_end(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("openai")
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     with pytest.raises(SettingError, match="OPENAI_BASE_URL"):

@@ -141,7 +141,7 @@ def thinker(tmp_path_factory: pytest.TempPathFactory) -> TransformersModel:
     return TransformersModel(folder, dtype="float32", device="cpu")
 
 
-def test_a_template_is_told_whether_to_think_and_thoughts_are_no_reply(thinker: TransformersModel) -> None:
+def test_a_template_is_given_whether_to_think_and_thoughts_are_no_reply(thinker: TransformersModel) -> None:
     tokenizer = thinker.chat
     loud, quiet = (tokenizer.prompt_ids(chat("w2"), thinking) for thinking in (True, False))
     assert tokenizer.backend.decode(loud).endswith("<start> assistant <think>")
@@ -158,7 +158,7 @@ def test_a_template_is_told_whether_to_think_and_thoughts_are_no_reply(thinker: 
         assert tokenizer.reply_text(prompt, tokenizer.completion_ids(written)) == reply
 
 
-def test_what_was_thought_is_kept_as_ids_alone(thinker: TransformersModel) -> None:
+def test_what_was_thought_is_recorded_as_ids_alone(thinker: TransformersModel) -> None:
     async def complete(thinking: bool) -> Reply:
         return await thinker.complete(chat("w2"), max_new_tokens=4, temperature=0, thinking=thinking)
 
@@ -181,7 +181,7 @@ def test_a_system_message_is_never_lost(tmp_path: Path, template: str) -> None:
     assert "system" not in text
 
 
-def test_a_model_without_a_chat_template_is_refused(tmp_path: Path) -> None:
+def test_a_model_without_a_chat_template_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="no chat template"):
         TransformersModel(save_tiny_model(tmp_path, template=None), dtype="float32", device="cpu")
 
@@ -246,7 +246,7 @@ def test_tokens_are_drawn_with_their_probabilities(model: TransformersModel) -> 
         assert abs(share - expected) <= 4.5 * math.sqrt(expected * (1 - expected) / draws) + 1 / draws
 
 
-def test_an_end_of_sequence_token_is_kept_and_stops_the_reply(model: TransformersModel) -> None:
+def test_an_end_of_sequence_token_is_recorded_and_stops_the_reply(model: TransformersModel) -> None:
     end = model.chat.backend.eos_token_id
     replies = model.generate(prompts(model) * 4, max_new_tokens=24, temperature=1.5, seeds=range(28))
     assert {reply.stop for reply in replies} == {"stop", "length"}
@@ -269,7 +269,7 @@ def test_a_prompt_beyond_the_window_is_an_error_with_both_numbers(model: Transfo
 
 
 @pytest.mark.parametrize(("temperature", "seeds"), [(-1.0, [1]), (1.0, None), (1.0, [1, 2])])
-def test_sampling_without_its_seeds_is_refused(
+def test_sampling_without_its_seeds_is_rejected(
     model: TransformersModel, temperature: float, seeds: list[int] | None
 ) -> None:
     with pytest.raises(SettingError, match="one seed for each of the 1 prompts"):
@@ -277,7 +277,7 @@ def test_sampling_without_its_seeds_is_refused(
 
 
 @pytest.mark.parametrize(("prompt", "max_new_tokens"), [([], 4), ([5], 0)])
-def test_an_empty_prompt_or_reply_is_refused(model: TransformersModel, prompt: list[int], max_new_tokens: int) -> None:
+def test_an_empty_prompt_or_reply_is_rejected(model: TransformersModel, prompt: list[int], max_new_tokens: int) -> None:
     with pytest.raises(SettingError, match=f"got {len(prompt)} and max_new_tokens={max_new_tokens}"):
         model.generate([prompt], max_new_tokens=max_new_tokens, temperature=0)
 
@@ -585,7 +585,7 @@ def test_a_module_with_adapters_is_sampled_with_them(model: TransformersModel, f
         assert_close(reply.logprobs, logp.gather(-1, torch.tensor(reply.completion_ids)[:, None])[:, 0].tolist())
 
 
-def test_an_attention_that_rows_cannot_share_is_refused(model: TransformersModel, tmp_path: Path) -> None:
+def test_an_attention_that_rows_cannot_share_is_rejected(model: TransformersModel, tmp_path: Path) -> None:
     eager = transformers.AutoModelForCausalLM.from_config(model.model.config, attn_implementation="eager")
     with pytest.raises(SettingError, match="attn_implementation='eager'"):
         TransformersModel.of(eager, model.chat, name="eager")

@@ -1,4 +1,4 @@
-"""A chat model behind a service, spoken to over HTTP: one that fails, lies, hangs, dies and comes back as it is told."""
+"""A chat model behind a service, spoken to over HTTP: one that fails, lies, hangs, dies and comes back as a test wants."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Service(ThreadingHTTPServer):
         self.keys: set[str | None] = set()
         self.failures: list[int | str] = []  # of the next answers: a status, or one of the above
         self.distort: Distortion = lambda answer: answer
-        self.refuses: Callable[[dict[str, Any]], str] = lambda body: ""
+        self.rejects: Callable[[dict[str, Any]], str] = lambda body: ""
         self.knows_ids = True
         self.window = 10**9
         self.busy = self.busiest = 0
@@ -76,8 +76,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         tokens = sum(len(message["content"].split()) for message in body["messages"])
         limit = body.get("max_tokens") or body["max_completion_tokens"]
-        if refusal := self.server.refuses(body):
-            self._send(400, {"error": {"message": refusal, "code": 400}})
+        if rejection := self.server.rejects(body):
+            self._send(400, {"error": {"message": rejection, "code": 400}})
         elif tokens + limit > self.server.window:
             said = (
                 f"This model's maximum context length is {self.server.window} tokens. However, you requested {limit} output "
@@ -169,10 +169,10 @@ def ask(model: OpenAIModel, chat: list[Message] = CHAT, **settings: Any) -> Repl
 EXPECTED = f"<read_memory>{hash_of('Who lives in Rome?')} 7</read_memory>"
 
 
-# --------------------------------------------------------------------------------------------------- what is sent, and told
+# --------------------------------------------------------------------------------------------------- what is sent, and reported
 
 
-def test_a_reply_is_kept_as_it_was_sampled(service: Service) -> None:
+def test_a_reply_is_recorded_as_it_was_sampled(service: Service) -> None:
     reply = ask(OpenAIModel("org/m"))
     ids = tuple(map(ord, EXPECTED))
     assert reply == Reply(
@@ -196,7 +196,7 @@ def test_a_reply_is_kept_as_it_was_sampled(service: Service) -> None:
     assert service.keys == {f"Bearer {KEY}"}
 
 
-def test_a_reply_that_was_cut_says_so(service: Service) -> None:
+def test_a_reply_that_was_truncated_says_so(service: Service) -> None:
     reply = ask(OpenAIModel("m"), max_new_tokens=5)
     assert (reply.text, reply.stop, len(reply.completion_ids)) == (EXPECTED[:5], "length", 5)
 
@@ -255,15 +255,15 @@ def test_a_service_that_ignores_what_it_does_not_know_will_do(service: Service) 
     ],
 )
 @pytest.mark.parametrize("no_system", [False, True])
-def test_what_a_service_refuses_is_found_out_once_and_left_out(
+def test_what_a_service_rejects_is_detected_once_and_left_out(
     no_system: bool, fields: tuple[str, ...], still: set[str], service: Service
 ) -> None:
-    def refuses(body: dict[str, Any]) -> str:
+    def rejects(body: dict[str, Any]) -> str:
         if no_system and body["messages"][0]["role"] == "system":
             return "Only user and assistant roles are supported!"
         return f"Extra inputs are not permitted: {fields}" if set(fields) & set(body) else ""
 
-    service.refuses = refuses
+    service.rejects = rejects
     model = OpenAIModel("m")
 
     async def several() -> list[Reply]:
@@ -274,15 +274,15 @@ def test_what_a_service_refuses_is_found_out_once_and_left_out(
     said = "Be brief.\n\nWho lives in Rome?" if no_system else "Who lives in Rome?"
     assert {reply.text for reply in replies} == {f"<read_memory>{hash_of(said)} 7</read_memory>"}
     assert {reply.completion_ids for reply in replies} == {()}
-    refused = [body for body in service.asked if refuses(body)]
-    assert len(service.asked) == len(refused) + 5
-    assert len(refused) < 8
+    rejected = [body for body in service.asked if rejects(body)]
+    assert len(service.asked) == len(rejected) + 5
+    assert len(rejected) < 8
     assert still <= set(service.asked[-1])
     assert not set(fields) & set(service.asked[-1])
 
 
-def test_a_template_without_a_system_role_is_found_out_also_after_chats_that_have_none(service: Service) -> None:
-    service.refuses = lambda body: "System role not supported" if body["messages"][0]["role"] == "system" else ""
+def test_a_template_without_a_system_role_is_detected_also_after_chats_that_have_none(service: Service) -> None:
+    service.rejects = lambda body: "System role not supported" if body["messages"][0]["role"] == "system" else ""
     model = OpenAIModel("m")
     ask(model, CHAT[1:])
     for _ in range(2):
@@ -291,11 +291,11 @@ def test_a_template_without_a_system_role_is_found_out_also_after_chats_that_hav
     assert service.asked[-1]["messages"] == [{"role": "user", "content": "Be brief.\n\nWho lives in Rome?"}]
 
 
-# -------------------------------------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------------------------------------------- what is rejected
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 413])
-def test_a_refusal_is_told_at_once_and_without_the_key(status: int, service: Service) -> None:
+def test_a_rejection_is_reported_at_once_and_without_the_key(status: int, service: Service) -> None:
     service.failures = [status]
     with pytest.raises(ModelError, match=rf"status {status}: no, because; ….*vllm serve org/m") as caught:
         ask(OpenAIModel("org/m"))
@@ -303,20 +303,20 @@ def test_a_refusal_is_told_at_once_and_without_the_key(status: int, service: Ser
     assert KEY not in f"{caught.value!r}{caught.value.__cause__}"
 
 
-def test_a_request_that_is_wrong_in_every_form_is_refused_with_the_services_words(service: Service) -> None:
-    service.refuses = lambda body: "temperature must be non-negative"
+def test_a_request_that_is_wrong_in_every_form_is_rejected_with_the_services_words(service: Service) -> None:
+    service.rejects = lambda body: "temperature must be non-negative"
     model = OpenAIModel("m")
     with pytest.raises(ModelError, match=r"rejected the request: temperature must be non-negative\."):
         ask(model)
-    service.refuses = lambda body: ""
+    service.rejects = lambda body: ""
     ask(model)
-    service.refuses, before = lambda body: "temperature must be non-negative", len(service.asked)
+    service.rejects, before = lambda body: "temperature must be non-negative", len(service.asked)
     with pytest.raises(ModelError, match="non-negative"):
         ask(model)
     assert len(service.asked) == before + 1
 
 
-def test_a_prompt_beyond_the_window_is_told_with_both_numbers(service: Service) -> None:
+def test_a_prompt_beyond_the_window_is_reported_with_both_numbers(service: Service) -> None:
     service.window = 100
     long: list[Message] = [{"role": "user", "content": "boat " * 51}]
     model = OpenAIModel("m")
@@ -366,7 +366,7 @@ def test_a_prompt_beyond_the_window_is_told_with_both_numbers(service: Service) 
 def test_services_say_in_many_words_that_a_prompt_is_too_long(
     said: str, tokens: int | None, room: int, service: Service
 ) -> None:
-    service.refuses = lambda body: said
+    service.rejects = lambda body: said
     with pytest.raises(PromptTooLong) as caught:
         ask(OpenAIModel("m"), max_new_tokens=64)
     assert (caught.value.tokens, caught.value.room) == (tokens, room)
@@ -391,7 +391,7 @@ def test_a_passing_failure_costs_no_reply_and_changes_nothing_of_what_is_sent(
     assert "answers again" in ended
 
 
-def test_an_outage_of_a_moment_is_not_told(
+def test_an_outage_of_a_moment_is_not_reported(
     service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(openai_client, "_UNREPORTED", 60.0)
@@ -427,7 +427,7 @@ def test_silence_is_an_outage(service: Service, monkeypatch: pytest.MonkeyPatch)
     assert len(service.asked) == 2
 
 
-def test_a_service_that_is_not_there_is_told_with_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_service_that_is_not_there_is_reported_with_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://user:{KEY}@127.0.0.1:{port}/v1")

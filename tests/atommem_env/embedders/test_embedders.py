@@ -150,7 +150,7 @@ def test_hashing_takes_time_in_proportion_to_length(unit: str) -> None:
     assert long < 60 * short + 0.5
 
 
-def test_hashing_refuses_a_dimension_without_slots() -> None:
+def test_hashing_rejects_a_dimension_without_slots() -> None:
     with pytest.raises(SettingError, match="at least 1, got 0"):
         HashingEmbedder(0)
 

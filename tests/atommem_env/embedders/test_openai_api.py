@@ -36,7 +36,7 @@ Distortion = Callable[[dict[str, Any]], Any]
 
 
 class Service(ThreadingHTTPServer):
-    """Embeds by hashing, three times too long and in reverse order; fails and lies as told."""
+    """Embeds by hashing, three times too long and in reverse order; fails and lies as a test wants."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -47,7 +47,7 @@ class Service(ThreadingHTTPServer):
         self.base64 = True
         self.knows_how_to_cut = True
         self.window = 10**9  # characters
-        self.words = ""  # at the end of a refusal
+        self.words = ""  # at the end of a rejection
         self.over = threading.Event()
 
 
@@ -69,8 +69,8 @@ class Handler(BaseHTTPRequestHandler):
             body["input"] = [text[: self.server.window] for text in body["input"]]
         if any(len(text) > self.server.window for text in body["input"]):
             status = 400
-        refusal = {"error": {"message": f"no, because; {self.server.words}"}}
-        self._send(status, self._answer(body["input"]) if status == 200 else refusal)
+        rejection = {"error": {"message": f"no, because; {self.server.words}"}}
+        self._send(status, self._answer(body["input"]) if status == 200 else rejection)
 
     def _answer(self, texts: list[str]) -> Any:
         vectors = 3 * HashingEmbedder(D).embed(texts, "document")
@@ -158,7 +158,7 @@ def test_a_key_is_passed_on(service: Service, monkeypatch: pytest.MonkeyPatch) -
     assert service.asked[-1]["key"] == "Bearer secret"
 
 
-def test_an_empty_text_is_sent_as_a_space_and_one_of_megabytes_is_cut(service: Service) -> None:
+def test_an_empty_text_is_sent_as_a_space_and_one_of_megabytes_is_truncated(service: Service) -> None:
     embedder = OpenAIEmbedder("m")
     embedder.embed(["", "boat " * 1_000_000], "document")
     empty, long = service.asked[-1]["input"]
@@ -167,7 +167,7 @@ def test_an_empty_text_is_sent_as_a_space_and_one_of_megabytes_is_cut(service: S
 
 
 @pytest.mark.parametrize("knows_how_to_cut", [True, False])
-def test_texts_beyond_the_models_window_are_cut_or_refused_as_the_service_can(
+def test_texts_beyond_the_models_window_are_truncated_or_rejected_as_the_service_can(
     knows_how_to_cut: bool, service: Service
 ) -> None:
     service.knows_how_to_cut, service.window = knows_how_to_cut, 100
@@ -203,7 +203,7 @@ def test_a_service_that_keeps_failing_is_given_up_in_time(failure: int, service:
     assert "vllm serve served/m --runner pooling" in str(caught.value)
 
 
-def test_a_service_that_is_not_there_is_told_with_its_address(
+def test_a_service_that_is_not_there_is_reported_with_its_address(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
@@ -233,7 +233,7 @@ def test_an_outage_costs_the_patience_once_until_an_answer_comes(service: Servic
 
 
 @pytest.mark.parametrize("status", [401, 404])
-def test_a_refusal_is_told_at_once(status: int, service: Service) -> None:
+def test_a_rejection_is_reported_at_once(status: int, service: Service) -> None:
     service.failures = [status]
     with pytest.raises(EmbeddingError, match=f"rejected 1 texts.*{status}.*no, because"):
         OpenAIEmbedder("m")
@@ -263,7 +263,7 @@ def number(value: float, size: int = D) -> str:
 
 
 @pytest.mark.parametrize(
-    ("distort", "told"),
+    ("distort", "message"),
     [
         (lambda answer: {**answer, "data": answer["data"][1:]}, "indices"),
         (lambda answer: {**answer, "data": [answer["data"][0]] * 3}, "indices"),
@@ -285,11 +285,11 @@ def number(value: float, size: int = D) -> str:
     ],
 )
 def test_an_answer_that_is_not_one_unit_vector_a_text_is_an_error(
-    distort: Distortion, told: str, service: Service
+    distort: Distortion, message: str, service: Service
 ) -> None:
     embedder = OpenAIEmbedder("m")
     service.distort = distort
-    with pytest.raises(EmbeddingError, match=f"(?s){told}"):
+    with pytest.raises(EmbeddingError, match=f"(?s){message}"):
         embedder.embed(TEXTS[:3], "document")
 
 

@@ -204,7 +204,7 @@ def test_a_model_of_the_hub_that_was_fetched_is_found_by_its_name(
         SentenceTransformerEmbedder("org/none")
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_a_folder_of_something_else_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match=r"has no modules.json.*hf download"):
         get_embedder(f"st:{tmp_path}")
     with pytest.raises(ModelNotFound, match="is neither a folder nor a model"):

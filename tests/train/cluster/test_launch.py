@@ -7,47 +7,39 @@ import importlib.util
 import io
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from processes import alive, wait_until
+from processes import alive, shadow_packages, wait_until, write_program
 from rich.console import Console
 
 from atommem_env import cli
 from atommem_env.errors import JobFailed, SettingError
+from atommem_env.plugins import MODULES
 from eval.command_line import parse_eval
 from eval.run_folder import to_jsonl
+from train import shapes
+from train.cluster import jobs, preflight
 from train.cluster import launch as launcher
-from train.cluster.launch import (
-    SLURM,
-    EmbeddingService,
-    LaunchConfig,
-    LocalJob,
-    call,
-    commands,
-    follow,
-    job_environment,
-    launch,
-    root_cause,
-    wait_for,
-    write_folder,
-)
+from train.cluster.jobs import SLURM, EmbeddingService, LocalJob, wait_for
+from train.cluster.launch import LaunchConfig, call, commands, follow, job_environment, launch, write_folder
+from train.cluster.preflight import make_plan
 from train.cluster.recipe import (
     RUN_VARIABLE,
     ClusterGRPOConfig,
     Prompt,
     add_card,
     openrlhf_flags,
+    read_run,
     recipe_names,
-    running,
     write_run_card,
 )
 from train.grpo import METRICS, report_end
@@ -74,7 +66,8 @@ openrlhf = ["--vllm.enforce_eager"]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "_POLL", 0.1)
+    for module in (launcher, jobs):
+        monkeypatch.setattr(module, "_POLL", 0.1)
 
 
 @pytest.fixture
@@ -85,22 +78,8 @@ def recipe(tmp_path: Path) -> str:
 
 @pytest.fixture
 def run(recipe: str, tmp_path: Path) -> ClusterGRPOConfig:
-    """The run of `RECIPE`, in a folder that is yet to be made."""
+    """The run of `RECIPE`, in a folder that does not exist yet."""
     return parsed(f"{recipe} --out {tmp_path / 'run'}").run
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., LocalJob]]:
-    """Starts Python code as a job; stops it in the end."""
-    jobs = []
-
-    def started(code: str) -> LocalJob:
-        jobs.append(LocalJob([sys.executable, "-u", "-c", textwrap.dedent(code)], {}, tmp_path / "job.log"))
-        return jobs[-1]
-
-    yield started
-    for job in jobs:
-        job.stop()
 
 
 def parsed(words: str) -> LaunchConfig:
@@ -109,25 +88,23 @@ def parsed(words: str) -> LaunchConfig:
     return got[0]
 
 
-def program(folder: Path, name: str, code: str) -> None:
-    """Puts a program on the search path that stands for one of that name."""
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_text(f"#!{sys.executable}\n{textwrap.dedent(code)}", encoding="utf-8")
-    (folder / name).chmod(0o755)
-
-
 # ------------------------------------------------------------------------------------------------------- what is asked for
 
 
 def test_the_command_line_overrides_the_recipe_and_adds_to_its_lists(recipe: str) -> None:
-    told = parsed(
+    launched = parsed(
         f"{recipe} AtomMem-MuSiQue --steps 7 --set capacity=8 --ray-address http://h:1 --dry-run -- --ds.zpg 8"
     )
-    assert (told.ray_address, told.dry_run, told.prepare) == ("http://h:1", True, False)
-    assert (told.run.env_id, told.run.steps, told.run.groups, told.run.model) == ("AtomMem-MuSiQue", 7, 4, "tiny")
-    assert told.run.env_options()["capacity"] == 8
-    assert told.run.env_options()["chunk_tokens"] == 48
-    assert told.run.openrlhf == ("--vllm.enforce_eager", "--ds.zpg", "8")
+    assert (launched.ray_address, launched.dry_run, launched.prepare) == ("http://h:1", True, False)
+    assert (launched.run.env_id, launched.run.steps, launched.run.groups, launched.run.model) == (
+        "AtomMem-MuSiQue",
+        7,
+        4,
+        "tiny",
+    )
+    assert launched.run.env_options()["capacity"] == 8
+    assert launched.run.env_options()["chunk_tokens"] == 48
+    assert launched.run.openrlhf == ("--vllm.enforce_eager", "--ds.zpg", "8")
     assert parsed(f"{recipe} --openrlhf=--a.b=c").run.openrlhf == ("--vllm.enforce_eager", "--a.b=c")
     assert parsed(recipe).run.set == ("chunk_tokens=48", "top_k=2")
 
@@ -143,8 +120,8 @@ def test_help_is_given_with_and_without_a_recipe(recipe: str, capsys: pytest.Cap
     for words in ("--help", f"{recipe} --help"):
         with pytest.raises(SystemExit, match="0"):
             parsed(words)
-        told = capsys.readouterr().out
-        assert all(option in told for option in ("--ray-address", "--dry-run", "--gpus-per-node", "--prepare"))
+        text = capsys.readouterr().out
+        assert all(option in text for option in ("--ray-address", "--dry-run", "--gpus-per-node", "--prepare"))
 
 
 # --------------------------------------------------------------------------------------------------------------- dry run
@@ -163,8 +140,7 @@ def test_every_recipe_can_be_shown_on_a_machine_that_has_nothing(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["atommem", "train", "cluster", name, "--dry-run"])
     cli.main()
-    told = capsys.readouterr().out
-    assert "train.cluster.job" in told
+    assert "train.cluster.job" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
@@ -184,29 +160,35 @@ def test_what_is_shown_is_what_would_run(
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
-    run = dataclasses.replace(run, embedding_model="some/model", wandb_project="a project")
+    monkeypatch.chdir(tmp_path)
+    changes: dict[str, Any] = {
+        "embedding_model": "some/model",
+        "embedder": "openai:some/model",
+        "wandb_project": "a project",
+    }
+    plan = make_plan(dataclasses.replace(run, **changes))
     for address, program in ((None, "python"), ("http://head:8265", "ray")):
-        shell = "\n".join(commands(run, address))
+        shell = "\n".join(commands(plan, address))
         assert not any(secret in shell for secret in secrets.values())
         words = words_of(shell, program, secrets)
         model = Path(words[words.index("--actor.model_name_or_path") + 1])
         assert (model / "config.json").is_file()
-        entry = ["-m", "train.cluster.job", *openrlhf_flags(run, model)]
+        entry = ["-P", "-m", "train.cluster.job", *openrlhf_flags(plan.run, model)]
         assert words[-len(entry) :] == entry
         if program == "python":
-            told = dict(word.split("=", 1) for word in words[: words.index("--")])
-            assert told["RAY_ADDRESS"] == "local"
+            variables = dict(word.split("=", 1) for word in words[: words.index("--")])
+            assert variables["RAY_ADDRESS"] == "local"
         else:
             assert words[words.index("--address") + 1] == address
-            told = json.loads(words[words.index("--runtime-env-json") + 1])["env_vars"]
-        assert told["ATOMMEM_RUN"] == str(run.out)
-        assert told["OPENAI_EMBEDDING_BASE_URL"].endswith(":8100/v1")
-        assert {name: told[name] for name in secrets} == secrets
+            variables = json.loads(words[words.index("--runtime-env-json") + 1])["env_vars"]
+        assert variables["ATOMMEM_RUN"] == str(run.out)
+        assert variables["ATOMMEM_MODULES"] == str(tmp_path)
+        assert variables["OPENAI_EMBEDDING_BASE_URL"].endswith(":8100/v1")
+        assert {name: variables[name] for name in secrets} == secrets
 
 
 def test_a_dry_run_writes_nothing_and_preflight_speaks_first(recipe: str, tmp_path: Path) -> None:
-    told = dry(parsed(f"{recipe} --out {tmp_path / 'run'}"))
-    assert "--vllm.num_engines 2" in told
+    assert "--vllm.num_engines 2" in dry(parsed(f"{recipe} --out {tmp_path / 'run'}"))
     assert not (tmp_path / "run").exists()
     with pytest.raises(SettingError):
         dry(parsed(f"{recipe} --engines 3"))  # of the two GPUs
@@ -226,7 +208,7 @@ def test_the_folder_is_all_that_the_job_needs(run: ClusterGRPOConfig, monkeypatc
     monkeypatch.setenv("WANDB_API_KEY", "secret")
     write_folder(run)
     monkeypatch.setenv(RUN_VARIABLE, job_environment(run)[RUN_VARIABLE])
-    assert running() == run
+    assert read_run() == run
     assert not any("secret" in path.read_text(encoding="utf-8") for path in run.out.iterdir())
     prompts = (run.out / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(prompts) == run.steps * run.groups
@@ -269,171 +251,31 @@ def test_a_job_that_ends_well(run: ClusterGRPOConfig, start: Callable[..., Local
             time.sleep(0.3)
     """)
     follow(run, job, None, console)
-    told = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "step 1 of 3: reward 0.500, best held-out EM 0.250" in told
-    assert "step 3 of 3: reward 0.750, best held-out EM 0.250" in told
-    assert "step 0" not in told
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "step 1 of 3: reward 0.500, best held-out EM 0.250" in text
+    assert "step 3 of 3: reward 0.750, best held-out EM 0.250" in text
+    assert "step 0" not in text
     assert job.poll() == ""
-
-
-@pytest.mark.parametrize(
-    ("code", "told"),
-    [
-        ("raise ValueError('what was wrong')", r"ended with exit code 1: ValueError: what was wrong\n.*job\.log"),
-        ("import os; print('no traceback'); os.kill(os.getpid(), 9)", r"was ended by SIGKILL\n"),
-        ("raise SystemExit(3)", r"ended with exit code 3\n"),
-    ],
-)
-def test_the_end_of_a_job_is_told_with_its_cause(
-    code: str, told: str, run: ClusterGRPOConfig, start: Callable[..., LocalJob], tmp_path: Path
-) -> None:
-    # of a run before this one; it is kept
-    (tmp_path / "job.log").write_text("Traceback\n  File 'x'\nOldError: of yesterday\n")
-    with pytest.raises(JobFailed, match=told) as caught:
-        follow(run, start(code), None, Console(file=io.StringIO()))
-    assert "OldError" not in str(caught.value)
-    assert "OldError" in (tmp_path / "job.log").read_text()
-
-
-STUBBORN = """
-    import signal, subprocess, sys, time
-    child = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(99)"])
-    print(child.pid)
-    time.sleep(99)
-"""
-
-
-def test_stopping_leaves_nobody_behind(
-    start: Callable[..., LocalJob], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = start(STUBBORN)
-    wait_until(lambda: job.output().strip())
-    child = int(job.output())
-    assert alive(child)
-    job.stop()
-    assert not alive(job.process.pid)
-    wait_until(lambda: not alive(child))
-    job.stop()  # again: nothing happens
-    monkeypatch.setattr(launcher, "_GRACE", 0.2)
-    deaf = start("import signal, time; signal.signal(15, signal.SIG_IGN); print('ready'); time.sleep(99)")
-    wait_until(lambda: "ready" in deaf.output())
-    deaf.stop()
-    assert deaf.poll() == "was ended by SIGKILL"
-
-
-# ----------------------------------------------------------------------------------------------------------- what went wrong
-
-
-QUIET = """\
-all is well
-    indented: this is no traceback
-Note: nor is this
-"""
-PLAIN = """\
-Traceback (most recent call last):
-  File "a", line 1, in f
-    g()
-    ~^^
-KeyError: 'b'
-"""
-CHAIN = """\
-Traceback (most recent call last):
-  File "a", line 1
-OSError: refused
-
-The above exception was the direct cause of the following exception:
-
-Traceback (most recent call last):
-  File "b", line 2
-atommem_env.errors.EmbeddingError: no answer
-"""
-NESTED = """\
-Traceback (most recent call last):
-  File "/a.py", line 3, in <module>
-    ray.get(ref)
-ray.exceptions.RayTaskError(EngineDied): \x1b[36mray::Trainer.fit()\x1b[39m (pid=7, ip=10.0.0.1)
-  File "/b.py", line 4, in fit
-    step()
-ray.exceptions.RayTaskError(EngineDied): \x1b[36mray::Engine.play()\x1b[39m (pid=8, ip=10.0.0.2)
-  File "/c.py", line 5, in play
-atommem_env.errors.EngineDied: the engine is gone
-\x1b[36m(Policy pid=9)\x1b[0m Traceback (most recent call last):
-\x1b[36m(Policy pid=9)\x1b[0m   File "/d.py", line 6, in g
-\x1b[36m(Policy pid=9)\x1b[0m RuntimeError: Connection closed by peer
-"""
-ASIDE = f"""\
-{PLAIN}Exception in thread printer:
-Traceback (most recent call last):
-  File "/a.py", line 3, in run
-RuntimeError: can't register atexit after shutdown
-Exception ignored in: <function f at 0x7f>
-Traceback (most recent call last):
-  File "/a.py", line 3, in f
-TypeError: 'NoneType' object is not callable
-"""
-DIED = """\
-Traceback (most recent call last):
-  File "/a.py", line 3, in <module>
-    ray.get(ref)
-ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.
-\tclass_name: LLMRayActor
-\tactor_id: 12
-The actor is dead
-"""
-VLLM_FAILED = """\
-(EngineCore pid=5) ERROR 11-21 12:00:01 [core.py:1] Traceback (most recent call last):
-(EngineCore pid=5) ERROR 11-21 12:00:01 [core.py:1]   File "/v.py", line 1, in g
-(EngineCore pid=5) ERROR 11-21 12:00:01 [core.py:1] ValueError: no memory for the cache
-(APIServer pid=4) Traceback (most recent call last):
-(APIServer pid=4)   File "/w.py", line 1, in f
-(APIServer pid=4) RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
-"""
-
-
-@pytest.mark.parametrize(
-    ("log", "cause"),
-    [
-        (QUIET, ""),
-        (PLAIN, "KeyError: 'b'"),
-        (CHAIN, "atommem_env.errors.EmbeddingError: no answer"),
-        (NESTED, "atommem_env.errors.EngineDied: the engine is gone"),
-        (ASIDE, "KeyError: 'b'"),
-        (DIED, r"ray\.exceptions\.ActorDiedError: The actor died .* task\. class_name: LLMRayActor actor_id: 12"),
-        (VLLM_FAILED, "ValueError: no memory for the cache"),
-    ],
-)
-def test_the_cause_is_found_in_a_log(log: str, cause: str) -> None:
-    assert re.fullmatch(cause, root_cause(log))
 
 
 # ------------------------------------------------------------------------------------- the whole, with stand-ins for programs
 
 VLLM = """
     import http.server, sys
-    place = sys.argv.index("--port")
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(200 if self.path == "/v1/models" else 404)
             self.end_headers()
-    print("vllm was told", *sys.argv[1:], flush=True)
-    http.server.HTTPServer((sys.argv[sys.argv.index("--host") + 1], int(sys.argv[place + 1])), Handler).serve_forever()
+    print("vllm", *sys.argv[1:], flush=True)
+    options = dict(zip(sys.argv, sys.argv[1:]))
+    http.server.HTTPServer((options["--host"], int(options["--port"])), Handler).serve_forever()
 """
-
-
-@pytest.fixture
-def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder before all others on the search path, with two GPUs of 80 GB to look at."""
-    folder = tmp_path / "bin"
-    program(folder, "nvidia-smi", "print('81559\\n81559')")
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    return folder
 
 
 def test_the_embedding_service_is_awaited_and_its_death_ends_the_run(
     run: ClusterGRPOConfig, programs: Path, start: Callable[..., LocalJob]
 ) -> None:
-    program(programs, "vllm", VLLM)
+    write_program(programs, "vllm", VLLM)
     run = dataclasses.replace(run, embedding_model="some/model", embedding_gpu_memory=0.2)
     run.out.mkdir()
     service = EmbeddingService(run, "127.0.0.1")
@@ -446,7 +288,7 @@ def test_the_embedding_service_is_awaited_and_its_death_ends_the_run(
             follow(run, start("import time; time.sleep(99)"), service, Console(file=io.StringIO()))
     finally:
         service.stop()
-    program(programs, "vllm", "raise OSError('no such model')")
+    write_program(programs, "vllm", "raise OSError('no such model')")
     service = EmbeddingService(run, "127.0.0.1")
     with pytest.raises(JobFailed, match=r"ended with exit code 1: OSError: no such model"):
         wait_for(service, Console(file=io.StringIO()))
@@ -458,16 +300,17 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the te
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from rich.console import Console
 from train.cluster.launch import carry_out
-from train.cluster.recipe import running
-carry_out(running(), None, Console(stderr=True))
+from train.cluster.preflight import make_plan
+from train.cluster.recipe import read_run
+carry_out(make_plan(read_run()), None, Console(stderr=True))
 """
 
 
 def carried_out(run: ClusterGRPOConfig) -> subprocess.Popen[str]:
-    """What comes after preflight, in a process of its own; its folder is written."""
+    """What comes after preflight, in a process of its own, as the command's; its folder is written."""
     write_folder(run)
     return subprocess.Popen(
-        [sys.executable, "-c", CARRIED_OUT],
+        [sys.executable, "-P", "-c", CARRIED_OUT],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -479,8 +322,8 @@ def carried_out(run: ClusterGRPOConfig) -> subprocess.Popen[str]:
 def test_an_interrupted_launch_leaves_no_process(
     number: signal.Signals, run: ClusterGRPOConfig, programs: Path
 ) -> None:
-    program(programs, "vllm", "import os, time; print(os.getpid(), flush=True); time.sleep(99)")
-    process = carried_out(dataclasses.replace(run, embedding_model="some/model"))
+    write_program(programs, "vllm", "import os, time; print(os.getpid(), flush=True); time.sleep(99)")
+    process = carried_out(dataclasses.replace(run, embedding_model="some/model", embedder="openai:some/model"))
     log = run.out / "embedding.log"
     wait_until(lambda: process.poll() is not None or (log.exists() and log.read_text().endswith("\n")))
     assert process.poll() is None, process.communicate()
@@ -495,10 +338,86 @@ def test_an_interrupted_launch_leaves_no_process(
 @pytest.mark.skipif(importlib.util.find_spec("openrlhf") is not None, reason="the job would start in earnest")
 def test_a_job_that_cannot_start_is_one_error_with_the_cause(run: ClusterGRPOConfig) -> None:
     process = carried_out(run)
-    told, _ = process.communicate(timeout=60)
+    text, _ = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "JobFailed: The job ended with exit code 1: ModuleNotFoundError: No module named 'openrlhf'" in told
-    assert f"Its log is {run.out / 'job.log'}" in told
+    assert "JobFailed: The job ended with exit code 1: ModuleNotFoundError: No module named 'openrlhf'" in text
+    assert f"Its log is {run.out / 'job.log'}" in text
+
+
+@pytest.mark.skipif(importlib.util.find_spec("openrlhf") is not None, reason="the job would start in earnest")
+def test_the_job_imports_our_packages_whatever_the_working_folder_holds(
+    run: ClusterGRPOConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shadow_packages(tmp_path / "working")
+    monkeypatch.chdir(tmp_path / "working")
+    process = carried_out(run)
+    process.communicate(timeout=60)
+    log = (run.out / "job.log").read_text(encoding="utf-8")
+    assert "No module named 'openrlhf'" in log, log  # what our own modules import first of all that is not here
+
+
+@pytest.mark.parametrize("variable", [None, "of_the_variable"])
+def test_the_job_finds_modules_of_the_launcher_s_folder(
+    variable: str | None, run: ClusterGRPOConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("working", "of_the_variable", "elsewhere"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "my_parts.py").write_text(f"NAME = {folder!r}\n", encoding="utf-8")
+    (tmp_path / "elsewhere" / "my_parts.py").unlink()
+    monkeypatch.chdir(tmp_path / "working")
+    if variable:
+        monkeypatch.setenv(MODULES, f"../{variable}")
+    environment = job_environment(run)
+    code = "from atommem_env.plugins import load_attribute; print(load_attribute('my_parts:NAME'))"
+    job = LocalJob([sys.executable, "-P", "-c", code], environment, tmp_path / "job.log", tmp_path / "elsewhere")
+    job.process.wait()
+    assert job.output() == f"{variable or 'working'}\n"
+
+
+def test_paths_mean_the_same_in_the_job_s_folder(
+    run: ClusterGRPOConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    names = {"model": "here", "layout": "public_code:here", "embedder": "st:here"}
+    paths: dict[str, Any] = {
+        "out": Path("out"),
+        "data": Path("data"),
+        "corpus": Path("corpus"),
+        "files": (Path("a.md"),),
+    }
+    absolute = launcher.with_absolute_paths(dataclasses.replace(run, **names, **paths, eval_every=0))
+    assert (absolute.out, absolute.data, absolute.corpus) == tuple(
+        tmp_path / name for name in ("out", "data", "corpus")
+    )
+    assert absolute.files == (tmp_path / "a.md",)
+    assert (absolute.model, absolute.layout, absolute.embedder) == tuple(
+        name.replace("here", str(tmp_path / "here")) for name in names.values()
+    )
+    assert launcher.with_absolute_paths(absolute) == absolute
+    names = {"model": "tiny", "layout": "terse", "embedder": "st:all-MiniLM-L6-v2"}  # no folders of these names
+    assert dataclasses.replace(absolute, **names) == launcher.with_absolute_paths(
+        dataclasses.replace(absolute, **names)
+    )
+
+
+def test_a_launch_derives_what_will_run_once(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: Counter[str] = Counter()
+
+    def count(module: Any, name: str) -> None:
+        real = getattr(module, name)
+
+        def counted(*args: Any) -> Any:
+            counts[name] += 1
+            return real(*args)
+
+        monkeypatch.setattr(module, name, counted)
+
+    derived = {"environment_of": shapes, "get_layout": shapes, "model_size": preflight, "find_model": preflight}
+    for name, module in derived.items():
+        count(module, name)
+    dry(parsed(recipe))
+    assert counts == dict.fromkeys(derived, 1)
 
 
 def test_preflight_comes_before_the_folder(recipe: str, programs: Path, tmp_path: Path) -> None:
@@ -541,7 +460,7 @@ def test_the_slurm_template_is_a_script_that_hands_its_words_on(tmp_path: Path, 
         "ray": "import sys, time\nif sys.argv[1] == 'start': time.sleep(99)\nprint('\"node_id\"\\n' * 2)",
         "atommem": "import sys; print(sys.argv[1:]); sys.exit(7)",
     }.items():
-        program(programs, name, code)
+        write_program(programs, name, code)
     environment = os.environ | {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "some", "HEAD_IP": "10.0.0.9"}
     ran = subprocess.run(
         ["bash", SLURM, "mine", "--steps", "3", "--", "--ds.zpg", "8"],

@@ -10,9 +10,11 @@ pytest.importorskip("transformers")
 pytest.importorskip("torch")
 
 from atommem_env.errors import SettingError
-from train.cluster.preflight import Machines, Node, check_machines, check_recipe, estimate, known_size
+from train.cluster.machines import Machines, Node
+from train.cluster.preflight import check_machines, make_plan
 from train.cluster.recipe import FOLDER, ClusterGRPOConfig, read_recipe, recipe_names
-from train.estimate import environment_of
+from train.estimate import estimate
+from train.shapes import environment_of
 
 GB = 10**9
 PAPER = ("qwen3-8b-hotpotqa", "qwen3-8b-2wiki", "qwen3-8b-musique")
@@ -29,19 +31,19 @@ def machines(run: ClusterGRPOConfig, memory: int) -> Machines:
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_recipe_passes_on_the_machines_it_needs(name: str) -> None:
     run = read_recipe(name)
-    check_recipe(run)
-    check_machines(run, machines(run, memory_of(name)))
+    plan = make_plan(run)
+    check_machines(plan, machines(run, memory_of(name)))
     with pytest.raises(SettingError, match="a GPU must have about"):
-        check_machines(run, machines(run, memory_of(name) // 2))
+        check_machines(plan, machines(run, memory_of(name) // 2))
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_its_comments_have_the_figures_of_the_estimate(name: str) -> None:
-    run, size = read_recipe(name), known_size(read_recipe(name).model)
-    assert size is not None
+    plan = make_plan(read_recipe(name))
+    assert plan.size is not None
     lines = [" ".join(line.split()) for line in (FOLDER / f"{name}.toml").read_text(encoding="utf-8").splitlines()]
     assert lines[0].startswith("# ")
-    for row in estimate(run, size, memory_of(name)):
+    for row in estimate(plan.run, plan.size, plan.task, memory_of(name)):
         assert " ".join(["#", *row]) in lines
 
 

@@ -1,4 +1,4 @@
-"""What a fine-tuning run on a cluster tells OpenRLHF, and which tokens it gets."""
+"""The flags that OpenRLHF gets of a fine-tuning run on a cluster, and the tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytest.importorskip("datasets")
 from agents.models.chat_tokenizer import ChatTokenizer
 from agents.models.find import find_model
 from atommem_env.errors import DataError, JobFailed, MissingDependency, PromptTooLong, SettingError
-from train.cluster.launch import LocalJob, check_running
+from train.cluster.jobs import LocalJob, check_running
 from train.cluster.sft import ClusterSFTConfig, launch_command, main, sft_flags, updates, write_tokens
 from train.collect import CollectConfig, collect
 from train.sft import read_samples
@@ -38,18 +38,18 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options(words: list[str]) -> dict[str, list[str]]:
     """Name of each option → what follows it."""
-    found: dict[str, list[str]] = {}
+    values: dict[str, list[str]] = {}
     for word in words:
         if word.startswith("--"):
-            found[word] = []
+            values[word] = []
         else:
-            found[list(found)[-1]].append(word)
-    return found
+            values[list(values)[-1]].append(word)
+    return values
 
 
-def test_openrlhf_is_told_everything_that_the_run_says() -> None:
+def test_openrlhf_gets_everything_that_the_run_says() -> None:
     run = replace(RUN, zero_stage=2, learning_rate=3e-4, epochs=5, max_tokens=99, seed=7, gradient_checkpointing=False)
-    told = options(sft_flags(run, Path("/models/m")))
+    flags = options(sft_flags(run, Path("/models/m")))
     expected: dict[str, list[str]] = {
         "--model.model_name_or_path": ["/models/m"],
         "--data.dataset": ["/o/tokens"],
@@ -62,8 +62,8 @@ def test_openrlhf_is_told_everything_that_the_run_says() -> None:
         "--ds.zero_stage": ["2"],
         "--ckpt.output_dir": ["/o/model"],
     }
-    assert expected.items() <= told.items()
-    assert "--model.gradient_checkpointing_enable" not in told
+    assert expected.items() <= flags.items()
+    assert "--model.gradient_checkpointing_enable" not in flags
     assert "--model.gradient_checkpointing_enable" in sft_flags(RUN, Path("/models/m"))
 
 
@@ -85,7 +85,8 @@ def test_a_dry_run_prints_the_command_and_writes_nothing(
 ) -> None:
     run = replace(RUN, samples=samples, model="tiny", out=tmp_path / "a b", dry_run=True)
     main(run)
-    assert shlex.split(capsys.readouterr().out) == launch_command(run, find_model("tiny").resolve())
+    printed = shlex.split(capsys.readouterr().out)
+    assert printed == ["PYTHONSAFEPATH=1", *launch_command(run, find_model("tiny").resolve())]
     main(replace(run, model="not/here"))
     comment, command = capsys.readouterr().out.splitlines()
     assert comment.startswith("# ")
@@ -94,7 +95,7 @@ def test_a_dry_run_prints_the_command_and_writes_nothing(
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"nodes": 0}, "nodes must be at least 1"),
         ({"nodes": 2}, "hostfile must be given"),
@@ -104,12 +105,12 @@ def test_a_dry_run_prints_the_command_and_writes_nothing(
         ({"batch_size": 6}, "multiple of micro_batch_size × all GPUs, got 6 and 2 × 2 = 4"),
     ],
 )
-def test_what_cannot_work_is_refused(change: dict[str, Any], told: str) -> None:
-    with pytest.raises(SettingError, match=told):
+def test_what_cannot_work_is_rejected(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
         replace(RUN, **change)
 
 
-def test_samples_that_cannot_be_trained_on_are_refused(samples: Path, tmp_path: Path) -> None:
+def test_samples_that_cannot_be_trained_on_are_rejected(samples: Path, tmp_path: Path) -> None:
     run, model = replace(RUN, samples=samples, model="tiny", out=tmp_path), find_model("tiny")
     with pytest.raises(PromptTooLong, match="max_tokens is 20"):
         write_tokens(replace(run, max_tokens=20), model)
@@ -148,7 +149,7 @@ def test_without_openrlhf_it_says_what_to_install(samples: Path, tmp_path: Path)
         main(replace(RUN, samples=samples, model="tiny", out=tmp_path / "out"))
 
 
-def test_a_job_that_fails_is_told_with_the_cause(tmp_path: Path) -> None:
+def test_a_job_that_fails_is_one_error_with_the_cause(tmp_path: Path) -> None:
     text = '[rank1]: Traceback (most recent call last):\n[rank1]:   File "x", line 1\n[rank1]: ValueError: no\n[bye]'
     job = LocalJob([sys.executable, "-c", f"print({text!r}); raise SystemExit(3)"], {}, tmp_path / "job.log")
     job.process.wait()
