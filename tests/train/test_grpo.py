@@ -618,6 +618,21 @@ def test_only_the_same_run_is_resumed_and_no_folder_overwritten(
     assert {path: path.read_bytes() for path in run.out.rglob("*") if path.is_file()} == before
 
 
+def test_a_run_of_an_earlier_version_is_resumed(make_run: Callable[..., LocalGRPOConfig]) -> None:
+    run = make_run(steps=1, save_every=1)
+    begin(run).train()
+    path = run.out / "config.json"
+    later = ("recipe", "source", "reward", "dialect")  # fields that it did not have
+    values = {name: value for name, value in json.loads(path.read_text()).items() if name not in later}
+    path.write_text(json.dumps(values))
+    (run.out / "model" / "atommem.json").unlink()
+    line = metrics(run)[0]
+    line["groups_live"], line["groups_flat"] = line.pop("groups_active"), line.pop("groups_zero_variance")
+    (run.out / METRICS).write_text(json.dumps(line) + "\n")
+    assert resumed(dataclasses.replace(run, recipe="tiny")).train() == line
+    assert (run.out / "model" / "atommem.json").is_file()
+
+
 def test_a_full_disk_at_a_checkpoint_leaves_the_one_before_and_the_run_is_resumed(
     make_run: Callable[..., LocalGRPOConfig], never_killed: LocalGRPOConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
