@@ -97,8 +97,7 @@ def _defaults(like: PlayRecord | None, card: PlayRecord | None, env_id: str | No
     recorded = env_id in (None, record.env_id)
     fields = record.playing() | (record.environment() if recorded else {"env_id": env_id})
     if card and not (record is card and recorded):
-        model = card.model()
-        fields |= model | {"set": (*fields.get("set", ()), *model["set"])}
+        fields |= card.model()
     return EvalConfig(**fields)
 
 

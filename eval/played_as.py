@@ -133,12 +133,16 @@ class PlayRecord:
             SettingError: a value in the file is of another type than its field.
         """
         options, settings = self.values["options"], self.values["settings"]
-        own, ablation = find_spec(self.env_id).kwargs, ABLATIONS.get(options.get("ablation"), {})
-        implied = json.loads(json.dumps({**EpisodeSettings().record(), **own, **ablation}, default=name_of))
+        registered, ablation = find_spec(self.env_id).kwargs, ABLATIONS.get(options.get("ablation"), {})
+        implied = json.loads(json.dumps({**EpisodeSettings().record(), **registered, **ablation}, default=name_of))
         since_changed = {  # defaults of this version that are others than those the record was written with
             name: value for name, value in settings.items() if name not in options and value != implied.get(name)
         }
-        return {"env_id": self.env_id, **self._fields(options | since_changed)}
+        given = {name: value for name, value in {**options, **since_changed}.items() if value is not None}
+        kinds = {name: kind for name, kind in fields_of(EnvConfig).items() if name not in _NOT_OPTIONS}
+        own = {name: value for name, value in given.items() if name in kinds}
+        others = tuple(f"{name}={set_text(value)}" for name, value in given.items() if name not in kinds)
+        return {"env_id": self.env_id, **read_table(self.path, "options", own, kinds), "set": others}
 
     @property
     def layout(self) -> str:
@@ -165,19 +169,7 @@ class PlayRecord:
 
     def model(self) -> dict[str, Any]:
         """What a model keeps in any environment, as fields of `EvalConfig`: layout, dialect and the length of a reply."""
-        return {
-            "layout": self.layout,
-            "max_new_tokens": self.max_new_tokens,
-            **self._fields({"dialect": self.dialect}),
-        }
-
-    def _fields(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of `gym.make` as fields of `EvalConfig`; those without a field of their own are in `set`."""
-        kinds = {name: kind for name, kind in fields_of(EnvConfig).items() if name not in _NOT_OPTIONS}
-        given = {name: value for name, value in options.items() if value is not None}
-        own = {name: value for name, value in given.items() if name in kinds}
-        pairs = (f"{name}={set_text(value)}" for name, value in given.items() if name not in kinds)
-        return {**read_table(self.path, "options", own, kinds), "set": tuple(pairs)}
+        return {"layout": self.layout, "dialect": self.dialect, "max_new_tokens": self.max_new_tokens}
 
 
 def set_text(value: Any) -> str:

@@ -74,7 +74,7 @@ _OPTIONS = {
     for name, kind in fields_of(PlayConfig).items()
     if name not in ("env_id", "policy", "out", "episodes", "seed")
 }
-_OF_TASKS = ("split", "data", "corpus", "num_docs", "questions", "files")
+_OF_TASKS = ("split", "data", "corpus", "num_docs", "questions", "files", "source")
 _TABLES: dict[str, dict[str, Any]] = {
     "env": _OPTIONS,
     "environments": {"label": str, "env_id": str, **_OPTIONS, "num_docs": int | tuple[int, ...]},
@@ -182,14 +182,14 @@ def _rows(file: RecipeFile, name: str, required: str | None = None) -> list[dict
 
 
 def _as_trained(row: dict[str, Any]) -> dict[str, Any]:
-    """What a row's policy keeps of its training in any environment; {} where it is not a trained model."""
+    """What a row's policy was trained with and keeps in any environment; {} where it is not a trained model."""
     card = read_card(row["policy"])
     if card is None:
         return {}
-    kept = {"layout": card.layout, "max_new_tokens": card.max_new_tokens}
-    return kept | (
-        {} if "dialect" in row else {"set": (f"dialect={card.dialect}",)}
-    )  # comes before that of [env]'s `set`
+    trained: dict[str, Any] = {"layout": card.layout, "max_new_tokens": card.max_new_tokens}
+    if "dialect" not in row:
+        trained["set"] = (f"dialect={card.dialect}",)  # not as an option, which the `set` of [env] would come before
+    return trained
 
 
 def _environments(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -252,21 +252,21 @@ def check(runs: Sequence[PlannedRun]) -> dict[PlannedRun, str]:
                     (spec,) = episode_specs(opened.tasks, 1, config.seed)
                     driver.source.task(spec.index, spec.task_seed)
         except _OUTAGES as error:
-            troubles[run] = _told(error)
+            troubles[run] = _message(error)
             if isinstance(error, EmbeddingError):
                 outages[config.embedder] = error
         except AtomMemError as error:
-            wrong[_told(error)].append(run)
+            wrong[_message(error)].append(run)
         else:
             try:
                 if run.finished:
                     require_same_config(config.out / "config.json", opened.resolved_config)
             except SettingError as error:
-                troubles[run] = f"{_told(error)} Move that folder away, or choose another --out."
+                troubles[run] = f"{_message(error)} Move that folder away, or choose another --out."
     if wrong:
         lines = (
-            f"\n  {told} ({refused[0].name}{f', and {len(refused) - 1} more' if len(refused) > 1 else ''})"
-            for told, refused in wrong.items()
+            f"\n  {message} ({affected[0].name}{f', and {len(affected) - 1} more' if len(affected) > 1 else ''})"
+            for message, affected in wrong.items()
         )
         raise SettingError(f"This recipe cannot be played as it is:{''.join(lines)}")
     return troubles
@@ -278,11 +278,11 @@ def play_recipe(
     """Plays the runs that are not done yet, one after another, with the models loaded once.
 
     Args:
-        console: where progress is drawn; stderr unless told.
-        workers: who plays; this process unless told.
+        console: where progress is drawn; stderr by default.
+        workers: who plays; this process by default.
 
     Returns:
-        The cause of each run that failed; what it had finished is kept, and the others were played.
+        The cause of each run that failed; its finished episodes are in its folder, and the others were played.
 
     Raises:
         SettingError: as in `check`, before anything is played.
@@ -297,7 +297,7 @@ def play_recipe(
             try:
                 evaluate(dataclasses.replace(run.config, resume=run.finished > 0), progress=progress, player=workers)
             except Exception as error:  # of any kind: a policy may be anybody's
-                failures[run] = _told(error)
+                failures[run] = _message(error)
                 trace = "" if isinstance(error, AtomMemError) else traceback.format_exc()
                 progress.console.print(escape(f"{run.name} failed. {failures[run]}\n{trace}"))
             else:
@@ -306,13 +306,13 @@ def play_recipe(
     return failures
 
 
-def _told(error: Exception) -> str:
+def _message(error: Exception) -> str:
     """An error in words, with its notes."""
     head = str(error) if isinstance(error, AtomMemError) else f"{type(error).__name__}: {error}"
     return " ".join([head, *(f"({note})" for note in getattr(error, "__notes__", ()))])
 
 
-# --------------------------------------------------------------------------------------------------------------- telling
+# -------------------------------------------------------------------------------------------------------------- reporting
 
 
 def tables(runs: Sequence[PlannedRun], failures: dict[PlannedRun, str]) -> list[Table]:
@@ -368,8 +368,8 @@ def main(config: RecipeConfig) -> None:
             failures = play_recipe(runs, workers=workers)
         for table in tables(runs, failures):
             console.print(table)
-    for run, told in failures.items():
-        console.print(f"[bold]{escape(run.name)}[/]: {escape(told)}", highlight=False)
+    for run, message in failures.items():
+        console.print(f"[bold]{escape(run.name)}[/]: {escape(message)}", highlight=False)
     if failures:
         console.print(f"{len(failures)} of {len(runs)} runs failed. The same command again plays only these.")
         raise SystemExit(1)

@@ -21,24 +21,24 @@ _EPS = 1e-6  # keeps the division finite where rewards hardly differ
 class GroupAdvantages:
     """One advantage a rollout, and which groups there is something to learn from."""
 
-    advantages_P_G: NDArray[np.float64]  # exactly 0 in groups that are not live
+    advantages_P_G: NDArray[np.float64]  # exactly 0 in groups that are not active
     failed_P: NDArray[np.bool_]  # a rollout was lost to the infrastructure: the whole group is dropped
-    flat_P: NDArray[np.bool_]  # complete, but all rewards are equal: its gradient is zero, so it is skipped
+    zero_variance_P: NDArray[np.bool_]  # complete, but all rewards are equal: its gradient is zero, so it is skipped
 
     @property
-    def live_P(self) -> NDArray[np.bool_]:
+    def active_P(self) -> NDArray[np.bool_]:
         """Groups to train on."""
-        return ~(self.failed_P | self.flat_P)
+        return ~(self.failed_P | self.zero_variance_P)
 
     @property
     def active_groups(self) -> int:
         """How many groups are trained on; with `zero_variance_groups` and `failed_groups` it adds up to P."""
-        return int(self.live_P.sum())
+        return int(self.active_P.sum())
 
     @property
     def zero_variance_groups(self) -> int:
         """How many complete groups were skipped for want of variance."""
-        return int(self.flat_P.sum())
+        return int(self.zero_variance_P.sum())
 
     @property
     def failed_groups(self) -> int:
@@ -88,7 +88,7 @@ def group_advantages(rewards_P_G: Sequence[Sequence[float | None]], *, divide_by
         for rollout, reward in enumerate(group):
             if reward is not None and not np.isfinite(reward):
                 raise DataError(
-                    f"Rewards must be finite numbers, got {reward!r} for rollout {rollout} of group {problem}. Mend the "
+                    f"Rewards must be finite numbers, got {reward!r} for rollout {rollout} of group {problem}. Fix the "
                     "reward function; a rollout without a reward is None."
                 )
     # NaN marks lost rollouts from here on; nothing else can be NaN.
@@ -97,9 +97,9 @@ def group_advantages(rewards_P_G: Sequence[Sequence[float | None]], *, divide_by
     )
     failed_P = np.isnan(rewards).any(axis=1)
     # Compared, not subtracted: the mean of three times 0.1 is not 0.1, and a rest of 1e-17 would be divided by its like.
-    flat_P = ~failed_P & (rewards == rewards[:, :1]).all(axis=1)
+    zero_variance_P = ~failed_P & (rewards == rewards[:, :1]).all(axis=1)
     advantages = rewards - rewards.mean(axis=1, keepdims=True)
     if divide_by_std:
         advantages /= rewards.std(axis=1, ddof=1, keepdims=True) + _EPS
-    advantages[failed_P | flat_P] = 0.0
-    return GroupAdvantages(advantages, failed_P, flat_P)
+    advantages[failed_P | zero_variance_P] = 0.0
+    return GroupAdvantages(advantages, failed_P, zero_variance_P)

@@ -1,4 +1,4 @@
-"""What a training run keeps, so that it goes on after a kill as if nothing had happened."""
+"""Checkpoints of a training run: resumed after a kill, it continues as if it had never been stopped."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Replaces `path` by `state`: whoever is killed meanwhile, or runs out of disk, still has the file from before.
+    """Replaces `path` by `state`: a run that is killed meanwhile, or runs out of disk, still has the file from before.
 
     Raises:
         CheckpointError: it could not be written.
@@ -75,7 +75,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
         before = "The one before is intact" if path.exists() else "There is none from before"
         raise CheckpointError(
             f"The checkpoint {path} could not be written ({error}); {free / 1e6:,.0f} MB are free there. {before}. "
-            "Make room, then go on with --resume."
+            "Make room, then resume the run with --resume."
         ) from error
 
 
@@ -90,5 +90,5 @@ def load(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}). Start anew with another --out.") from error
+        raise CheckpointError(f"{path} cannot be read ({error}). Start a new run with another --out.") from error
     return state

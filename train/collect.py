@@ -5,8 +5,8 @@
 Episodes whose reward is too small are left out; of the others every turn is a sample, in TRL's conversational form: `prompt` is
 the chat that shows the observation, in the layout that the *student* is to read, `completion` the reply. The folder `--out` then
 holds them as `samples.parquet` and, the same rows, as `samples.jsonl`, beside `config.json` (what was asked for) and
-`summary.json` (the numbers). The same configuration gives the same bytes. What is left out: a run that is interrupted
-keeps nothing.
+`summary.json` (the numbers). The same configuration gives the same bytes. What is left out: resuming a run that
+was interrupted, which leaves nothing.
 """
 
 from __future__ import annotations
@@ -93,12 +93,12 @@ def collect(config: CollectConfig, console: Console | None = None, parts: Parts 
                 replied=bar.replied,
             )
         )
-    kept = [
+    good = [
         (number, rollout)
         for number, rollout in enumerate(rollouts)
         if rollout.reward >= config.min_reward and not (config.drop_guesses and _has_guess(rollout))
     ]
-    turns = sum(len(rollout.turns) for _, rollout in kept)
+    turns = sum(len(rollout.turns) for _, rollout in good)
     rows = [
         {
             "prompt": layout(turn.observation, driver.settings),
@@ -109,7 +109,7 @@ def collect(config: CollectConfig, console: Console | None = None, parts: Parts 
             "turn": number,
             "reward": rollout.reward,
         }
-        for episode, rollout in kept
+        for episode, rollout in good
         for number, turn in enumerate(rollout.turns)
         if not (config.drop_faults and _has_fault(turn))
     ]
@@ -118,9 +118,9 @@ def collect(config: CollectConfig, console: Console | None = None, parts: Parts 
         "policy": policy.name,
         "privileged": policy.privileged,
         "episodes": len(rollouts),
-        "kept": len(kept),
-        "turns": turns,  # of the episodes kept
-        "turns_with_faults": sum(_has_fault(turn) for _, rollout in kept for turn in rollout.turns),
+        "kept": len(good),
+        "turns": turns,  # of these
+        "turns_with_faults": sum(_has_fault(turn) for _, rollout in good for turn in rollout.turns),
         "samples": len(rows),
         "reward": round(fmean(rollout.reward for rollout in rollouts), 4),  # mean over all episodes played
         "schema_version": resolved_config["schema_version"],
@@ -128,10 +128,10 @@ def collect(config: CollectConfig, console: Console | None = None, parts: Parts 
     if not rows:
         best = max(rollout.reward for rollout in rollouts)
         raise SettingError(
-            f"Nothing to keep: {len(kept)} of {len(rollouts)} episodes of {policy.name} reached a reward of "
+            f"No samples: {len(good)} of {len(rollouts)} episodes of {policy.name} reached a reward of "
             f"{config.min_reward:g} (mean {summary['reward']:g}, best {best:g})"
-            + (f", and all of their {turns} turns had faults. Leave --drop-faults out, " if kept else ". ")
-            + ("or" if kept else "Lower --min-reward, play more --episodes, or")
+            + (f", and all of their {turns} turns had faults. Leave --drop-faults out, " if good else ". ")
+            + ("or" if good else "Lower --min-reward, play more --episodes, or")
             + " choose a better --policy."
         )
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), config.out / "samples.parquet")
@@ -143,7 +143,7 @@ def collect(config: CollectConfig, console: Console | None = None, parts: Parts 
 
 
 def _has_guess(rollout: Rollout) -> bool:
-    """Whether a right answer was luck: some of its evidence was not kept."""
+    """Whether a right answer was luck: some of its evidence was not stored."""
     return any(outcome.em == 1 and outcome.stored < outcome.evidence for outcome in rollout.questions)
 
 

@@ -8,7 +8,7 @@ was sampled is what is trained: the token ids, once each, and a rollout that the
 
 The folder `--out` then holds `model/` (Hugging Face; the best of the evaluations, in each of which the same held-out episodes
 are played greedily), `metrics.jsonl` and `tensorboard/` (every step), `curve.png`, `config.json`, and `checkpoint.pt`, from which
-`--resume` goes on as if the run had never been stopped. What is left out: more than one process (that is `train/cluster`).
+`--resume` continues as if the run had never been stopped. What is left out: more than one process (that is `train/cluster`).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Trainer:
         from train.losses import LossConfig
         from train.packing import use_packed_attention
 
-        disable_progress_bar()  # of loading and saving: ours tells of more
+        disable_progress_bar()  # of loading and saving: ours shows more
         self.run = run
         self.console = console or Console(stderr=True)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -115,12 +115,12 @@ class Trainer:
         with step_progress(self.console) as progress:
             bar = progress.add_task("GRPO", total=run.steps, completed=self.step, status="")
             if self.step == 0 and run.eval_every:
-                self._keep_line({"step": 0, **self.evaluate()})
+                self._log({"step": 0, **self.evaluate()})
             while self.step < run.steps:
                 line = self.train_step()
                 if run.eval_every and (self.step % run.eval_every == 0 or self.step == run.steps):
                     line |= self.evaluate()
-                self._keep_line(line)
+                self._log(line)
                 if self.step % run.save_every == 0 or self.step == run.steps:
                     self.save()
                 status = f"reward {line['reward']:.3f}, best held-out EM {max(self.best['em'], 0):.3f}"
@@ -140,7 +140,7 @@ class Trainer:
         if advantages.failed_groups == len(groups):
             raise SettingError(
                 f"Every group of step {self.step + 1} lost a rollout {_RETRIES + 1} times over; the warnings above say why. "
-                f"Mend the cause and go on with --resume from step {self.step // self.run.save_every * self.run.save_every}."
+                f"Fix the cause and resume with --resume from step {self.step // self.run.save_every * self.run.save_every}."
             )
         samples = make_samples(groups, advantages)
         played = time.perf_counter()
@@ -202,7 +202,7 @@ class Trainer:
                     logits = packed_logits(self.model, batch)
                     reference = self._reference_logprobs(batch, targets) if run.kl_coef else None
                 logp = token_logprobs(logits, targets, run.temperature)
-                # One update a step: the policy before it is the policy itself, and only the gradient tells them apart.
+                # One update a step: the policy before it is the policy itself, and only the gradient distinguishes them.
                 loss, parts = grpo_loss(
                     logp, logp.detach(), sampled, advantages,
                     total_tokens=total, reference_N=reference, settings=self.loss,
@@ -220,7 +220,7 @@ class Trainer:
             if not np.isfinite(norm):
                 raise DataError(
                     f"The gradient of step {self.step + 1} is not finite. The weights are as before it; lower --learning-rate, "
-                    "or compute in float32, and go on with --resume."
+                    "or compute in float32, and resume with --resume."
                 )
             for weights in self.optimizer.param_groups:
                 weights["lr"] = learning_rate
@@ -247,7 +247,7 @@ class Trainer:
         specs = episode_specs(len(driver.source), run.eval_episodes, run.seed)
         rollouts = run_blocking(driver.run(specs, self._policy(0.0), in_flight=run.in_flight))
         tokenizer = get_tokenizer(driver.settings.tokenizer)
-        numbers = summarise([episode_record(place, rollout, tokenizer) for place, rollout in enumerate(rollouts)])
+        numbers = summarise([episode_record(number, rollout, tokenizer) for number, rollout in enumerate(rollouts)])
         if numbers["em"] > self.best["em"]:
             weights = {name: weight.to("cpu", copy=True) for name, weight in trained_weights(self.model).items()}
             self.best = {"em": numbers["em"], "step": self.step, "weights": weights}
@@ -259,7 +259,7 @@ class Trainer:
             "seconds_eval": time.perf_counter() - started,
         }
 
-    # -------------------------------------------------------------------------------------------------- what a run keeps
+    # -------------------------------------------------------------------------------------------------- what a run saves
 
     def save(self) -> None:
         """Writes all that `--resume` needs.
@@ -270,7 +270,7 @@ class Trainer:
         from train import checkpoints
 
         state = {
-            "step": self.step,  # and so the place in the data and in the schedule: both are functions of it
+            "step": self.step,  # and so the position in the data and in the schedule: both are functions of it
             "weights": checkpoints.trained_weights(self.model),
             "optimizer": self.optimizer.state_dict(),
             "random": checkpoints.random_state(),
@@ -319,7 +319,7 @@ class Trainer:
         load_weights(self.model, last)
         draw_curve(self.run.out / METRICS, self.run.out / "curve.png")
 
-    def _keep_line(self, line: dict[str, Any]) -> None:
+    def _log(self, line: dict[str, Any]) -> None:
         rounded = {name: round(value, 6) if isinstance(value, float) else value for name, value in line.items()}
         try:
             with (self.run.out / METRICS).open("a", encoding="utf-8", newline="\n") as file:
@@ -329,7 +329,7 @@ class Trainer:
         except OSError as error:
             raise CheckpointError(
                 f"The metrics of step {line['step']} could not be written to {self.run.out} ({error}). The last checkpoint "
-                "is intact: make room, then go on with --resume."
+                "is intact: make room, then resume with --resume."
             ) from error
 
     # -------------------------------------------------------------------------------------------------------------- the model

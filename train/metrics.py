@@ -1,4 +1,4 @@
-"""What a training step asks of its rollouts: the rewards to train on, and what the policy did."""
+"""The numbers of a training step's rollouts: the rewards to train on, and what the policy did."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def training_rewards(
 
 
 def policy_metrics(rollouts: Sequence[Rollout]) -> dict[str, Any]:
-    """What the policy did: operations carried out a turn, by kind; faults and turns an episode; tokens and cuts a reply."""
+    """What the policy did: operations carried out a turn, by kind; faults and turns an episode; tokens a reply, and the share of
+    replies that were truncated."""
     turns = [turn for rollout in rollouts for turn in rollout.turns]
     done: Counter[str] = Counter()
     for turn in turns:

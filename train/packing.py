@@ -4,7 +4,7 @@ The samples of a micro-batch stand end to end in one row of tokens, made of segm
 that begin alike (the rollouts of a group read the same questions and chunk at the same turn) become one segment for what
 they share, computed once, and one for the rest of each, whose queries see the keys and values of the shared segment and,
 causally, their own. The shared segment gets its gradient through those keys and values from all of them, so that the update is
-that of the padded batch of `train.samples.collate` up to rounding. Only trained places meet the output layer.
+that of the padded batch of `train.samples.collate` up to rounding. The output layer is computed at trained positions only.
 
 The attention below is registered with transformers' attention interface and takes the row apart for each layer; everything else
 in a decoder treats each token alone. No mask of the row is ever built.
@@ -59,19 +59,19 @@ class Segment:
 class PackedBatch:
     """A micro-batch as one row. T: its tokens, N: its trained tokens, in the order of the samples and of their tokens.
 
-    Places are indices into the row. Two samples 1 2 3 4 [5] and 1 2 3 6 [7 8], their trained tokens in brackets, sharing 1 2 3:
+    A position is an index into the row. Two samples 1 2 3 4 [5] and 1 2 3 6 [7 8], trained tokens in brackets, that share 1 2 3:
 
-        place          0  1  2  3  4  5  6  7
+        position       0  1  2  3  4  5  6  7
         token_ids      1  2  3  4  5  6  7  8
         position_ids   0  1  2  3  4  3  4  5
         segments       (0, 3)   (3, 5) after (0, 3)   (5, 8) after (0, 3)
-        rows           3  5  6      the places *before* the trained tokens 5 7 8
+        rows           3  5  6      the positions *before* the trained tokens 5 7 8
     """
 
     token_ids_T: NDArray[np.int64]
-    position_ids_T: NDArray[np.int64]  # in the sample: they go on from its prefix
+    position_ids_T: NDArray[np.int64]  # in the sample: they continue from its prefix
     segments: tuple[Segment, ...]
-    rows_N: NDArray[np.int64]  # the place whose output predicts the token
+    rows_N: NDArray[np.int64]  # the position whose output predicts the token
     targets_N: NDArray[np.int64]  # the token
     logprobs_N: NDArray[np.float32]  # the sampler's
     advantages_N: NDArray[np.float32]
@@ -121,7 +121,7 @@ def pack_samples(samples: Sequence[Sample], max_tokens: int, *, share_prefixes: 
         clusters = [
             cluster for _, group in groupby(by_group, lambda sample: sample.group) for cluster in _clusters(list(group))
         ]
-    fitting = []  # clusters, the ones too large for a micro-batch cut into several
+    fitting = []  # clusters, the ones too large for a micro-batch split into several
     for cluster in clusters:
         prefix = _shared(cluster)
         sizes = [len(sample.token_ids) - prefix for sample in cluster]
@@ -139,22 +139,22 @@ def _first_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
     bins: list[list[int]] = []
     free: list[int] = []  # in each bin
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
-        place = next((place for place, room in enumerate(free) if room >= sizes[index]), len(bins))
-        if place == len(bins):
+        chosen = next((number for number, room in enumerate(free) if room >= sizes[index]), len(bins))
+        if chosen == len(bins):
             bins.append([])
             free.append(capacity)
-        bins[place].append(index)
-        free[place] -= sizes[index]
+        bins[chosen].append(index)
+        free[chosen] -= sizes[index]
     return bins
 
 
 def _clusters(group: Sequence[Sample]) -> list[list[Sample]]:
-    """Cuts samples sorted by their tokens where most tokens are saved: (members - 1) × shared prefix, summed over clusters.
+    """Splits samples sorted by their tokens where most tokens are saved: (members - 1) × shared prefix, summed over clusters.
 
-    Neighbours share most, so that a cluster is a run of neighbours, and the best cuts up to each place follow from those before.
+    Neighbours share most, so that a cluster is a run of neighbours, and the best splits up to each follow from those before.
     """
     common = [_common(first.token_ids, second.token_ids) for first, second in pairwise(group)]
-    best: list[tuple[int, int]] = [(0, 0)]  # up to each place: tokens saved, where its last cluster begins
+    best: list[tuple[int, int]] = [(0, 0)]  # up to each position: tokens saved, where its last cluster begins
     for end in range(1, len(group) + 1):
         saved, begin = best[end - 1][0], end - 1
         prefix = _untrained(group[end - 1])
@@ -243,12 +243,12 @@ class _Block:
 
 @dataclass(slots=True)
 class _Layout:
-    """How the attention takes a row apart, and puts it together again. M: places of all blocks, padding included."""
+    """How the attention takes a row apart, and puts it together again. M: positions in all blocks, padding included."""
 
     blocks: list[_Block]
-    gather_M: Tensor  # the place in the row; for padding that of the segment's last token
-    scatter_T: Tensor  # the place in the blocks
-    prefixes: Tensor  # the places in the row of each block's prefix, one after the other
+    gather_M: Tensor  # the position in the row; for padding that of the segment's last token
+    scatter_T: Tensor  # the position in the blocks
+    prefixes: Tensor  # the positions in the row of each block's prefix, one after the other
     layers: int = field(default=0, init=False)  # how many attention layers used it
 
 
@@ -268,7 +268,7 @@ def _layout(segments: Sequence[Segment], device: torch.device) -> _Layout:
     blocks: list[_Block] = []
     gather: list[NDArray[np.int64]] = []
     scatter = np.empty(max(segment.end for segment in segments), dtype=np.int64)
-    width = 0  # places in the blocks so far
+    width = 0  # positions in the blocks so far
     for _, members in groupby(sorted(segments, key=kind), kind):
         block = list(members)
         prefix, longest = block[0].prefix, max(segment.end - segment.start for segment in block)
@@ -363,7 +363,7 @@ def packed_logits(model: Any, batch: PackedBatch) -> Tensor:
     Gradient checkpointing may be on, and the model may be wrapped by peft or for data parallelism.
 
     Raises:
-        SettingError: a model that `use_packed_attention` did not prepare, or would refuse.
+        SettingError: a model that `use_packed_attention` did not prepare, or would reject.
     """
     device = next(model.parameters()).device
     layout = _layout(batch.segments, device)

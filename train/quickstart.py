@@ -3,7 +3,7 @@
     atommem quickstart
 
 1. What a policy without understanding earns, and what perfect ones do.
-2. Supervised fine-tuning of `tiny`, a shipped base model, on a teacher that keeps facts by a simple rule.
+2. Supervised fine-tuning of `tiny`, a shipped base model, on a teacher that stores facts by a simple rule.
 3. Reinforcement learning (GRPO) from there: it may find what the teacher does not know.
 4. All three models on the same held-out episodes, with intervals.
 

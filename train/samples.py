@@ -21,7 +21,7 @@ class Sample:
     """One sequence to train on: a model call, or several of which each continues the one before."""
 
     token_ids: tuple[int, ...]  # [T] prompt and completion, or prompt, completion, more prompt, completion, …
-    trained: tuple[tuple[int, int], ...]  # from, to (exclusive): the places of the completions in `token_ids`
+    trained: tuple[tuple[int, int], ...]  # from, to (exclusive): the positions of the completions in `token_ids`
     logprobs: tuple[float, ...]  # [N] the sampler's, one a trained token, in order
     advantage: float  # of the whole rollout
     group: int  # which problem, 0 ≤ group < P
@@ -40,7 +40,7 @@ class Sample:
 
 
 def make_samples(rollouts_P_G: Sequence[Sequence[Rollout | None]], groups: GroupAdvantages) -> list[Sample]:
-    """The samples of all live groups: every turn of every rollout is in exactly one.
+    """The samples of all active groups: every turn of every rollout is in exactly one.
 
     Args:
         rollouts_P_G: None is a rollout that the infrastructure lost.
@@ -50,17 +50,17 @@ def make_samples(rollouts_P_G: Sequence[Sequence[Rollout | None]], groups: Group
         SettingError: `groups` is about other rollouts.
         DataError: see `rollout_samples`.
     """
-    live = np.flatnonzero(groups.live_P).tolist()
+    active = np.flatnonzero(groups.active_P).tolist()
     shape, sizes = groups.advantages_P_G.shape, [len(group) for group in rollouts_P_G]
-    if sizes != [shape[1]] * shape[0] or any(None in rollouts_P_G[group] for group in live):
+    if sizes != [shape[1]] * shape[0] or any(None in rollouts_P_G[group] for group in active):
         raise SettingError(
-            f"Expected {shape[0]} groups of {shape[1]} rollouts, none lost in groups {live}; got groups of sizes {sizes}, lost "
+            f"Expected {shape[0]} groups of {shape[1]} rollouts, none lost in groups {active}; got groups of sizes {sizes}, lost "
             f"rollouts in {[number for number, group in enumerate(rollouts_P_G) if None in group]}. Compute the advantages "
             "from the rewards of these very rollouts, with None for a lost one."
         )
     return [
         sample
-        for group in live
+        for group in active
         for index, rollout in enumerate(rollouts_P_G[group])
         if rollout is not None
         for sample in rollout_samples(rollout, float(groups.advantages_P_G[group, index]), group=group, index=index)
@@ -109,7 +109,7 @@ def _check(reply: Reply, turn: str) -> None:
     if not reply.prompt_ids or not reply.completion_ids:
         raise DataError(
             f"Expected token ids of prompt and completion, got {len(reply.prompt_ids)} and {len(reply.completion_ids)} in "
-            f"{turn}. Train on rollouts of a language model policy that keeps what it sampled (see Reply)."
+            f"{turn}. Train on rollouts of a language model policy that returns what it sampled (see Reply)."
         )
     if len(reply.logprobs) != len(reply.completion_ids) or not np.isfinite(reply.logprobs).all():
         raise DataError(
@@ -163,7 +163,7 @@ def collate(rows: Sequence[Sequence[Sample]], *, pad_id: int = 0) -> Batch:
         token_ids      1 2 3 4 5 6 7 8
         position_ids   0 1 2 3 4 5 0 1
         targets        2 3 4 5 6 0 8 0
-        loss_mask      . x x . x . x .      trained are the places *before* the sampled tokens
+        loss_mask      . x x . x . x .      trained are the positions *before* the sampled tokens
 
     >>> first = Sample((1, 2, 3, 4, 5, 6), ((2, 4), (5, 6)), (-0.3, -0.4, -0.6), 0.5, 0, 0, (0, 1))
     >>> second = Sample((7, 8), ((1, 2),), (-0.8,), -0.5, 0, 1, (0,))
@@ -178,7 +178,7 @@ def collate(rows: Sequence[Sequence[Sample]], *, pad_id: int = 0) -> Batch:
     """
     if not rows or not all(rows):
         raise SettingError(
-            "Expected at least one row, each with at least one sample; skip the step when nothing is live."
+            "Expected at least one row, each with at least one sample; skip the step when no group is active."
         )
     shape = len(rows), max(sum(len(sample.token_ids) for sample in row) for row in rows)
     batch = Batch(

@@ -60,7 +60,7 @@ class GRPOConfig(EnvConfig):
     importance_cap: float | None = 2.0
     """Most that a token counts for the sampler's rounding; None: no correction."""
     max_grad_norm: float = 1.0
-    """A longer gradient is cut to this length."""
+    """A longer gradient is scaled down to this length."""
     micro_batch_tokens: int = 16_384
     """Tokens computed at the same time in an update; changes memory and speed only."""
     eval_every: int = 20
@@ -169,7 +169,7 @@ class SFTConfig:
     lora_rank: int = 0
     """Train adapters of this rank in every linear layer, merged in the end; 0 trains all weights."""
     max_tokens: int = 18_384
-    """A longer sample, prompt and reply together, is refused: nothing is cut."""
+    """A longer sample, prompt and reply together, is an error: nothing is truncated."""
     dtype: Literal["bfloat16", "float32"] = "float32"
     """Of the weights while training; on a GPU float32 weights are computed with in bfloat16."""
     seed: int = 0

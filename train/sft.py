@@ -88,7 +88,7 @@ def train(run: SFTConfig) -> dict[str, Any]:
     except ImportError as error:
         raise MissingDependency(f"Training needs {error.name!r}: pip install 'atommem[train]'.") from error
     check_memory(run)
-    disable_progress_bar()  # of loading and saving: ours tells of more
+    disable_progress_bar()  # of loading and saving: ours shows more
     folder = find_model(run.model)
     chat = ChatTokenizer(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, run.dtype), local_files_only=True)
@@ -125,8 +125,8 @@ def train(run: SFTConfig) -> dict[str, Any]:
 
         class Bar(TrainerCallback):
             def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-                told = f"loss {logs['loss']:.3f}" if "loss" in logs else ""
-                progress.update(bar, total=state.max_steps, completed=state.global_step, status=told)
+                status = f"loss {logs['loss']:.3f}" if "loss" in logs else ""
+                progress.update(bar, total=state.max_steps, completed=state.global_step, status=status)
 
         trainer.add_callback(Bar())
         trainer.train()

@@ -185,12 +185,12 @@ def test_any_label_stays_in_its_folder(label: str) -> None:
 def test_everything_is_checked_before_anything_is_played(tmp_path: Path) -> None:
     text = SMALL.replace('policy = "random"', 'policy = "rnadom"')
     text += '\n[[environments]]\nenv_id = "AtomMem-HotpotQA"\n\n[[environments]]\nenv_id = "AtomMem-MuSiQue"\nnum_docs = 0\n'
-    with pytest.raises(SettingError) as refused:
+    with pytest.raises(SettingError) as rejected:
         play_recipe(recipe(tmp_path, text), QUIET)
-    told = str(refused.value)
-    assert "No policy is called 'rnadom'" in told  # all at once, each once
-    assert told.count("atommem data import hotpotqa") == 1
-    assert "num_docs must be a whole number" in told
+    message = str(rejected.value)
+    assert "No policy is called 'rnadom'" in message  # all at once, each once
+    assert message.count("atommem data import hotpotqa") == 1
+    assert "num_docs must be a whole number" in message
     assert not (tmp_path / "out").exists()
 
 
@@ -237,7 +237,7 @@ def test_the_same_command_again_plays_only_what_is_missing(tmp_path: Path) -> No
     assert (whole / "summary.json").is_file()
 
 
-def test_a_recipe_that_changed_is_refused_for_the_runs_that_it_changes(tmp_path: Path) -> None:
+def test_a_recipe_that_changed_is_rejected_for_the_runs_that_it_changes(tmp_path: Path) -> None:
     play_recipe(recipe(tmp_path), QUIET)
     before = contents(tmp_path / "out")
     more = '\n[[policies]]\npolicy = "constant=yes"\n'
@@ -245,13 +245,13 @@ def test_a_recipe_that_changed_is_refused_for_the_runs_that_it_changes(tmp_path:
     failures = play_recipe(runs, QUIET)
     assert {run.policy for run in failures} == {"no scratchpad!"}
     assert len(failures) == 4
-    assert all("top_k was 5, is 2" in told and "another --out" in told for told in failures.values())
+    assert all("top_k was 5, is 2" in cause and "another --out" in cause for cause in failures.values())
     after = contents(tmp_path / "out")
     assert {name: after[name] for name in before} == before
     assert sum("constant=yes" in name and "summary" in name for name in after) == 4
 
 
-def test_a_run_that_fails_is_reported_and_mended_by_the_same_command(
+def test_a_run_that_fails_is_reported_and_played_again_by_the_same_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "my_policies.py").write_text(
@@ -269,8 +269,8 @@ def test_a_run_that_fails_is_reported_and_mended_by_the_same_command(
     (tmp_path / "recipe.toml").write_text(text.replace("[20, 40]", "[20]"))
     words = ("eval", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "out"))
     assert atommem(monkeypatch, *words) == 1
-    told = capsys.readouterr()
-    out = " ".join(told.out.split())
+    captured = capsys.readouterr()
+    out = " ".join(captured.out.split())
     assert "oracle* 100.0" in out  # the others were played
     assert "no scratchpad! failed" in out
     assert "no scratchpad! on Synthetic 20, seed 0: The service at [here] is gone." in out
@@ -281,9 +281,9 @@ def test_a_run_that_fails_is_reported_and_mended_by_the_same_command(
     assert "failed" not in capsys.readouterr().out
     (tmp_path / "recipe.toml").write_text((tmp_path / "recipe.toml").read_text().replace("served", "broken"))
     assert atommem(monkeypatch, *words[:3], str(tmp_path / "other")) == 1
-    told = capsys.readouterr()
-    assert "ZeroDivisionError" in told.out
-    assert "return 1 / 0" in told.err  # where in the user's own file
+    captured = capsys.readouterr()
+    assert "ZeroDivisionError" in captured.out
+    assert "return 1 / 0" in captured.err  # where in the user's own file
 
 
 def test_a_run_that_never_finished_an_episode_can_be_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,7 +307,7 @@ def test_an_embedding_service_that_is_gone_fails_its_runs_alone(
     runs = recipe(tmp_path, SMALL.replace('layout = "terse"', 'embedder = "openai:gone"'))
     failures = play_recipe(runs, QUIET)
     assert {run.policy for run in failures} == {"no scratchpad!"}
-    assert all("embedding service" in told for told in failures.values())
+    assert all("embedding service" in cause for cause in failures.values())
     assert sum(run.done for run in runs) == 4
 
 
@@ -324,8 +324,8 @@ def test_a_dry_run_lists_and_writes_nothing(
     assert not (tmp_path / "out").exists()
     play_recipe(runs[:1], QUIET)
     assert atommem(monkeypatch, "eval", "--dry-run", *words[1:4]) == 0
-    told = capsys.readouterr().out
-    assert (told.count("3 of 3"), told.count("0 of 3")) == (1, len(runs) - 1)
+    printed = capsys.readouterr().out
+    assert (printed.count("3 of 3"), printed.count("0 of 3")) == (1, len(runs) - 1)
 
 
 def test_seeds_are_pooled_in_a_table_an_environment(tmp_path: Path) -> None:
@@ -335,11 +335,11 @@ def test_seeds_are_pooled_in_a_table_an_environment(tmp_path: Path) -> None:
     console = Console(width=80, record=True, file=io.StringIO())
     first, second = tables(runs, failures)
     console.print(first, second)
-    told = console.export_text()
-    assert "oracle (1 of 2" in told
-    assert [line.split()[-1] for line in told.splitlines() if "no scratchpad!" in line][0] == "failed"  # noqa: RUF015
-    assert "Synthetic 40, 6 episodes" in told
-    assert max(map(len, told.splitlines())) <= 80
+    printed = console.export_text()
+    assert "oracle (1 of 2" in printed
+    assert [line.split()[-1] for line in printed.splitlines() if "no scratchpad!" in line][0] == "failed"  # noqa: RUF015
+    assert "Synthetic 40, 6 episodes" in printed
+    assert max(map(len, printed.splitlines())) <= 80
     console.print(plan(runs, failures))
     assert console.export_text().count("cannot be played") == 3
 
@@ -362,9 +362,9 @@ def test_the_quick_recipe_runs_without_any_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert atommem(monkeypatch, "eval", "quick.toml", "--out", str(tmp_path)) == 0
-    told = capsys.readouterr().out
-    assert told.count("oracle*") == 2
-    assert max(map(len, told.splitlines())) <= 80
+    printed = capsys.readouterr().out
+    assert printed.count("oracle*") == 2
+    assert max(map(len, printed.splitlines())) <= 80
     summaries = [json.loads(path.read_text()) for path in tmp_path.rglob("summary.json")]
     assert len(summaries) == len(read_recipe(Path("quick.toml"), tmp_path))
     assert {summary["em"] for summary in summaries if summary["label"] == "oracle"} == {1.0}

@@ -26,19 +26,19 @@ def rewards(draw: st.DrawFn) -> list[list[float | None]]:
 @given(rewards(), st.booleans())
 def test_equals_plain_arithmetic(rewards_P_G: list[list[float | None]], divide_by_std: bool) -> None:
     groups = group_advantages(rewards_P_G, divide_by_std=divide_by_std)
-    for row, failed, flat, group in zip(
-        groups.advantages_P_G, groups.failed_P, groups.flat_P, rewards_P_G, strict=True
+    for row, failed, zero_variance, group in zip(
+        groups.advantages_P_G, groups.failed_P, groups.zero_variance_P, rewards_P_G, strict=True
     ):
         known = [reward for reward in group if reward is not None]
         assert failed == (len(known) < len(group))
-        assert flat == (not failed and len(set(known)) == 1)
-        if failed or flat:
+        assert zero_variance == (not failed and len(set(known)) == 1)
+        if failed or zero_variance:
             assert row.tolist() == [0.0] * len(group)
             continue
         scale = statistics.stdev(known) + 1e-6 if divide_by_std else 1.0
         assert row == pytest.approx([(reward - statistics.fmean(known)) / scale for reward in known], abs=1e-9)
     assert groups.active_groups + groups.zero_variance_groups + groups.failed_groups == len(rewards_P_G)
-    assert groups.active_groups == int(groups.live_P.sum())
+    assert groups.active_groups == int(groups.active_P.sum())
 
 
 @pytest.mark.parametrize("divide_by_std", [False, True])
@@ -101,7 +101,7 @@ def test_the_baseline_is_a_rollouts_and_not_a_turns_in_expectation() -> None:
 
 
 @pytest.mark.parametrize("rewards_P_G", [[], [[]], [[1.0]], [[1.0, 0.0], [1.0]]])
-def test_groups_that_cannot_be_compared_are_refused(rewards_P_G: list[list[float | None]]) -> None:
+def test_groups_that_cannot_be_compared_are_rejected(rewards_P_G: list[list[float | None]]) -> None:
     with pytest.raises(SettingError, match="group size at least 2"):
         group_advantages(rewards_P_G)
 

@@ -59,7 +59,7 @@ def test_random_generators_go_on_where_they_were() -> None:
     assert draw() == first
 
 
-def test_weights_of_another_model_are_refused_and_none_is_set() -> None:
+def test_weights_of_another_model_are_rejected_and_none_is_set() -> None:
     model = small_model()
     before = [weight.clone() for weight in model.parameters()]
     weights = {name: torch.zeros_like(weight) for name, weight in checkpoints.trained_weights(model).items()}
@@ -70,7 +70,7 @@ def test_weights_of_another_model_are_refused_and_none_is_set() -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 the beginning of one"])
-def test_what_is_no_checkpoint_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_what_is_no_checkpoint_is_rejected(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     with pytest.raises(CheckpointError, match="does not exist"):
         checkpoints.load(path)
@@ -79,7 +79,7 @@ def test_what_is_no_checkpoint_is_refused(content: bytes, tmp_path: Path) -> Non
         checkpoints.load(path)
 
 
-def test_a_checkpoint_that_was_cut_short_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_that_was_truncated_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     checkpoints.save(path, {"weights": torch.arange(5000)})
     whole = path.read_bytes()

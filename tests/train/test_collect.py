@@ -184,7 +184,7 @@ def test_nothing_to_keep_is_an_error_that_says_what_was_seen_and_what_to_do(tmp_
         ({"layout": "brief"}, "layout must be one of"),
     ],
 )
-def test_settings_that_cannot_work_are_refused_before_anything_is_played(
+def test_settings_that_cannot_work_are_rejected_before_anything_is_played(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SettingError, match=message):

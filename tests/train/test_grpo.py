@@ -99,7 +99,7 @@ def metrics(run: LocalGRPOConfig) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if not name.startswith("seconds")} for line in lines]
 
 
-def live_step(trainer: Trainer) -> dict[str, Any]:
+def first_active_step(trainer: Trainer) -> dict[str, Any]:
     """The metrics of the first step that trains on something."""
     for _ in range(trainer.run.steps):
         line = trainer.train_step()
@@ -121,7 +121,7 @@ def test_sampler_and_trainer_agree_and_shared_prefixes_change_the_speed_alone(
         run = make_run(str(share), share_prefixes=share, temperature=temperature, micro_batch_tokens=400)
         trainer = begin(run)
         before = copied(trainer.model)
-        line = live_step(trainer)
+        line = first_active_step(trainer)
         assert 0 < line["logprob_gap_max"] <= 1e-4
         assert line["logprob_gap_mean"] <= line["logprob_gap_max"]
         assert line["importance_weight"] == pytest.approx(1, abs=1e-5)
@@ -205,7 +205,7 @@ def test_a_penalty_on_faults_is_trained_on_and_is_no_part_of_the_reward(
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_the_kl_term_is_zero_at_the_start_and_grows(lora_rank: int, make_run: Callable[..., LocalGRPOConfig]) -> None:
     trainer = begin(make_run(kl_coef=0.1, lora_rank=lora_rank, learning_rate=1e-2))
-    first, second = live_step(trainer), live_step(trainer)
+    first, second = first_active_step(trainer), first_active_step(trainer)
     assert first["reference_kl"] == pytest.approx(0, abs=1e-9)
     assert second["reference_kl"] > 1e-4
     # Not the KL of this step's own policy: one update a step starts where it was sampled.
@@ -216,11 +216,11 @@ def test_lora_trains_the_adapters_alone_and_leaves_a_plain_model(make_run: Calla
     run = make_run(lora_rank=2, learning_rate=1e-2)
     trainer = begin(run)
     before = copied(trainer.model)
-    live_step(trainer)
+    first_active_step(trainer)
     moved = changed(before, trainer.model)
     assert moved
     assert all("lora_" in name for name in moved)
-    trainer._keep_line({**trainer.train_step()})
+    trainer._log({**trainer.train_step()})
     trainer.export()
     plain, info = transformers.AutoModelForCausalLM.from_pretrained(run.out / "model", output_loading_info=True)
     assert not info["missing_keys"]
@@ -240,7 +240,7 @@ def test_in_bfloat16_the_sampler_follows_float32_weights(make_run: Callable[...,
     assert {weight.dtype for weight in trainer.model.parameters()} == {torch.float32}
     assert {weight.dtype for weight in trainer.sampled.parameters()} == {torch.bfloat16}
     before = copied(trainer.sampled)
-    line = live_step(trainer)
+    line = first_active_step(trainer)
     assert line["logprob_gap_max"] < 0.2
     assert changed(before, trainer.sampled)
     rounded = {name: weight.to(torch.bfloat16) for name, weight in copied(trainer.model).items()}
@@ -291,10 +291,10 @@ def trained_on(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[list[A
     return steps
 
 
-def test_a_failure_is_played_anew_and_leaves_no_trace(make_run: Callable[..., LocalGRPOConfig]) -> None:
+def test_a_failure_is_played_again_and_leaves_no_trace(make_run: Callable[..., LocalGRPOConfig]) -> None:
     embedder = Flaky(lambda call: call in (1, 4, 9))
-    whole, mended = begin(make_run("whole", in_flight=1)), begin_with(embedder, make_run("mended", in_flight=1))
-    assert mended.play_groups() == whole.play_groups()
+    whole, repaired = begin(make_run("whole", in_flight=1)), begin_with(embedder, make_run("repaired", in_flight=1))
+    assert repaired.play_groups() == whole.play_groups()
     assert embedder.failures == 3
 
 
@@ -315,14 +315,14 @@ def test_samples_made_are_samples_trained_with_failures_injected(
     assert sum(line["groups_active"] for line in lines) > 0
     for line, groups, step in zip(lines, played, made, strict=True):
         complete = [number for number, group in enumerate(groups) if None not in group]
-        live = [number for number in complete if len({rollout.reward for rollout in groups[number] if rollout}) > 1]
+        active = [number for number in complete if len({rollout.reward for rollout in groups[number] if rollout}) > 1]
         assert line["groups_failed"] == 6 - len(complete)
-        assert line["groups_active"] == len(live)
-        assert line["groups_zero_variance"] == len(complete) - len(live)
-        # Each turn of each rollout of a live group once, and nothing else.
+        assert line["groups_active"] == len(active)
+        assert line["groups_zero_variance"] == len(complete) - len(active)
+        # Each turn of each rollout of an active group once, and nothing else.
         turns = [
             turn.reply.prompt_ids + turn.reply.completion_ids
-            for number in live
+            for number in active
             for rollout in groups[number]
             if rollout
             for turn in rollout.turns
@@ -341,7 +341,7 @@ def test_a_batch_that_loses_a_sample_is_noticed(
     trainer = begin(make_run())
     before = copied(trainer.model)
     with pytest.raises(SamplesMismatch, match="1 left out"):
-        live_step(trainer)
+        first_active_step(trainer)
     assert not changed(before, trainer.model)
 
 
@@ -359,7 +359,7 @@ def test_when_all_is_lost_the_run_says_so(make_run: Callable[..., LocalGRPOConfi
 
 
 @pytest.mark.parametrize("error", [SettingError, PromptTooLong])
-def test_what_playing_anew_cannot_mend_is_raised_at_once(
+def test_what_playing_again_cannot_fix_is_raised_at_once(
     error: type[Exception], make_run: Callable[..., LocalGRPOConfig]
 ) -> None:
     embedder = Flaky(lambda call: call > 1, error)
@@ -395,7 +395,7 @@ def test_a_reward_or_gradient_that_is_not_finite_changes_nothing(
     with monkeypatch.context() as patched:
         patched.setattr("train.losses.token_mean", lambda values, total: values.sum() / total * float("inf"))
         with pytest.raises(DataError, match=r"gradient of step .* is not finite"):
-            live_step(trainer)
+            first_active_step(trainer)
     assert not changed(before, trainer.model)
 
 
@@ -421,7 +421,7 @@ def never_killed(undecided: Path, tmp_path_factory: pytest.TempPathFactory) -> L
 
 
 def same_ends(run: LocalGRPOConfig, other: LocalGRPOConfig) -> bool:
-    """Whether two runs have logged, kept and exported the same, bit for bit."""
+    """Whether two runs have logged, saved and exported the same, bit for bit."""
     assert metrics(run) == metrics(other)
     one, two = (checkpoints.load(each.out / CHECKPOINT) for each in (run, other))
     assert one["step"] == two["step"]
@@ -463,9 +463,9 @@ MOMENTS = {
     "before the first checkpoint": ("train.grpo:Trainer.train_step", 2, False),
     "while episodes are played": ("agents.rollout:_rollout", 24, True),
     "between gradient and update": ("train.grpo:check_all_trained", 3, True),
-    "after a line that no checkpoint covers": ("train.grpo:Trainer._keep_line", 4, True),
+    "after a line that no checkpoint covers": ("train.grpo:Trainer._log", 4, True),
     "before a checkpoint is complete": ("os:fsync", 2, False),
-    "while the model is written": ("shutil:rmtree", 2, True),
+    "while the model is written": ("train.grpo:write_card", 1, True),
 }
 
 
@@ -490,7 +490,7 @@ def test_killed_and_resumed_is_never_killed(
     assert not list(run.out.glob(".*"))
 
 
-def test_a_process_killed_in_the_middle_of_a_step_goes_on(
+def test_a_process_killed_in_the_middle_of_a_step_is_resumed(
     make_run: Callable[..., LocalGRPOConfig], never_killed: LocalGRPOConfig, tmp_path: Path
 ) -> None:
     run = make_run(**RESUMABLE)
@@ -503,7 +503,7 @@ def test_a_process_killed_in_the_middle_of_a_step_goes_on(
         trainer, real = grpo.Trainer(grpo.LocalGRPOConfig(**options)), grpo.check_all_trained
         def check(*args):
             real(*args)
-            if trainer.step == 3:  # of which the gradient is computed, and nothing kept
+            if trainer.step == 3:  # of which the gradient is computed, and nothing saved
                 os.kill(os.getpid(), signal.SIGKILL)
         grpo.check_all_trained = check
         trainer.train()
@@ -558,14 +558,14 @@ def test_other_kinds_of_runs_resume_as_well(
         ({"importance_cap": 0.5}, "importance_cap must be None or at least 1"),
     ],
 )
-def test_settings_that_cannot_work_are_refused_before_anything_is_loaded(
+def test_settings_that_cannot_work_are_rejected_before_anything_is_loaded(
     changes: dict[str, Any], message: str, make_run: Callable[..., LocalGRPOConfig]
 ) -> None:
     with pytest.raises(SettingError, match=message):
         begin(make_run(**changes | {"model": "none"}))
 
 
-def test_a_model_without_chat_template_is_refused(
+def test_a_model_without_chat_template_is_rejected(
     undecided: Path, tmp_path: Path, make_run: Callable[..., LocalGRPOConfig]
 ) -> None:
     folder = shutil.copytree(undecided, tmp_path / "base")
@@ -589,12 +589,12 @@ def test_a_tokenizer_without_pad_token_will_do(
     trainer, usual = begin(make_run(model=str(folder))), begin(make_run("usual"))
     assert trainer.chat.backend.pad_token is None
     assert trainer.model.config.pad_token_id is None
-    assert live_step(trainer)["logprob_gap_max"] <= 1e-4
-    live_step(usual)
+    assert first_active_step(trainer)["logprob_gap_max"] <= 1e-4
+    first_active_step(usual)
     assert not changed(copied(usual.model), trainer.model)
 
 
-def test_a_dataset_without_questions_is_refused(tmp_path: Path, make_run: Callable[..., LocalGRPOConfig]) -> None:
+def test_a_dataset_without_questions_is_rejected(tmp_path: Path, make_run: Callable[..., LocalGRPOConfig]) -> None:
     (tmp_path / "empty.json").write_text("[]")
     with pytest.raises(DataError, match=r"empty\.json|no tasks"):
         begin(make_run(env_id="AtomMem-HotpotQA", data=tmp_path / "empty.json", set=()))
@@ -607,7 +607,7 @@ def test_only_the_same_run_is_resumed_and_no_folder_overwritten(
     with pytest.raises(SettingError, match="Nothing to resume"):
         resumed(run)
     begin(run).train()
-    kept = {path: path.read_bytes() for path in run.out.rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in run.out.rglob("*") if path.is_file()}
     with pytest.raises(SettingError, match="new or empty"):
         begin(run)
     with pytest.raises(SettingError, match=r"another configuration: groups was 2, is 3; learning_rate was 0\.002"):
@@ -615,10 +615,25 @@ def test_only_the_same_run_is_resumed_and_no_folder_overwritten(
     (tmp_path / "file").write_text("mine")
     with pytest.raises(SettingError, match="new or empty"):
         begin(make_run("file"))
-    assert {path: path.read_bytes() for path in run.out.rglob("*") if path.is_file()} == kept
+    assert {path: path.read_bytes() for path in run.out.rglob("*") if path.is_file()} == before
 
 
-def test_a_full_disk_at_a_checkpoint_leaves_the_one_before_and_the_run_goes_on(
+def test_a_run_of_an_earlier_version_is_resumed(make_run: Callable[..., LocalGRPOConfig]) -> None:
+    run = make_run(steps=1, save_every=1)
+    begin(run).train()
+    path = run.out / "config.json"
+    later = ("recipe", "source", "reward", "dialect")  # fields that it did not have
+    values = {name: value for name, value in json.loads(path.read_text()).items() if name not in later}
+    path.write_text(json.dumps(values))
+    (run.out / "model" / "atommem.json").unlink()
+    line = metrics(run)[0]
+    line["groups_live"], line["groups_flat"] = line.pop("groups_active"), line.pop("groups_zero_variance")
+    (run.out / METRICS).write_text(json.dumps(line) + "\n")
+    assert resumed(dataclasses.replace(run, recipe="tiny")).train() == line
+    assert (run.out / "model" / "atommem.json").is_file()
+
+
+def test_a_full_disk_at_a_checkpoint_leaves_the_one_before_and_the_run_is_resumed(
     make_run: Callable[..., LocalGRPOConfig], never_killed: LocalGRPOConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resource = pytest.importorskip("resource")  # a limit on a file's size fails as a full disk does, in the write

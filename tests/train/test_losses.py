@@ -1,4 +1,4 @@
-"""The loss, against loops over plain floats, finite differences, and the batch cut into pieces."""
+"""The loss, against loops over plain floats, finite differences, and the batch split into pieces."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_token_that_is_ruled_out_leaves_entropy_and_gradient_finite() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
-def test_a_temperature_without_a_distribution_is_refused(temperature: float) -> None:
+def test_a_temperature_without_a_distribution_is_rejected(temperature: float) -> None:
     with pytest.raises(SettingError, match="temperature"):
         token_logprobs(torch.zeros(1, 2), torch.tensor([0]), temperature)
 
@@ -253,14 +253,14 @@ REWARDS = [[1.0, 0.0, 0.5], [0.0, 0.0, 1.0], [1.0, 1.0, 1.0]]
 
 @settings(max_examples=20, deadline=None)
 @given(st.permutations(range(12)), st.integers(1, 11))
-def test_micro_batches_padded_or_packed_add_up_to_one_batch(order: list[int], cut: int) -> None:
+def test_micro_batches_padded_or_packed_add_up_to_one_batch(order: list[int], split: int) -> None:
     played = play(REWARDS)
     samples = make_samples(played, group_advantages(REWARDS))
     total = sum(sample.trained_tokens for sample in samples)
     whole = gradient([[[sample] for sample in samples]], total)
 
     shuffled = [samples[place] for place in order]
-    for batches in ([[shuffled[:cut]], [shuffled[cut:]]], [[[sample]] for sample in shuffled]):
+    for batches in ([[shuffled[:split]], [shuffled[split:]]], [[[sample]] for sample in shuffled]):
         loss, grads, metrics = gradient(batches, total)
         assert loss == pytest.approx(whole[0], rel=1e-9)
         assert torch.allclose(grads, whole[1], rtol=1e-9, atol=1e-12)
@@ -296,7 +296,7 @@ def test_equal_rewards_give_exactly_zero_gradient_and_leave_the_weights_as_they_
     groups = group_advantages(rewards)
     assert {sample.group for sample in make_samples(play(rewards), groups)} == {1}  # skipped as a rule
 
-    groups.flat_P[0] = False  # and if it were not:
+    groups.zero_variance_P[0] = False  # and if it were not:
     samples = [sample for sample in make_samples(play(rewards), groups) if sample.group == 0]
     model = Counting()
     before = [parameter.detach().clone() for parameter in model.parameters()]
@@ -313,7 +313,7 @@ def test_equal_rewards_give_exactly_zero_gradient_and_leave_the_weights_as_they_
         assert torch.equal(old.view(torch.int64), parameter.detach().view(torch.int64))
 
 
-# --------------------------------------------------------------------------------------------------------- what is refused
+# --------------------------------------------------------------------------------------------------------- what is rejected
 
 
 @pytest.mark.parametrize(
@@ -328,12 +328,12 @@ def test_equal_rewards_give_exactly_zero_gradient_and_leave_the_weights_as_they_
         {"importance_cap": math.nan},
     ],
 )
-def test_settings_that_cannot_work_are_refused(wrong: dict[str, float]) -> None:
+def test_settings_that_cannot_work_are_rejected(wrong: dict[str, float]) -> None:
     with pytest.raises(SettingError, match=next(iter(wrong))):
         LossConfig(**wrong)
 
 
-def test_shapes_that_would_broadcast_are_refused() -> None:
+def test_shapes_that_would_broadcast_are_rejected() -> None:
     one = torch.zeros(3)
     with pytest.raises(SettingError, match=r"'advantages': \(1,\)"):
         grpo_loss(one, one, one, torch.zeros(1), total_tokens=3)
@@ -347,7 +347,7 @@ def test_a_kl_term_needs_a_reference() -> None:
 
 
 @pytest.mark.parametrize("total", [0, 2])
-def test_a_count_of_the_micro_batch_or_of_nothing_is_refused(total: int) -> None:
+def test_a_count_of_the_micro_batch_or_of_nothing_is_rejected(total: int) -> None:
     with pytest.raises(SettingError, match="whole batch"):
         token_mean(torch.zeros(3), total)
     assert float(token_mean(torch.zeros(0), 1)) == 0.0  # a process may have nothing to train on

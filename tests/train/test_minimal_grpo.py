@@ -270,12 +270,12 @@ def test_the_loop_learns_and_its_model_can_be_loaded(
     folder: Path, lowercase: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(small(folder, env_id=lowercase, out=tmp_path / "model", steps=8, group_size=8, learning_rate=3e-2))
-    told = capsys.readouterr().out
-    rewards = numbers(told, r"(?m)^step .*reward")
+    printed = capsys.readouterr().out
+    rewards = numbers(printed, r"(?m)^step .*reward")
     assert len(rewards) == 8
     assert np.mean(rewards[-2:]) > np.mean(rewards[:2]) + 0.2
-    assert max(numbers(told, "gap")) < 1e-4
-    before, after = numbers(told, "held-out reward")
+    assert max(numbers(printed, "gap")) < 1e-4
+    before, after = numbers(printed, "held-out reward")
     assert after > before
     ChatTokenizer(tmp_path / "model")
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
@@ -286,18 +286,18 @@ def test_each_update_is_of_its_own_rollouts_alone(
 ) -> None:
     """Played again beside the loop, with weights that hardly move."""
     train(small(folder, env_id=lowercase, steps=2, learning_rate=1e-12))
-    told = numbers(capsys.readouterr().out, "gradient")
+    printed = numbers(capsys.readouterr().out, "gradient")
     options: dict[str, Any] = {"split": "train", "num_docs": 4, **minimal_grpo.TASK, **minimal_grpo.MEMORY}
     envs = [gym.make(lowercase, **options) for _ in range(8)]
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
-    for gradient in told:
+    for gradient in printed:
         seeds = np.repeat(rng.integers(2**31, size=2), 4).tolist()
         trajectories = play(model, ChatTokenizer(folder), envs, seeds, max_new_tokens=6)
         add_gradients(model, make_samples([trajectories[:4], trajectories[4:]]))
         expected = sum(float((part**2).sum()) for part in gradients(model)) ** 0.5
         assert gradient == pytest.approx(expected, abs=1e-3)
-    assert len(told) == 2
+    assert len(printed) == 2
 
 
 def test_the_same_seed_trains_the_same_model(
@@ -316,14 +316,14 @@ def test_equal_rewards_leave_the_weights_as_they_are(
     folder: Path, model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(small(folder, out=tmp_path / "model", steps=2))  # random weights answer nothing: every reward is 0
-    told = capsys.readouterr().out
-    assert numbers(told, r"(?m)^step .*reward") == [0.0, 0.0]
-    assert "gradient" not in told
+    printed = capsys.readouterr().out
+    assert numbers(printed, r"(?m)^step .*reward") == [0.0, 0.0]
+    assert "gradient" not in printed
     after = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert all(map(torch.equal, model.parameters(), after.parameters()))
 
 
 @pytest.mark.parametrize("changes", [{"group_size": 1}, {"eval_every": 0}])
-def test_what_cannot_work_is_refused_at_once(folder: Path, changes: dict[str, int]) -> None:
+def test_what_cannot_work_is_rejected_at_once(folder: Path, changes: dict[str, int]) -> None:
     with pytest.raises(SettingError, match=next(iter(changes))):
         train(small(folder, **changes))

@@ -185,13 +185,13 @@ UNSUPPORTED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("reason", UNSUPPORTED)
-def test_a_model_whose_tokens_meet_elsewhere_is_refused(reason: str) -> None:
+def test_a_model_whose_tokens_meet_elsewhere_is_rejected(reason: str) -> None:
     model: PreTrainedModel = UNSUPPORTED[reason]()
     with pytest.raises(SettingError, match=f"{reason}.*Llama and Qwen3"):
         use_packed_attention(model)
 
 
-def test_a_model_that_was_not_prepared_is_refused() -> None:
+def test_a_model_that_was_not_prepared_is_rejected() -> None:
     with pytest.raises(SettingError, match=r"0 did. Call use_packed_attention\(model\) first"):
         packed_logits(llama(), pack_samples(draw_samples(), 1000)[0])
 

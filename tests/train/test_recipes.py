@@ -98,14 +98,14 @@ def test_help_names_the_recipes_and_shows_the_values_of_the_one_chosen(
     for words, shown in ((f"{command} --help", "runs/"), (f"{command} --recipe tiny --help", "runs/tiny/")):
         with pytest.raises(SystemExit, match="0"):
             run(monkeypatch, words)
-        told = capsys.readouterr().out
-        assert "--recipe NAME" in told
-        assert all(name in told for name in NAMES)
-        assert shown in told
+        printed = capsys.readouterr().out
+        assert "--recipe NAME" in printed
+        assert all(name in printed for name in NAMES)
+        assert shown in printed
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("[grpoo]", r"no table \[grpoo\].*env, collect, sft, grpo, model"),
         ("steps = 3", r"no table \[steps\]"),
@@ -124,9 +124,9 @@ def test_help_names_the_recipes_and_shows_the_values_of_the_one_chosen(
         ("[grpo", r"is not TOML"),
     ],
 )
-def test_what_is_wrong_in_a_file_is_named(text: str, told: str, tmp_path: Path) -> None:
+def test_what_is_wrong_in_a_file_is_named(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(text)
-    with pytest.raises(SettingError, match=told):
+    with pytest.raises(SettingError, match=message):
         read_recipe(str(tmp_path / "mine.toml"))
 
 
@@ -142,19 +142,19 @@ def atommem(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("command", ["sft", "grpo"])
-def test_an_impossible_recipe_is_refused_at_once_before_its_model_is_asked_for(command: str, tmp_path: Path) -> None:
+def test_an_impossible_recipe_is_rejected_at_once_before_its_model_is_asked_for(command: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("psutil")
     resource = pytest.importorskip("resource")
     text = (FOLDER / "qwen3-8b-lora.toml").read_text(encoding="utf-8")
     (tmp_path / "huge.toml").write_text(text.replace("hidden_size = 4096", "hidden_size = 1048576"))
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    refused = atommem(command, "--recipe", "huge.toml", cwd=tmp_path)
+    rejected = atommem(command, "--recipe", "huge.toml", cwd=tmp_path)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert refused.returncode == 1, refused.stderr
-    assert "Qwen/Qwen3-8B needs about" in refused.stderr
-    assert "× 2 bytes" in refused.stderr
-    assert "hf download" not in refused.stderr
+    assert rejected.returncode == 1, rejected.stderr
+    assert "Qwen/Qwen3-8B needs about" in rejected.stderr
+    assert "× 2 bytes" in rejected.stderr
+    assert "hf download" not in rejected.stderr
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 20  # of the processor, imports and all
     assert not (tmp_path / "runs").exists()
 

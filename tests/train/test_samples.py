@@ -99,7 +99,7 @@ def test_a_turn_that_cannot_be_trained_on_is_named(change: dict[str, Any], messa
         rollout_samples(played, 0.0, group=5, index=2)
 
 
-def test_a_rollout_without_turns_is_refused() -> None:
+def test_a_rollout_without_turns_is_rejected() -> None:
     with pytest.raises(DataError, match="at least one turn"):
         rollout_samples(rollout(), 0.0)
 
@@ -113,9 +113,9 @@ def test_samples_made_are_samples_trained_with_failures_injected(data: st.DataOb
     groups = group_advantages(rewards)
     made = make_samples(played, groups)
 
-    live = [group for group in played if None not in group and len({one.reward for one in group if one}) > 1]
-    turns = [turn for group in live for one in group if one for turn in one.turns]
-    assert groups.active_groups == len(live)
+    active = [group for group in played if None not in group and len({one.reward for one in group if one}) > 1]
+    turns = [turn for group in active for one in group if one for turn in one.turns]
+    assert groups.active_groups == len(active)
     assert sum(len(sample.turns) for sample in made) == len(turns)
     assert sum(sample.trained_tokens for sample in made) == sum(len(turn.reply.completion_ids) for turn in turns)
     for sample in made:  # every token of every turn of a rollout has the rollout's advantage
@@ -137,7 +137,7 @@ def test_samples_made_are_samples_trained_with_failures_injected(data: st.DataOb
             check_all_trained(made, [*trained[1:], (99, 0, 0)])
 
 
-def test_advantages_of_other_rollouts_are_refused() -> None:
+def test_advantages_of_other_rollouts_are_rejected() -> None:
     groups = group_advantages([[1.0, 0.0]])
     with pytest.raises(SettingError, match=r"got groups of sizes \[3\]"):
         make_samples([[rollout(([1], [2]))] * 3], groups)
@@ -174,6 +174,6 @@ def test_batches_shift_each_sample_on_its_own(played: list[Rollout], packed: boo
 
 
 @pytest.mark.parametrize("rows", [[], [[]]])
-def test_a_batch_of_nothing_is_refused(rows: list[list[Sample]]) -> None:
+def test_a_batch_of_nothing_is_rejected(rows: list[list[Sample]]) -> None:
     with pytest.raises(SettingError, match="at least one sample"):
         collate(rows)

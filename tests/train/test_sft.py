@@ -125,9 +125,9 @@ def test_training_lowers_the_loss_and_leaves_a_model_that_is_evaluated_by_its_fo
     for row in rows:
         with torch.no_grad():
             logp = network(torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
-        places = [place for place, label in enumerate(row["labels"]) if label != -100]
-        total -= sum(float(logp[place - 1, row["labels"][place]]) for place in places)
-        count += len(places)
+        positions = [position for position, label in enumerate(row["labels"]) if label != -100]
+        total -= sum(float(logp[position - 1, row["labels"][position]]) for position in positions)
+        count += len(positions)
     assert losses[0] == pytest.approx(total / count, abs=2e-3)
     # The command that was printed plays as the samples were collected.
     monkeypatch.chdir(tmp_path)
@@ -144,7 +144,7 @@ def test_training_lowers_the_loss_and_leaves_a_model_that_is_evaluated_by_its_fo
         train(run)
 
 
-def test_what_cannot_be_trained_on_is_refused(model: Path, samples: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_trained_on_is_rejected(model: Path, samples: Path, tmp_path: Path) -> None:
     run = SFTConfig(samples=samples, model=str(model), out=tmp_path / "sft")
     with pytest.raises(SettingError, match="multiple"):
         train(replace(run, batch_size=3, micro_batch_size=2))

@@ -216,7 +216,7 @@ def _outside(spent: dict[str, Seconds], axis: Literal[0, 1]) -> float:
 
 @contextmanager
 def _watching(trainer: Trainer, clock: Clock) -> Iterator[None]:
-    """While it lasts, `clock` tells the parts of a step apart."""
+    """While it lasts, `clock` measures the parts of a step."""
 
     def forward() -> str:
         return "update: forward" if torch.is_grad_enabled() else "sampling: forward"

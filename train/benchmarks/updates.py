@@ -4,7 +4,7 @@
     python -m train.benchmarks.updates --model FOLDER --out updates.json
 
 The four forms compute the same loss of the same samples, in turn, in one process; a ratio is the median over the rounds of
-what the right-padded form took by what this one took in the same round. All compute the output layer at trained places only.
+what the right-padded form took by what this one took in the same round. All compute the output layer at trained positions only.
 
     padded    samples in the order they came, padded on the right to the longest of their micro-batch
     sorted    the same, sorted by length first
@@ -94,15 +94,15 @@ def draw_samples(shape: Shape, vocabulary: int) -> list[Sample]:
             for turn in range(shape.turns):
                 prompt = shared[turn] + draw(int(rng.integers(*shape.own, endpoint=True)))
                 reply = draw(int(rng.integers(*shape.reply, endpoint=True)))
-                place = (len(prompt), len(prompt) + len(reply))
+                completion = (len(prompt), len(prompt) + len(reply))
                 samples.append(
-                    Sample(prompt + reply, (place,), (-1.0,) * len(reply), advantage, group, rollout, (turn,))
+                    Sample(prompt + reply, (completion,), (-1.0,) * len(reply), advantage, group, rollout, (turn,))
                 )
     return samples
 
 
 def padded_update(model: Any, samples: list[Sample], max_tokens: int) -> None:
-    """The baseline: adds the gradient of the samples, in batches padded on the right with at most `max_tokens` places."""
+    """The baseline: adds the gradient of the samples, in batches padded on the right with at most `max_tokens` positions."""
     total = sum(sample.trained_tokens for sample in samples)
     batches: list[list[Sample]] = [[]]
     for sample in samples:
