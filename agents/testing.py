@@ -12,7 +12,7 @@ from agents.rollout import run_blocking
 from atommem_env.dialects import Dialect, get_dialect
 from atommem_env.embedders import embed
 from atommem_env.episode import Episode
-from atommem_env.testing import doing, require
+from atommem_env.testing import describe_errors, require
 from atommem_env.types import (
     Operation,
     OperationKind,
@@ -36,7 +36,7 @@ def check_policy(policy: Any, env_id: str = "AtomMem-Synthetic", *, deterministi
     """
     absent = [name for name in ("name", "privileged") if hasattr(policy, "begin") and not hasattr(policy, name)]
     require(not absent, f"A policy with begin() must also have {' and '.join(absent)}, see agents.policy.Policy.")
-    with doing("Taking it as a policy"):
+    with describe_errors("Taking it as a policy"):
         player = as_policy(policy)
     require(isinstance(player.name, str) and bool(player.name), f"name must be a text, got {player.name!r}.")
     require(isinstance(player.privileged, bool), f"privileged must be True or False, got {player.privileged!r}.")
@@ -79,7 +79,7 @@ async def _play(player: Any, env: Any, seed: int, *, instead: str | None = None)
     """The replies of an episode in which the policy's reply, or `instead` of each, is carried out."""
     task = env.source.task(seed % len(env.source), seed)
     episode = Episode(task, env.settings, seed)
-    with doing(f"begin({seed}, …)"):
+    with describe_errors(f"begin({seed}, …)"):
         act = player.begin(seed, task if player.privileged else None)
     require(callable(act), f"begin() must return a function observation -> reply, got {act!r}.")
     replies = []
@@ -87,7 +87,7 @@ async def _play(player: Any, env: Any, seed: int, *, instead: str | None = None)
         observation = episode.observe()
         given = observation.copy()
         where = f"the reply to step {observation['step']} (phase {observation['phase']!r}, seed {seed})"
-        with doing(f"Asking for {where}"):
+        with describe_errors(f"Asking for {where}"):
             reply = await reply_to(act, given)
         require(given == observation, f"The policy changed the observation that it was given for {where}.")
         require(isinstance(reply.text, str), f"Reply.text must be a text, for {where} it is {reply.text!r}.")
