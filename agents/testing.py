@@ -14,7 +14,7 @@ from agents.rollout import run_blocking
 from atommem_env.dialects import Dialect, get_dialect
 from atommem_env.embedders import embed
 from atommem_env.episode import Episode
-from atommem_env.testing import doing, require
+from atommem_env.testing import describe_errors, require
 from atommem_env.types import Operation, OperationKind
 
 
@@ -61,7 +61,7 @@ def check_policy(
         await _play(player, env.unwrapped, 2, instead=_faults(get_dialect(settings.dialect)))
 
     try:
-        with doing("Taking it as a policy"):
+        with describe_errors("Taking it as a policy"):
             player = load_policy(policy, settings, sampling, layout, model=model)
         require(isinstance(player.name, str) and bool(player.name), f"name must be a text, got {player.name!r}.")
         require(isinstance(player.privileged, bool), f"privileged must be True or False, got {player.privileged!r}.")
@@ -86,7 +86,7 @@ async def _play(player: Any, env: Any, seed: int, *, instead: str | None = None)
     """The replies of an episode in which the policy's reply, or `instead` of each, is carried out."""
     task = env.source.task(seed % len(env.source), seed)
     episode = Episode(task, env.settings, seed)
-    with doing(f"begin({seed}, …)"):
+    with describe_errors(f"begin({seed}, …)"):
         act = player.begin(seed, task if player.privileged else None)
     require(callable(act), f"begin() must return a function observation -> reply, got {act!r}.")
     replies = []
@@ -94,7 +94,7 @@ async def _play(player: Any, env: Any, seed: int, *, instead: str | None = None)
         observation = episode.observe()
         given = observation.copy()
         where = f"the reply to step {observation['step']} (phase {observation['phase']!r}, seed {seed})"
-        with doing(f"Asking for {where}"):
+        with describe_errors(f"Asking for {where}"):
             reply = await reply_to(act, given)
         require(given == observation, f"The policy changed the observation that it was given for {where}.")
         require(isinstance(reply.text, str), f"Reply.text must be a text, for {where} it is {reply.text!r}.")

@@ -7,8 +7,8 @@
 >>> observation["phase"]
 'read'
 
-What a program needs beside `gym.make` is here as well, and loaded when it is asked for: `evaluate`, `play_episode`, `collect`,
-`load_policy`, `render_reply`, the checkers of parts of one's own, and the types of the data contract.
+The rest of the Python API is here as well, imported on first use: `evaluate`, `play_episode`, `collect`, `load_policy`,
+`render_reply`, the checkers of user-defined parts, and the types of the data contract.
 """
 
 from typing import Any
@@ -17,14 +17,14 @@ from gymnasium.envs.registration import register
 
 __all__ = ["ENVIRONMENTS"]
 
-# What the bare id of each environment stands for; the dynamics are the paper's, but for chunks that fit short documents.
+# The arguments of each environment; the dynamics are the paper's, except for smaller chunks where documents are short.
 ENVIRONMENTS: dict[str, dict[str, Any]] = {
     "HotpotQA": {"source": "hotpotqa"},
     "2WikiMultiHopQA": {"source": "2wikimultihopqa"},
     "MuSiQue": {"source": "musique"},
     "Synthetic": {"source": "synthetic", "chunk_tokens": 128},
     "Files": {"source": "files"},
-    "Custom": {"chunk_tokens": 128},  # with source=: tasks of one's own
+    "Custom": {"chunk_tokens": 128},  # with source=: your own tasks
 }
 
 for _name, _kwargs in ENVIRONMENTS.items():
@@ -36,7 +36,7 @@ for _name, _kwargs in ENVIRONMENTS.items():
             kwargs=_kwargs,
         )
 
-# The front door: where each name is defined.
+# The public Python API: where each name is defined.
 _DOOR = {
     "eval.api": ("evaluate", "evaluate_async", "Result"),
     "train.api": ("collect",),

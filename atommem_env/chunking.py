@@ -1,4 +1,4 @@
-"""Cuts a context into the chunks that a policy reads one at a time."""
+"""Splits a context into the chunks that a policy reads one at a time."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 def chunk_documents(documents: Sequence[Document], limit: int, tokenizer: Tokenizer) -> tuple[str, ...]:
     """Packs whole documents, in order, into chunks of at most `limit` tokens (title lines included).
 
-    A document that does not fit into what is left starts the next chunk, so that no sentence is torn apart. One longer
-    than a chunk is split between sentences, and a sentence longer than a chunk between tokens; each piece bears the title.
+    A document that does not fit into the rest of a chunk starts the next one, so that no sentence is split. A document longer
+    than a chunk is split between sentences, and a sentence longer than a chunk between tokens; each piece has the title.
 
     >>> from atommem_env.tokens import BuiltinTokenizer
     >>> chunk_documents([Document("A", "One two."), Document("B", "Three."), Document("C", "Four five.")], 7, BuiltinTokenizer())
@@ -37,7 +37,7 @@ def chunk_documents(documents: Sequence[Document], limit: int, tokenizer: Tokeni
 
 
 def _pieces(document: Document, limit: int, tokenizer: Tokenizer) -> Iterator[tuple[str, int]]:
-    """The document as (text with title, tokens), in pieces that fit into `limit` where its title leaves room at all."""
+    """The document as (text with title, tokens), in pieces of at most `limit` tokens unless its title alone exceeds that."""
     whole = f"{document.title}\n{document.text}"
     size = tokenizer.count(whole)
     if size <= limit:

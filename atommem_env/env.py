@@ -32,30 +32,30 @@ from atommem_env.types import (
     OperationResult,
 )
 
-_MOST_STEPS = 2**31 - 1  # of the integer spaces; no episode comes near it
+_MOST_STEPS = 2**31 - 1  # upper bound of the integer spaces; no episode comes near it
 SETTING_NAMES = frozenset(field.name for field in dataclasses.fields(EpisodeSettings))
 
 
 class AtomMemEnv(gym.Env[Observation, str], EzPickle):
-    """A reader that cannot turn back, and a memory that it manages itself.
+    """A reader that sees each chunk of a document once, and a memory that it manages itself.
 
     ## Description
     A long document is shown chunk by chunk. With each reply the policy may Create, Read, Update and Delete entries of an
-    external memory and rewrite a scratchpad; after the last chunk it answers questions from what it kept. The decision
-    process is that of AtomMem (arXiv 2601.08323), the tasks are multi-hop questions from HotpotQA, 2WikiMultiHopQA and
-    MuSiQue among distracting documents, from a procedural world, or about files of one's own.
+    external memory and rewrite a scratchpad; after the last chunk it answers questions from what it stored. The decision
+    process is that of AtomMem (arXiv 2601.08323). The tasks are multi-hop questions from HotpotQA, 2WikiMultiHopQA and
+    MuSiQue among distracting documents, from a procedural world, or about your own files.
 
-    Besides the policy and the embedder a step takes about 0.2 ms (vectors of 1024 numbers), reset about 10 ms at 800 documents
+    Without the policy and the embedder a step takes about 0.2 ms (vectors of 1024 numbers), reset about 10 ms at 800 documents
     and 80 ms at 6,400, on one core (`eval/benchmarks/environment.py`, `tasks.py`).
 
     ## Action Space
-    `Text()`: any `str` at all. What counts are the operations in it, in the order written; in the dialect `tags` (others are
+    `Text()`: any `str`. The operations in it are carried out in the order written; in the dialect `tags` (others are
     `public_code` and `tool_calls`):
 
     | text                                                | operation                                                |
     |-----------------------------------------------------|----------------------------------------------------------|
     | `<create_memory>text</create_memory>`               | a new entry                                              |
-    | `<read_memory>query</read_memory>`                  | what it finds is seen from the next observation on       |
+    | `<read_memory>query</read_memory>`                  | its results are shown from the next observation on       |
     | `<update_memory>m3: text</update_memory>`           | replaces an entry                                        |
     | `<delete_memory>m3</delete_memory>`                 | removes an entry                                         |
     | `<update_scratchpad>text</update_scratchpad>`       | replaces the scratchpad                                  |
@@ -67,46 +67,46 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
 
     ## Starting State
     The first chunk, an empty memory and an empty scratchpad. `reset(seed=…)` draws the task; `reset(options={"index": i})`
-    names it, and `options={"index": i, "seed": s}` also fixes the drawing of its documents. `options={"resume": id}` goes on
-    with an interrupted episode of the store.
+    selects it, and `options={"index": i, "seed": s}` also fixes the draw of its documents. `options={"resume": id}` resumes
+    an interrupted episode of the store.
 
     ## Dynamics
-    Every reply turns the page. The observation after a reply shows what the query in force finds in the memory *after* that
-    reply's writes; the query stays in force until the next Read. After the last chunk the questions are asked one at a time;
-    a question is settled by an answer, or unanswered after `replies_per_question` replies. What cannot be carried out is a
-    fault: it is told in `notice`, counted in `info`, and changes nothing else.
+    Every reply advances to the next chunk. The observation after a reply shows the active query's results in the memory *after*
+    that reply's writes; a query stays active until the next Read. After the last chunk the questions are asked one at a time;
+    a question is resolved by an answer, or unanswered after `replies_per_question` replies. An operation that cannot be
+    carried out is a fault: it is reported in `notice`, counted in `info`, and changes nothing else.
 
     ## Rewards
     0 on every step but the last; there the mean exact match over the task's questions, by the dataset's own rule, in [0, 1].
     `reward_terms={name: weight}` adds weighted shares in [0, 1] to that: `faults` (replies with a fault), `reads` (replies with
-    a Read), `steps` (of the step budget), `memory_size` (tokens kept, of the document's) and `evidence_stored`. The paper has
-    none of them.
+    a Read), `steps` (of the step budget), `memory_size` (tokens stored, of the document's) and `evidence_stored`. The paper
+    has none of them.
 
     ## Episode End
-    `terminated` when all questions are settled. `truncated` when `max_steps` replies were given first.
+    `terminated` when all questions are resolved. `truncated` when `max_steps` replies were given first.
 
     ## Information
     After `reset`: `task_id`, `task_index`, `task_seed`. After `step`: `entries` (in memory), `operations` (carried out, by
     kind) and `faults` (by kind) of this reply. At the end also `stop_reason`, `predictions`, `golds`, `supporting_facts`,
-    `em`, `f1` and `evidence` (passages, how many were stored, how many retrieved), each a tuple with an item a question.
+    `em`, `f1` and `evidence` (passages, how many were stored, how many retrieved), each a tuple with one item per question.
 
     ## Arguments
     * `embedder` ("hashing"): "hashing", "minilm", "st:MODEL" (of sentence-transformers), "openai:MODEL" (a service, at
       OPENAI_BASE_URL), an object with the methods of `atommem_env.embedders.Embedder`, or `module:attribute` of one.
-    * `source`: whose tasks are played; each id has its own, and `AtomMem-Custom` none. A list of `atommem_env.Task`, an object
-      like `atommem_env.types.TaskSource`, a class or function that makes one, or `module:attribute` of any of these.
-    * `store` (None): the LanceDB folder that keeps the memories, or a `MemoryStore`, which whoever made it closes; None is a
-      temporary folder, which goes with `close()` or the end of the process.
+    * `source`: the task source; each id has its own, and `AtomMem-Custom` none. A list of `atommem_env.Task`, an object
+      like `atommem_env.types.TaskSource`, a class or function that returns one, or `module:attribute` of any of these.
+    * `store` (None): the LanceDB folder for the memories, or a `MemoryStore`, which its creator closes; None is a
+      temporary folder, removed by `close()` or at the end of the process.
     * `durability` ("episode"): "episode": committed when the episode ends, is left or the environment is closed; "step":
       before `step` returns; "off": never.
     * `render_mode` (None): "ansi" or "human".
     * `ablation` (None): one of the paper's by name: `no_update`, `no_delete`, `no_scratchpad`, `no_storage`, `no_memory`,
       `random_retrieval`; `atommem_env.types.ABLATIONS` says what each one sets.
     * any field of `atommem_env.EpisodeSettings`, for example `chunk_tokens`, `top_k`, `operations`, `capacity`. `dialect` and
-      `reward` also take an object of one's own, or `module:attribute`.
+      `reward` also take your own object, or its `module:attribute`.
     * any option of the task source: `split`, `data`, `corpus`, `num_docs`, `questions` for the datasets
       (`atommem_env.tasks.haystack`), `hops`, `corrections` and others for the synthetic one (`atommem_env.tasks.synthetic`),
-      `files`, `data`, `question` and `questions` for one's own (`atommem_env.tasks.files`).
+      `files`, `data`, `question` and `questions` for your own files (`atommem_env.tasks.files`).
 
     ## Version History
     * v0: first version.
@@ -137,11 +137,11 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
             raise SettingError(f"render_mode must be None, 'ansi' or 'human', got {render_mode!r}.")
         self.settings, source_kwargs = split_options(source, options)
         assert source is not None  # or split_options would have said so
-        get_dialect(self.settings.dialect)  # what is wrong is said before anything is played
+        get_dialect(self.settings.dialect)  # wrong settings fail here, before any episode
         get_reward(self.settings.reward)
         self.source = make_source(source, **source_kwargs)
         defaults = {name: option.default for name, option in source_options(source).items()}
-        self.source_options = {**defaults, **source_kwargs}  # of the task source, those left out too
+        self.source_options = {**defaults, **source_kwargs}  # of the task source, defaults included
         if not (isinstance(source, str) and source in SOURCES):
             self.source_options["source"] = name_of(source)
         self.embedder = get_embedder(embedder) if isinstance(embedder, str) else embedder
@@ -195,7 +195,7 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
         return self.resolve(action, embed(self.embedder, self.submit(action)))
 
     def submit(self, action: str) -> tuple[EmbeddingRequest, ...]:
-        """The first half of `step`, for who embeds for many environments at once: see `Episode.submit`."""
+        """The first half of `step`, for callers that embed for many environments at once: see `Episode.submit`."""
         if self.episode is None:
             raise gym.error.ResetNeeded("Call reset() before step().")
         return self.episode.submit(action)
@@ -276,7 +276,7 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
 
 
 def open_store(store: str | Path | MemoryStore | None, durability: str) -> MemoryStore:
-    """The store that the arguments of an environment name; one that is given as it is stays its maker's."""
+    """The store of an environment's arguments; a `MemoryStore` is returned as given, and its creator closes it."""
     if isinstance(store, MemoryStore):
         return store
     return MemoryStore.temporary(durability) if store is None else MemoryStore(store, durability)
@@ -286,12 +286,12 @@ def split_options(source: Source | None, options: dict[str, Any]) -> tuple[Episo
     """Sorts keyword arguments into settings of the episode, an ablation's among them, and options of the task source.
 
     Raises:
-        SettingError: one belongs to neither, or is set by the ablation as well; the message lists what exists.
+        SettingError: an argument is neither, or the ablation sets it as well; the message lists the known names.
     """
     if source is None:
         raise SettingError(
-            "This environment plays tasks of your own: give source=, a list of atommem_env.Task, an object like "
-            "atommem_env.types.TaskSource, what makes one, or module:attribute of any of these."
+            "This environment plays your own tasks: give source=, a list of atommem_env.Task, an object like "
+            "atommem_env.types.TaskSource, a function that returns one, or module:attribute of any of these."
         )
     of_source = set(source_options(source))
     options = {**options}
@@ -328,7 +328,7 @@ def count_results(results: tuple[OperationResult, ...]) -> dict[str, dict[str, i
 
 
 def outcome_info(episode: Episode) -> dict[str, Any]:
-    """What is told once the episode is over."""
+    """The part of `info` that is there once the episode is over."""
     questions = episode.task.questions
     return {
         "stop_reason": str(episode.stop_reason),

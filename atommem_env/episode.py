@@ -1,10 +1,10 @@
 """One episode as a pure state machine: no I/O, no clock, no randomness but its seed.
 
-The Gymnasium environment, evaluation, both trainers and the tests all drive this class, in two halves, because between
-them somebody has to compute embeddings:
+The Gymnasium environment, evaluation, both trainers and the tests all drive this class. A step has two halves, because the
+caller computes the embeddings between them:
 
-    requests = episode.submit(reply)      # reads and plans; changes nothing
-    result = episode.resolve(vectors)     # carries the plan out, all of it or nothing
+    requests = episode.submit(reply)      # parses and plans; changes nothing
+    result = episode.resolve(vectors)     # carries out the plan, all of it or nothing
 """
 
 from __future__ import annotations
@@ -52,26 +52,24 @@ _EMBEDDED: dict[OperationKind, EmbeddingKind] = {
     OperationKind.UPDATE: "document",
     OperationKind.READ: "query",
 }
-_NOTICE_LINES = 8  # a reply can have a million faults; the policy reads of so many kinds of them, each with its number
-_SEPARATOR = (
-    "\x00"  # between entries when evidence is looked for: in no text and no space, so that no passage spans two
-)
+_NOTICE_LINES = 8  # a reply can have a million faults; a notice lists this many different ones, each with its count
+_SEPARATOR = "\x00"  # between entries when searching for evidence: in no text, so that no passage spans two entries
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What `submit` decided: everything but the vectors."""
+    """The result of `submit`: all of a step but the vectors."""
 
     operations: tuple[Operation, ...]  # to carry out, in order; targets are entry ids
-    results: tuple[OperationResult, ...]  # of everything written, in order; Creates get their ids when carried out
+    results: tuple[OperationResult, ...]  # of all operations, in the order written; Creates get their ids in `resolve`
     requests: tuple[EmbeddingRequest, ...]  # in the order in which `operations` need them
 
 
 class Episode:
-    """A task being played.
+    """One episode of a task.
 
     Args:
-        task: what to read and to answer.
+        task: the documents and the questions.
         settings: the dynamics.
         seed: of random retrieval; nothing else is random.
 
@@ -115,13 +113,13 @@ class Episode:
         return 0.0 if self.stop_reason is None else final_reward(self.summary())
 
     def summary(self) -> EpisodeSummary:
-        """What is left of the episode, once it is over.
+        """The final state of the episode.
 
         Raises:
-            EpisodeStateError: it is not over.
+            EpisodeStateError: the episode is not over.
         """
         if self.stop_reason is None:
-            raise EpisodeStateError("The episode is not over; its summary is that of the end.")
+            raise EpisodeStateError("The episode is not over; call summary() once `stop_reason` is set.")
         return EpisodeSummary(
             task=self.task,
             settings=self.settings,
@@ -140,12 +138,12 @@ class Episode:
         """What the policy sees now; the same until a reply has been carried out."""
         return self._observation.copy()
 
-    def kept_text(self) -> str:
-        """Scratchpad and entries as one text to look for evidence in; none of it spans two of them."""
+    def stored_text(self) -> str:
+        """Scratchpad and entries as one text to search for evidence; no match can span two of them."""
         return _SEPARATOR.join([self.scratchpad, *(entry.text for entry in self.memory.entries())])
 
     def submit(self, reply: str) -> tuple[EmbeddingRequest, ...]:
-        """Reads a reply and plans it. Changes nothing: it may be called again, with this reply or another.
+        """Parses a reply and plans its operations. Changes nothing: it may be called again, with this reply or another.
 
         Returns:
             The texts whose vectors `resolve` needs, in order.
@@ -155,21 +153,21 @@ class Episode:
             TypeError: `reply` is not a `str`. Any `str` is legal.
         """
         if self.stop_reason is not None:
-            raise EpisodeStateError(f"The episode is over ({self.stop_reason}); start another.")
+            raise EpisodeStateError(f"The episode is over ({self.stop_reason}); start a new one.")
         if not isinstance(reply, str):
             raise TypeError(f"A reply must be a str, got {type(reply).__name__}.")
         self._plan = self._make_plan(reply)
         return self._plan.requests
 
     def resolve(self, vectors: ArrayLike) -> StepResult:
-        """Carries the submitted reply out, in the order written, and moves on.
+        """Carries out the submitted reply, in the order written, and advances the episode.
 
         Args:
             vectors: [len(requests), D], finite and none of them zero; an empty sequence where nothing was requested.
 
         Raises:
             EpisodeStateError: nothing was submitted.
-            EmbeddingError: the vectors do not fit. The episode is as before, and the reply is still submitted.
+            EmbeddingError: the vectors do not fit. The episode is unchanged, and the reply is still submitted.
         """
         if self._plan is None:
             raise EpisodeStateError("Nothing to resolve: call submit(reply) first.")
@@ -181,7 +179,7 @@ class Episode:
         results, mutations, answer = self._carry_out(plan, matrix)
         self.reads += any(operation.kind is OperationKind.READ for operation in plan.operations)
         self.faulty_replies += any(result.fault is not None for result in results)
-        self._move_on(plan, answer)
+        self._advance(plan, answer)
         self._observation = self._observe(results)
         ended = self.stop_reason is not None
         return StepResult(
@@ -196,10 +194,10 @@ class Episode:
     # --------------------------------------------------------------------------------------------------- copies of state
 
     def fork(self) -> Self:
-        """An independent copy, between two steps: both go on from here.
+        """An independent copy, taken between two steps.
 
         Raises:
-            EpisodeStateError: a reply is submitted and not resolved.
+            EpisodeStateError: a reply was submitted and not resolved.
         """
         if self._plan is not None:
             raise EpisodeStateError("Cannot copy between submit and resolve; resolve the reply first.")
@@ -211,7 +209,7 @@ class Episode:
         """The state between two steps, as plain picklable data without task and settings.
 
         Raises:
-            EpisodeStateError: a reply is submitted and not resolved.
+            EpisodeStateError: a reply was submitted and not resolved.
         """
         state = dict(vars(self.fork()))
         for constant in ("task", "settings", "chunks", "max_steps", "_plan"):
@@ -237,7 +235,7 @@ class Episode:
     # ----------------------------------------------------------------------------------------------------------- planning
 
     def _steps_needed(self) -> int:
-        """The most replies that an episode can take: a chunk may be shown twice where a setting lets it."""
+        """The most replies that an episode can take; some settings let a chunk be shown twice."""
         views = 2 if self.settings.read_latency == 0 or self.settings.advance == "on_write" else 1
         return views * len(self.chunks) + self.settings.replies_per_question * len(self.task.questions)
 
@@ -257,7 +255,7 @@ class Episode:
             if isinstance(item, OperationResult):
                 results.append(item)
                 continue
-            item = self._named(item)
+            item = self._resolve_target(item)
             superseded = item.kind in (OperationKind.READ, OperationKind.ANSWER) and index < last.get(item.kind, -1)
             fault, detail = self._fault(item, alive, len(alive) + created, superseded)
             if fault is None and len(operations) == self.settings.operations_per_reply:
@@ -292,15 +290,21 @@ class Episode:
         )
         return _Plan(tuple(operations), tuple(results), requests)
 
-    def _named(self, operation: Operation) -> Operation:
-        """The operation with the target as written replaced by the entry id that it means in this observation."""
+    def _resolve_target(self, operation: Operation) -> Operation:
+        """The operation with its target as written replaced by the entry id that it refers to in this observation."""
         if not operation.target:
             return operation
         shown = [entry.id for entry in self._shown]
         return replace(operation, target=get_dialect(self.settings.dialect).entry_id(operation.target, shown))
 
     def _fault(self, operation: Operation, alive: set[str], entries: int, superseded: bool) -> tuple[Fault | None, str]:
-        """Why the operation is not carried out, if so; `alive` are the ids that it can name, `entries` counts new ones too."""
+        """(fault, detail) of the operation, (None, "") if it can be carried out.
+
+        Args:
+            alive: the ids that it can refer to.
+            entries: in the memory by then, those that earlier operations of the reply create included.
+            superseded: whether a later Read or answer of the reply counts instead.
+        """
         kind = operation.kind
         optional = kind is OperationKind.SCRATCHPAD
         allowed = (
@@ -370,32 +374,32 @@ class Episode:
         )
         return results, tuple(mutations), answer
 
-    def _move_on(self, plan: _Plan, answer: str | None) -> None:
-        """Turns the page or settles the question, and ends the episode when it is time."""
+    def _advance(self, plan: _Plan, answer: str | None) -> None:
+        """Advances to the next chunk or question, and ends the episode when all is done or the step budget is used up."""
         kinds = {operation.kind for operation in plan.operations}
         if self.phase is Phase.READ:
             wrote = bool(kinds & {OperationKind.CREATE, OperationKind.UPDATE})
-            looks_again = self.settings.read_latency == 0 and OperationKind.READ in kinds and not self._chunk_repeated
-            turns = not looks_again and (wrote or self.settings.advance == "always")
-            self._chunk_repeated = looks_again or (self._chunk_repeated and not turns)
-            self._chunk += turns
+            repeats = self.settings.read_latency == 0 and OperationKind.READ in kinds and not self._chunk_repeated
+            advances = not repeats and (wrote or self.settings.advance == "always")
+            self._chunk_repeated = repeats or (self._chunk_repeated and not advances)
+            self._chunk += advances
         else:
             self._replies_to_question += 1
             if answer is not None or self._replies_to_question == self.settings.replies_per_question:
-                self._settle(answer)
+                self._resolve_question(answer)
         if len(self.outcomes) == len(self.task.questions):
             missing = any(outcome.prediction is None for outcome in self.outcomes)
             self.stop_reason = StopReason.UNANSWERED if missing else StopReason.ANSWERED
         elif self.steps >= self.max_steps:
             self.stop_reason = StopReason.STEP_BUDGET
             while len(self.outcomes) < len(self.task.questions):
-                self._settle(None)
+                self._resolve_question(None)
 
-    def _settle(self, answer: str | None) -> None:
-        """Scores the question asked now and goes on to the next."""
+    def _resolve_question(self, answer: str | None) -> None:
+        """Scores the current question (None: unanswered) and moves to the next."""
         question = self.task.questions[len(self.outcomes)]
         graded = None if answer is None else score(answer, question.answers, rule_of(self.task))
-        kept = self.kept_text()
+        stored = self.stored_text()
         # What the policy had in view when it replied, not what a later operation of the reply changed.
         view = _SEPARATOR.join([self._observation["scratchpad"], *(entry.text for entry in self._shown)])
         outcome = QuestionOutcome(
@@ -406,7 +410,7 @@ class Episode:
             em=graded.em if graded else 0.0,
             f1=graded.f1 if graded else 0.0,
             evidence=len(question.evidence),
-            stored=sum(holds(kept, passage.text) for passage in question.evidence),
+            stored=sum(holds(stored, passage.text) for passage in question.evidence),
             retrieved=sum(holds(view, passage.text) for passage in question.evidence),
         )
         self.outcomes += (outcome,)
@@ -416,7 +420,7 @@ class Episode:
 
     def _observe(self, results: Sequence[OperationResult]) -> Observation:
         dialect = get_dialect(self.settings.dialect)
-        notice = _summary([result.detail for result in results if result.fault is not None])
+        notice = _notice_lines([result.detail for result in results if result.fault is not None])
         self._shown, hidden = self._retrieve()
         if hidden:
             notice.append(hidden)
@@ -435,40 +439,40 @@ class Episode:
         )
 
     def _retrieve(self) -> tuple[tuple[Entry, ...], str]:
-        """What the query in force finds, as far as it may be shown; and what is to be said about the rest."""
+        """The active query's results, as far as they fit into `memory_tokens`, and a notice about the rest."""
         if self._query_vector is None or not len(self.memory):
             return (), ""
         if self.settings.retrieval == "random":
             ids = [entry.id for entry in self.memory.entries()]
             drawn = np.random.default_rng([self.seed, self.steps]).permutation(len(ids))[: self.settings.top_k]
-            found = [ids[row] for row in drawn]
+            matches = [ids[row] for row in drawn]
         elif self.settings.retrieval == "bm25":
-            found = self.memory.search_words(self.query, self.settings.top_k)
+            matches = self.memory.search_words(self.query, self.settings.top_k)
         elif self.settings.retrieval == "hybrid":
-            found = self.memory.search_hybrid(self.query, self._query_vector, self.settings.top_k)
+            matches = self.memory.search_hybrid(self.query, self._query_vector, self.settings.top_k)
         else:
-            found = self.memory.search(self._query_vector, self.settings.top_k)
+            matches = self.memory.search(self._query_vector, self.settings.top_k)
         tokenizer = get_tokenizer(self.settings.tokenizer)
         room = self.settings.memory_tokens
         shown: list[Entry] = []
-        for entry in map(self.memory.get, found):
+        for entry in map(self.memory.get, matches):
             size = tokenizer.count(entry.text)
             if size > room:
                 break
             shown.append(entry)
             room -= size
-        if len(shown) == len(found):
+        if len(shown) == len(matches):
             return tuple(shown), ""
-        limit = self.settings.memory_tokens
+        total, limit = len(matches), self.settings.memory_tokens
         if not shown:  # better the start of the best entry than nothing
-            best = self.memory.get(found[0])
+            best = self.memory.get(matches[0])
             shown.append(Entry(best.id, truncate(best.text, limit, tokenizer)))
-            return tuple(shown), f"Of {len(found)} entries found only the first {limit} tokens of {best.id} are shown."
-        return tuple(shown), f"Of {len(found)} entries found only {len(shown)} are shown: more exceed {limit} tokens."
+            return tuple(shown), f"Of {total} entries found only the first {limit} tokens of {best.id} are shown."
+        return tuple(shown), f"Of {total} entries found only {len(shown)} are shown: more exceed {limit} tokens."
 
 
 def legal_text(text: str) -> tuple[str, int]:
-    """`text` with what no file can hold, lone surrogates and NUL, as U+FFFD; and how many of them there were.
+    """`text` with each lone surrogate and NUL, which no file can hold, replaced by U+FFFD; and the number of replacements.
 
     >>> legal_text("a\\x00b")
     ('a\ufffdb', 1)
@@ -476,10 +480,10 @@ def legal_text(text: str) -> tuple[str, int]:
     return _ILLEGAL.subn("\ufffd", text)
 
 
-def _summary(details: Sequence[str]) -> list[str]:
-    """The different details in order of appearance, each with how often it came where that is more than once.
+def _notice_lines(details: Sequence[str]) -> list[str]:
+    """The different details in order of appearance, each with its count where that is more than one.
 
-    >>> _summary(["The read was empty.", "There is no delete here.", "The read was empty."])
+    >>> _notice_lines(["The read was empty.", "There is no delete here.", "The read was empty."])
     ['The read was empty. (2 times)', 'There is no delete here.']
     """
     counts = Counter(details)

@@ -1,7 +1,7 @@
-"""The error tree: every error of ours is an `AtomMemError` and also the standard class that it stands for.
+"""The error hierarchy: every error of this project is an `AtomMemError` and also a standard exception class.
 
 What a *policy* writes is never an error (see `atommem_env.types.Fault`). These are for wrong settings, bad data and
-infrastructure that failed; each message says what was expected, what came, and what to do about it.
+infrastructure failures; each message says what was expected, what came, and what to do.
 """
 
 
@@ -10,7 +10,7 @@ class AtomMemError(Exception):
 
 
 class SettingError(AtomMemError, ValueError):
-    """A setting has a value that cannot work."""
+    """A setting has an invalid value."""
 
 
 class OutOfRange(SettingError, IndexError):
@@ -18,27 +18,27 @@ class OutOfRange(SettingError, IndexError):
 
 
 class DataError(AtomMemError, ValueError):
-    """A data file is damaged or not of the expected form; the message names file, line and field."""
+    """A data file is damaged or has another form than expected; the message names file, line and field."""
 
 
 class DatasetNotFound(AtomMemError, FileNotFoundError):
-    """No data were given and none were imported; the message names the command that imports them."""
+    """The data are neither given nor imported; the message names the command that imports them."""
 
 
 class ModelNotFound(AtomMemError, FileNotFoundError):
-    """Weights are not on this machine; the message names the command that fetches them."""
+    """Model weights are not on this machine; the message names the command that fetches them."""
 
 
 class MissingDependency(AtomMemError, ImportError):
-    """An optional package is not installed; the message names the extra that brings it."""
+    """An optional package is not installed; the message names the extra that installs it."""
 
 
 class ShadowedPackage(AtomMemError, ImportError):
-    """Another distribution's package of the same name hides ours; the message names the culprit."""
+    """Another distribution's package of the same name shadows this project's; the message names that distribution."""
 
 
 class EpisodeStateError(AtomMemError, RuntimeError):
-    """A call that this moment of an episode does not allow, for example `resolve` without `submit`."""
+    """A call that the episode's state does not allow, for example `resolve` without `submit`."""
 
 
 class EmbeddingError(AtomMemError, RuntimeError):
@@ -46,31 +46,31 @@ class EmbeddingError(AtomMemError, RuntimeError):
 
 
 class PluginError(AtomMemError, ImportError):
-    """A part of one's own, named as `module:attribute`, cannot be found."""
+    """A user-defined part, named as `module:attribute`, cannot be found."""
 
 
 class PolicyError(AtomMemError, RuntimeError):
-    """A policy raised or returned something that is not a reply; an infrastructure failure, never a reward."""
+    """A policy raised, or returned something other than a reply; an infrastructure failure, never a reward."""
 
 
 class EngineDied(AtomMemError, RuntimeError):
-    """The engine that a model runs in is gone; playing an episode anew cannot bring it back."""
+    """The engine that a model runs in has died; replaying the episode does not restart it."""
 
 
 class JobFailed(AtomMemError, RuntimeError):
-    """A job, or a service that it needs, ended before it was done; the message gives the cause and names the log."""
+    """A job, or a service that it needs, ended early; the message gives the cause and names the log."""
 
 
 class ModelError(AtomMemError, RuntimeError):
-    """A model's service failed, refused a request or sent something else; an infrastructure failure, never a reward."""
+    """A model service failed, rejected a request or sent an invalid response; an infrastructure failure, never a reward."""
 
 
 class PromptTooLong(AtomMemError, ValueError):
-    """A prompt and its reply do not fit into the model's window.
+    """A prompt and its reply do not fit into the model's context window.
 
     Attributes:
-        tokens: of the prompt; None: the service did not say.
-        room: most tokens that the prompt could have had; None: the service did not say.
+        tokens: of the prompt; None: the service did not report it.
+        room: most tokens that the prompt could have had; None: the service did not report it.
     """
 
     def __init__(self, message: str, tokens: int | None = None, room: int | None = None) -> None:
@@ -83,7 +83,7 @@ class StoreError(AtomMemError, RuntimeError):
 
 
 class SamplesMismatch(AtomMemError, RuntimeError):
-    """The samples that were trained on are not the samples that were made."""
+    """The samples that were trained on are not the samples that were generated."""
 
 
 class CheckpointError(AtomMemError, OSError):

@@ -1,4 +1,4 @@
-"""One episode's memory: entries, their vectors, and exact search among them, by vectors or by words."""
+"""One episode's memory: entries, their vectors, and exact search by vectors or by words."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from atommem_env.bm25 import BM25Index, fuse
 from atommem_env.errors import EmbeddingError, EpisodeStateError, SettingError
 from atommem_env.types import Entry, Vector
 
-_FIRST_ROWS = 128  # of the first matrix, of which the system gives pages as they are written; doubled when full
-_TIE = 1e-6  # a matrix product's scores are off by less than half of this, depending on where a row lies
+_FIRST_ROWS = 128  # of the first matrix, whose pages the system allocates as they are written; doubled when full
+_TIE = 1e-6  # a matrix product's scores are off by less than half of this, depending on a row's position
 _UNIT = 5e-7  # rounding to float32 moves a unit vector's squared length by at most 1.2e-7
 
 
 def unit(vectors: ArrayLike) -> Vector:
     """Vectors scaled to length 1, float32, of the same shape: [D] or [n, D].
 
-    A vector that already has length 1, to the precision of float32, comes back bit for bit: a vector can pass through
-    the store and here again, any number of times, and stays the same.
+    A vector that already has length 1, to the precision of float32, is returned bit for bit, so that a round trip through
+    the store never changes it.
 
     Raises:
         EmbeddingError: a value is not finite, a vector is zero, or the shape is neither [D] nor [n, D].
@@ -32,21 +32,21 @@ def unit(vectors: ArrayLike) -> Vector:
     if isinstance(vectors, np.ndarray) and vectors.dtype == np.float32:
         rows = vectors
     else:
-        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused below
+        with np.errstate(over="ignore"):  # a value beyond float32 becomes infinite and is rejected below
             rows = np.asarray(vectors, dtype=np.float32)
     if rows.ndim not in (1, 2) or rows.shape[-1] == 0:
         raise EmbeddingError(f"Expected vectors of shape [D] or [n, D], got {rows.shape}; check the embedder.")
     wide = rows.astype(np.float64)
-    if wide.ndim == 1 and abs(wide.dot(wide) - 1) <= _UNIT:  # by far the most frequent case; three times as quick
+    if wide.ndim == 1 and abs(wide.dot(wide) - 1) <= _UNIT:  # by far the most frequent case; three times as fast
         return rows
     squared = np.einsum("...d,...d->...", wide, wide)
     off = np.abs(squared - 1).max(initial=0)
     if off <= _UNIT:
         return rows
     if not np.isfinite(off):
-        raise EmbeddingError("A vector has a value that is not finite; the embedder is broken.")
+        raise EmbeddingError("Expected finite vectors, got one with an infinite or NaN value; check the embedder.")
     if not squared.all():
-        raise EmbeddingError("A vector is zero and has no direction; the embedder is broken.")
+        raise EmbeddingError("Expected vectors with a direction, got one that is zero; check the embedder.")
     length = np.where(np.abs(squared - 1) <= _UNIT, 1.0, np.sqrt(squared))
     scaled: Vector = (wide / length[..., None]).astype(np.float32)
     return scaled
@@ -55,8 +55,8 @@ def unit(vectors: ArrayLike) -> Vector:
 class WorkingMemory:
     """The entries of one episode and their unit vectors in a float32 matrix [rows, D], D taken from the first vector.
 
-    Ids are "m1", "m2", … in order of creation and never used twice. Search is exact and rests on ids and vectors alone,
-    not on where a row lies: the same before and after `fork`, `restore` and deletions.
+    Ids are "m1", "m2", … in order of creation and never used twice. Search is exact and depends on ids and vectors alone,
+    not on the position of a row: the same before and after `fork`, `restore` and deletions.
 
     With vectors of 1024 numbers a create takes about 3 µs, a search among 50 entries 8 µs (`eval/benchmarks/store.py`).
 
@@ -77,7 +77,7 @@ class WorkingMemory:
         self._rows: dict[str, int] = {}  # the row of each id; the first len(self) rows are in use, in any order
         self._matrix: Vector | None = None
         self._ids: list[str] = []  # of the entry in each row in use
-        self._lexical: BM25Index | None = None  # kept from the first search by words on; a copy makes its own anew
+        self._lexical: BM25Index | None = None  # from the first search by words on; a copy builds its own
 
     @property
     def dimension(self) -> int | None:
@@ -86,7 +86,7 @@ class WorkingMemory:
 
     @property
     def full(self) -> bool:
-        """Whether there is no room for another entry."""
+        """Whether the memory holds as many entries as its capacity."""
         return self.capacity is not None and len(self) >= self.capacity
 
     def __len__(self) -> int:
@@ -117,40 +117,40 @@ class WorkingMemory:
         """Adds an entry and returns its id. `vector`: [D].
 
         Raises:
-            EmbeddingError: a vector as `unit` refuses it, or of another dimension than the ones here.
-            EpisodeStateError: the memory is full; look at `full` first.
+            EmbeddingError: `unit` rejects the vector, or it has another dimension than the stored ones.
+            EpisodeStateError: the memory is full; check `full` first.
         """
         if self.full:
             raise EpisodeStateError(f"The memory holds its {self.capacity} entries; check `full` before `create`.")
-        checked = self._checked(vector)
+        unit_vector = self._check_vector(vector)
         row = len(self)
         if self._matrix is None:
-            self._matrix = np.empty((0, len(checked)), dtype=np.float32)
+            self._matrix = np.empty((0, len(unit_vector)), dtype=np.float32)
         if row == len(self._matrix):
-            longer = np.empty((max(_FIRST_ROWS, 2 * row), len(checked)), dtype=np.float32)
+            longer = np.empty((max(_FIRST_ROWS, 2 * row), len(unit_vector)), dtype=np.float32)
             longer[:row] = self._matrix
             self._matrix = longer
         self._created += 1
         entry_id = f"m{self._created}"
         self._entries[entry_id] = Entry(entry_id, text)
         self._rows[entry_id] = row
-        self._matrix[row] = checked
+        self._matrix[row] = unit_vector
         self._ids.append(entry_id)
         if self._lexical is not None:
             self._lexical.add(self._created, text)
         return entry_id
 
     def update(self, entry_id: str, text: str, vector: ArrayLike) -> None:
-        """Replaces an entry's text and vector [D]; its place in the order stays.
+        """Replaces an entry's text and vector [D]; its position in the order stays.
 
         Raises:
             KeyError: no entry has that id.
             EmbeddingError: as for `create`.
         """
         row = self._rows[entry_id]
-        checked = self._checked(vector)
+        unit_vector = self._check_vector(vector)
         assert self._matrix is not None
-        self._matrix[row] = checked
+        self._matrix[row] = unit_vector
         if self._lexical is not None:
             self._lexical.remove(_number(entry_id), self._entries[entry_id].text)
             self._lexical.add(_number(entry_id), text)
@@ -174,10 +174,10 @@ class WorkingMemory:
             self._rows[moved] = row
 
     def search(self, query_vector: ArrayLike, k: int) -> list[str]:
-        """Ids of the `k` entries nearest to `query_vector` [D] by cosine, best first; of equals the older one first.
+        """Ids of the `k` entries nearest to `query_vector` [D] by cosine similarity, best first; ties by age, oldest first.
 
-        A matrix product gives equal rows scores that differ with their position. Where scores are so near to each other
-        that it matters, candidates are scored again, each row by itself, before they are put in order.
+        A matrix product gives equal rows scores that differ with their position. Where scores are closer than that error,
+        the candidates are scored again, each row by itself, before they are sorted.
 
         Raises:
             EmbeddingError: as for `create`.
@@ -185,13 +185,13 @@ class WorkingMemory:
         """
         if k < 1:
             raise SettingError(f"k must be at least 1, got {k}.")
-        query = self._checked(query_vector)
+        query = self._check_vector(query_vector)
         if not self._entries:
             return []
         assert self._matrix is not None
         used = self._matrix[: len(self)]
         scores = used.dot(query)
-        top = scores.argsort()[: -k - 2 : -1]  # all found, and the first that is left out
+        top = scores.argsort()[: -k - 2 : -1]  # the best k, and the first that is left out
         ranked = scores[top].tolist()
         if all(better - worse > _TIE for better, worse in pairwise(ranked)):
             return [self._ids[row] for row in top[:k].tolist()]
@@ -201,26 +201,26 @@ class WorkingMemory:
         else:
             near = np.arange(len(used))
         exact = np.einsum("ij,j->i", used[near], query).tolist()
-        found = sorted(zip((-score for score in exact), (int(self._ids[row][1:]) for row in near), strict=True))
-        return [f"m{number}" for _, number in found[:k]]
+        ranking = sorted(zip((-score for score in exact), (int(self._ids[row][1:]) for row in near), strict=True))
+        return [f"m{number}" for _, number in ranking[:k]]
 
     def search_words(self, query: str, k: int) -> list[str]:
-        """Ids of the `k` entries best for the words of `query` by BM25 (`atommem_env.bm25`), best first; of equals the
-        older one first. An entry that shares no word with the query is not found.
+        """Ids of the `k` entries with the best BM25 scores for `query` (`atommem_env.bm25`), best first; ties by age, oldest
+        first. Entries that share no word with the query are left out.
 
         Raises:
             SettingError: k is less than 1.
         """
-        return _ids(self._by_words(query), k)
+        return _ids(self._rank_by_words(query), k)
 
     def search_hybrid(self, query: str, query_vector: ArrayLike, k: int) -> list[str]:
-        """Ids of the `k` entries best by reciprocal rank fusion of what `search` and `search_words` make of all entries.
+        """Ids of the `k` best entries by reciprocal rank fusion of the rankings of `search` and `search_words`.
 
         Raises:
             EmbeddingError, SettingError: as for `search`.
         """
         nearest = self.search(query_vector, max(1, len(self)))
-        return _ids(fuse([[_number(entry_id) for entry_id in nearest], self._by_words(query)]), k)
+        return _ids(fuse([[_number(entry_id) for entry_id in nearest], self._rank_by_words(query)]), k)
 
     def snapshot(self) -> dict[str, object]:
         """The state as plain, picklable data."""
@@ -256,20 +256,23 @@ class WorkingMemory:
         twin._ids = self._ids.copy()
         return twin
 
-    def _by_words(self, query: str) -> list[int]:
+    def _rank_by_words(self, query: str) -> list[int]:
         if self._lexical is None:
             self._lexical = BM25Index()
             for entry in self._entries.values():
                 self._lexical.add(_number(entry.id), entry.text)
         return self._lexical.ranking(query)
 
-    def _checked(self, vector: ArrayLike) -> Vector:
-        checked = unit(vector)
-        fits = checked.ndim == 1 if self._matrix is None else checked.shape == self._matrix.shape[1:]
+    def _check_vector(self, vector: ArrayLike) -> Vector:
+        """The unit vector of `vector`, known to fit into this memory."""
+        unit_vector = unit(vector)
+        fits = unit_vector.ndim == 1 if self._matrix is None else unit_vector.shape == self._matrix.shape[1:]
         if not fits:
             expected = "[D]" if self.dimension is None else f"[{self.dimension}]"
-            raise EmbeddingError(f"Expected a vector of shape {expected} in this memory, got {list(checked.shape)}.")
-        return checked
+            raise EmbeddingError(
+                f"Expected a vector of shape {expected} in this memory, got {list(unit_vector.shape)}; use one embedder."
+            )
+        return unit_vector
 
 
 def _number(entry_id: str) -> int:

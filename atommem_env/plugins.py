@@ -1,4 +1,4 @@
-"""Parts of one's own by name: `module:attribute`, the same wherever a part can be named."""
+"""User-defined parts by name: `module:attribute`, the same wherever a part can be named."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
 def is_target(name: object) -> TypeGuard[str]:
-    """Whether a name is of the form `module:attribute`.
+    """Whether a name has the form `module:attribute`.
 
     >>> is_target("my_module:policy"), is_target("my.package:Class.method"), is_target("oracle"), is_target("openai:a/b")
     (True, True, False, False)
@@ -90,36 +90,34 @@ def load_attribute(target: str) -> Any:
 
 
 def load_part(target: str) -> Any:
-    """What `module:attribute` names where an object is wanted: a class is made into one, without arguments.
+    """The object that `module:attribute` names; a class is instantiated, without arguments.
 
     Raises:
         PluginError: it names nothing, or a class that needs arguments.
     """
-    found = load_attribute(target)
-    if not isinstance(found, type):
-        return found
+    part = load_attribute(target)
+    if not isinstance(part, type):
+        return part
     try:
-        return found()
+        return part()
     except TypeError as error:
-        raise PluginError(
-            f"{target} is a class that cannot be made without arguments ({error}); name an object."
-        ) from error
+        raise PluginError(f"{target} is a class that needs arguments ({error}); name an object of it.") from error
 
 
 def name_of(part: object) -> str:
-    """What a record calls a part: its name as it was given, or `module:attribute` of an object's class or function.
+    """A part's name in records: the name as given, or `module:attribute` of an object's class or function.
 
     >>> name_of("tags"), name_of(name_of)
     ('tags', 'atommem_env.plugins:name_of')
     """
     if isinstance(part, str):
         return part
-    made = part if hasattr(part, "__qualname__") else type(part)
-    return f"{made.__module__}:{made.__qualname__}"
+    definition = part if hasattr(part, "__qualname__") else type(part)
+    return f"{definition.__module__}:{definition.__qualname__}"
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """What was probably meant, to be added to a sentence; "" where nothing is near.
+    """The known word that was probably meant, as the end of a sentence; "" where none is close.
 
     >>> suggest("oracel", ["oracle", "random"]), suggest("xyz", ["oracle"])
     ("; did you mean 'oracle'?", '')

@@ -1,16 +1,16 @@
-"""What an episode is worth: exact match, or a function of one's own, and terms that can be switched on beside it.
+"""The reward of an episode: exact match or your own function, and optional weighted terms.
 
-The setting `reward` names a function of the `EpisodeSummary`, paid once, at the end. Evaluation, the trainers and the Gymnasium
-environment all pay what it says.
+The setting `reward` names a function of the `EpisodeSummary`, whose value is paid once, at the end. Evaluation, the trainers
+and the Gymnasium environment all use it.
 
     def short(summary):
         return sum(outcome.em for outcome in summary.outcomes) / summary.steps
 
     gym.make("AtomMem-Synthetic", reward=short)     # atommem eval … --reward my_module:short
 
-The setting `reward_terms` gives weights to terms by name; a term that has none counts nothing. A term is a share in [0, 1],
-taken once, at the end, so that with weights w and exact match the reward lies between the sum of the negative weights and
-1 + the sum of the positive ones. The AtomMem paper (arXiv 2601.08323) has none.
+The setting `reward_terms` gives weights to terms by name; other terms do not count. A term is a share in [0, 1], computed
+once, at the end, so that with exact match the reward lies between the sum of the negative weights and 1 + the sum of the
+positive ones. The AtomMem paper (arXiv 2601.08323) uses no terms.
 
     gym.make("AtomMem-Synthetic", reward_terms={"faults": -0.1, "evidence_stored": 0.2})     # in [-0.1, 1.2]
 """
@@ -43,32 +43,32 @@ REWARDS: dict[str, Reward] = {"exact_match": exact_match, "f1": f1}
 
 
 def get_reward(reward: str | Reward) -> Reward:
-    """The reward of the setting `reward`: a name, `module:attribute` of a function of one's own, or the function.
+    """The reward of the setting `reward`: a name, `module:attribute` of your own function, or the function.
 
     Raises:
-        SettingError: there is none of that name, or it cannot be called.
+        SettingError: there is no reward of that name, or it is not callable.
         PluginError: `module:attribute` names nothing.
     """
     if isinstance(reward, str) and reward in REWARDS:
         return REWARDS[reward]
-    found: Any = _load(reward) if isinstance(reward, str) and is_target(reward) else reward
-    if isinstance(found, str) or not callable(found):
+    function: Any = _load(reward) if isinstance(reward, str) and is_target(reward) else reward
+    if isinstance(function, str) or not callable(function):
         raise SettingError(
             f"reward must be one of {', '.join(REWARDS)}, module:attribute, or a function of an EpisodeSummary, got {reward!r}"
             f"{suggest(str(reward), REWARDS) or '.'}"
         )
-    given: Reward = found
-    return given
+    loaded: Reward = function
+    return loaded
 
 
 _load = cache(load_attribute)
 
 
 def final_reward(summary: EpisodeSummary) -> float:
-    """What an episode that is over is worth: its reward, plus the weighted terms.
+    """The reward of a finished episode: the value of its reward function, plus the weighted terms.
 
     Raises:
-        SettingError: a reward of one's own is not a finite number.
+        SettingError: a user-defined reward is not a finite number.
     """
     settings = summary.settings
     reward = get_reward(settings.reward)(summary)
@@ -91,8 +91,8 @@ def _steps(summary: EpisodeSummary) -> float:
 
 def _memory_size(summary: EpisodeSummary) -> float:
     count = get_tokenizer(summary.settings.tokenizer).count
-    kept = count(summary.scratchpad) + sum(count(entry.text) for entry in summary.entries)
-    return min(1.0, kept / max(1, sum(map(count, summary.chunks))))
+    stored = count(summary.scratchpad) + sum(count(entry.text) for entry in summary.entries)
+    return min(1.0, stored / max(1, sum(map(count, summary.chunks))))
 
 
 def _evidence_stored(summary: EpisodeSummary) -> float:
@@ -100,7 +100,7 @@ def _evidence_stored(summary: EpisodeSummary) -> float:
     return sum(outcome.stored for outcome in summary.outcomes) / passages if passages else 1.0
 
 
-# Their names, and what each is a share of, are in `types.REWARD_TERMS`, where settings are checked.
+# `types.REWARD_TERMS`, where settings are checked, says what each is a share of.
 _TERMS: dict[str, Reward] = {
     "faults": _faults,
     "reads": _reads,

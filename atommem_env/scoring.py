@@ -1,10 +1,11 @@
-"""Scores an answer as its dataset's own evaluation script does, and finds evidence in texts.
+"""Scores an answer as its dataset's own evaluation script does, and searches texts for evidence.
 
 Sources: `hotpot_evaluate_v1.py` (HotpotQA, Yang et al. 2018), `2wikimultihop_evaluate_v1.1.py` (Ho et al. 2020) and the
-answer metric of MuSiQue (Trivedi et al. 2022). All fold case, punctuation, articles and spaces; they differ in two corners:
+answer metric of MuSiQue (Trivedi et al. 2022). All normalise case, punctuation, articles and spaces; they differ in two
+corner cases:
 
-- A "yes", "no" or "noanswer" that is not the whole of both texts scores F1 0; MuSiQue knows no such rule.
-- Where folding leaves nothing of both texts, exact match is 1, and F1 is 1 for MuSiQue, 0 for the others.
+- A "yes", "no" or "noanswer" that is only one of the two texts scores F1 0; MuSiQue has no such rule.
+- Where both texts are empty after normalisation, exact match is 1, and F1 is 1 for MuSiQue, 0 for the others.
 """
 
 from __future__ import annotations
@@ -26,63 +27,63 @@ _VERDICTS = frozenset(("yes", "no", "noanswer"))
 
 
 def score(prediction: str, golds: Sequence[str], rule: str | ScoringRule) -> Score:
-    """The score of an answer to one question: for each metric by itself, the maximum over that question's golds.
+    """The score of an answer to one question: each metric is its maximum over that question's golds.
 
     Answers of "synthetic" and "files" are scored as HotpotQA's. A question of "files" may have no gold; it scores 0.
 
     Args:
-        rule: a name of `RULES`, `module:attribute` of a function of one's own, or the function.
+        rule: a name of `RULES`, `module:attribute` of your own function, or the function.
 
     >>> score("the Eiffel tower, Paris", ("Paris", "Eiffel Tower"), "hotpotqa")
     Score(em=0.0, f1=0.8, precision=0.6666666666666666, recall=1.0)
 
     Raises:
-        SettingError: there is no such rule, or one of one's own does not give a `Score`.
+        SettingError: there is no such rule, or a user-defined one does not return a `Score`.
         DataError: `golds` is empty, and the rule is not "files".
     """
     if rule == "files" and not golds:
         return Score.exact(0.0)
     if isinstance(golds, str) or not golds:
         raise DataError(f"golds must be a sequence of at least one answer, got {golds!r}; give gold and aliases.")
-    given = get_rule(rule)(prediction, golds)
-    if not isinstance(given, Score):
+    result = get_rule(rule)(prediction, golds)
+    if not isinstance(result, Score):
         raise SettingError(
-            f"The scoring rule {rule!r} must return an atommem_env.Score, got {given!r} for {prediction!r}."
+            f"The scoring rule {rule!r} must return an atommem_env.Score, got {result!r} for {prediction!r}."
         )
-    return given
+    return result
 
 
 def get_rule(rule: str | ScoringRule) -> ScoringRule:
     """The scoring rule of a name, `module:attribute`, or function.
 
     Raises:
-        SettingError: there is none of that name, or it cannot be called.
+        SettingError: there is no rule of that name, or it is not callable.
         PluginError: `module:attribute` names nothing.
     """
     if isinstance(rule, str) and rule in RULES:
         return RULES[rule]
-    found: Any = _load(rule) if isinstance(rule, str) and is_target(rule) else rule
-    if isinstance(found, str) or not callable(found):
+    function: Any = _load(rule) if isinstance(rule, str) and is_target(rule) else rule
+    if isinstance(function, str) or not callable(function):
         raise SettingError(
             f"A scoring rule must be one of {', '.join(RULES)}, module:attribute, or a function (prediction, golds) -> Score, "
             f"got {rule!r}{suggest(str(rule), RULES) or '.'}"
         )
-    given: ScoringRule = found
-    return given
+    loaded: ScoringRule = function
+    return loaded
 
 
 _load = cache(load_attribute)
 
 
 def rule_of(task: Task) -> str | ScoringRule:
-    """What the answers of a task are scored by: its own rule, else its dataset's, HotpotQA's where that has none."""
+    """The scoring rule of a task: its own, else its dataset's, else HotpotQA's."""
     if task.scoring is not None:
         return task.scoring
     return task.dataset if task.dataset in RULES else "hotpotqa"
 
 
 def holds(text: str, passage: str) -> bool:
-    """Whether `passage` stands in `text`, any run of whitespace in either counting as one space; case matters.
+    """Whether `text` contains `passage`; runs of whitespace in either count as one space, case matters.
 
     >>> holds("Ada was born in Turin.  She\\nmoved to Bern in 1907.", "She moved to Bern")
     True
@@ -90,21 +91,21 @@ def holds(text: str, passage: str) -> bool:
     if passage in text:
         return True
     words = passage.split()
-    # Folding copies the text: only where every word occurs, which for a long text without the passage is rare.
+    # Normalising copies the text: only do so where every word occurs, which is rare in a text without the passage.
     return all(word in text for word in words) and " ".join(words) in " ".join(text.split())
 
 
-def _fold(text: str) -> str:
+def _normalise(text: str) -> str:
     return " ".join(_ARTICLE.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def _best(prediction: str, golds: Sequence[str], *, musique: bool) -> Score:
-    scores = [_score_one(_fold(prediction), _fold(gold), musique=musique) for gold in golds]
+    scores = [_score_one(_normalise(prediction), _normalise(gold), musique=musique) for gold in golds]
     return Score(*map(max, zip(*scores, strict=True)))
 
 
 def _score_one(prediction: str, gold: str, musique: bool) -> tuple[float, float, float, float]:
-    """(em, f1, precision, recall) of two folded texts."""
+    """(em, f1, precision, recall) of two normalised texts."""
     em = float(prediction == gold)
     if musique and not (prediction and gold):
         return em, em, em, em

@@ -12,9 +12,9 @@ _ALPHABET = np.array(list(string.ascii_letters + string.digits + string.punctuat
 
 
 class Text(gym.Space[str]):
-    """Every `str` there is.
+    """Every `str`.
 
-    `gymnasium.spaces.Text` has an alphabet and a length; what a language model writes has neither.
+    `gymnasium.spaces.Text` has an alphabet and a maximum length; the output of a language model has neither.
     """
 
     def __init__(self, seed: int | np.random.Generator | None = None) -> None:

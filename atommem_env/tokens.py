@@ -1,4 +1,4 @@
-"""The environment's own count of tokens, so that every policy sees the same chunks whatever model it runs on."""
+"""The environment's own tokenizers, so that every policy sees the same chunks whatever model it uses."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from atommem_env.errors import MissingDependency, SettingError
 
 
 class Tokenizer(Protocol):
-    """Finds where tokens lie in a text."""
+    """Finds the tokens of a text."""
 
     def spans(self, text: str) -> Iterator[tuple[int, int]]:
         """(start, end) of every token, in characters, in order."""
         ...
 
     def count(self, text: str) -> int:
-        """How many tokens `text` has."""
+        """The number of tokens in `text`."""
         ...
 
 
 class BuiltinTokenizer:
-    """Words and punctuation marks; the same everywhere, and needs no file.
+    """Words and punctuation marks; needs no file.
 
     >>> BuiltinTokenizer().count("Ada's boat, 1907.")
     7
@@ -36,8 +36,8 @@ class BuiltinTokenizer:
         return (match.span() for match in self._token.finditer(text))
 
     def count(self, text: str) -> int:
-        # All of a context is counted at every reset. Counting where words begin, and marks, in the classes of its bytes takes
-        # half the time of finding the tokens.
+        # A whole context is counted at every reset. Counting word starts and marks in the classes of its bytes takes half the
+        # time of finding the tokens.
         try:
             classes = text.encode("latin-1").translate(_CLASSES)
         except UnicodeEncodeError:
@@ -53,7 +53,7 @@ _CLASSES = "".join(_class_of(chr(number)) for number in range(256)).encode()  # 
 
 
 class FileTokenizer:
-    """A `tokenizer.json` of the Hugging Face `tokenizers` format, for the recipes of papers."""
+    """A `tokenizer.json` of the Hugging Face `tokenizers` format, to count as a paper's model does."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -76,7 +76,7 @@ def get_tokenizer(name: str) -> Tokenizer:
     """The tokenizer of the setting `tokenizer`: "builtin", or the path of a `tokenizer.json`.
 
     Raises:
-        SettingError: neither of the two.
+        SettingError: it is neither of the two.
     """
     if name == "builtin":
         return BuiltinTokenizer()
@@ -86,7 +86,7 @@ def get_tokenizer(name: str) -> Tokenizer:
 
 
 def truncate(text: str, limit: int, tokenizer: Tokenizer) -> str:
-    """The longest prefix of `text` with at most `limit` tokens, `text` itself where it fits.
+    """The longest prefix of `text` with at most `limit` tokens; `text` itself if it fits.
 
     >>> truncate("one two three", 2, BuiltinTokenizer())
     'one two'

@@ -35,7 +35,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """A passage that an answer rests on: a sentence (HotpotQA, 2WikiMultiHopQA, synthetic) or a paragraph (MuSiQue)."""
+    """A passage that supports an answer: a sentence (HotpotQA, 2WikiMultiHopQA, synthetic) or a paragraph (MuSiQue)."""
 
     title: str  # of the document that holds it
     text: str  # verbatim substring of that document's text
@@ -43,13 +43,13 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question with its golds."""
+    """A question with its gold answers."""
 
     id: str
     text: str
-    answers: tuple[str, ...]  # the gold answer first, then its aliases; of "files" alone there may be none
+    answers: tuple[str, ...]  # the gold answer first, then its aliases; may be empty only in "files"
     evidence: tuple[Evidence, ...] = ()  # in the order of the dataset
-    kind: str = ""  # the dataset's own type, e.g. "bridge", "comparison", "2hop"
+    kind: str = ""  # the dataset's own question type, e.g. "bridge", "comparison", "2hop"
     hops: int = 1  # reasoning steps; for HotpotQA the number of supporting documents
 
 
@@ -64,20 +64,20 @@ class Score:
 
     @classmethod
     def exact(cls, match: float) -> Self:
-        """The score of a rule that knows right and wrong alone, or shares of it: all four metrics are `match`."""
+        """The score of a rule that yields a single number in [0, 1]: all four metrics are `match`."""
         return cls(match, match, match, match)
 
 
 ScoringRule = Callable[[str, Sequence[str]], Score]
-"""The score of a prediction against a question's golds, of which there is at least one."""
+"""(prediction, golds) -> score; there is at least one gold."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What one episode is about: a context and the questions on it."""
+    """What one episode is about: a context and the questions about it."""
 
     id: str
-    dataset: str  # any name; what it is scored by, unless `scoring` says otherwise
+    dataset: str  # any name; selects the scoring rule unless `scoring` is set
     documents: tuple[Document, ...]
     questions: tuple[Question, ...]
     scoring: str | ScoringRule | None = (
@@ -97,46 +97,47 @@ class Task:
         """A task from plain texts.
 
         Args:
-            documents: each a text, (title, text) or a `Document`; a bare text is titled by its number.
+            documents: each a text, (title, text) or a `Document`; a bare text is titled "Document N".
             questions: each (text, answer), (text, answers) or a `Question`.
-            id: names the task in records; left out, it is made of the texts, so that the same task has the same.
-            dataset: what records call its dataset.
-            scoring: as the field of that name.
+            id: of the task in records; by default a hash of the texts, so that equal tasks have equal ids.
+            dataset: the dataset's name in records.
+            scoring: as the field `scoring`.
 
         >>> task = Task.of(["Ada moved to Rome."], [("Where does Ada live?", "Rome")])
         >>> task.documents[0].title, task.questions[0].answers
         ('Document 1', ('Rome',))
 
         Raises:
-            SettingError: something in it has another form.
+            SettingError: a document or a question has another form.
         """
-        held = tuple(_document(number, given) for number, given in enumerate(documents, 1))
-        asked = tuple(_question(number, given) for number, given in enumerate(questions, 1))
-        digest = sha256(repr((held, asked)).encode("utf-8", "surrogatepass")).hexdigest()[:16]
-        return cls(f"{dataset}/{digest}" if id is None else id, dataset, held, asked, scoring)
+        parsed_documents = tuple(_parse_document(number, value) for number, value in enumerate(documents, 1))
+        parsed_questions = tuple(_parse_question(number, value) for number, value in enumerate(questions, 1))
+        content = repr((parsed_documents, parsed_questions))
+        digest = sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        return cls(f"{dataset}/{digest}" if id is None else id, dataset, parsed_documents, parsed_questions, scoring)
 
 
-def _document(number: int, given: object) -> Document:
-    match given:
+def _parse_document(number: int, value: object) -> Document:
+    match value:
         case Document():
-            return given
+            return value
         case str():
-            return Document(f"Document {number}", given)
+            return Document(f"Document {number}", value)
         case (str() as title, str() as text):
             return Document(title, text)
-    raise SettingError(f"A document must be a text, (title, text) or a Document, got {given!r} as number {number}.")
+    raise SettingError(f"A document must be a text, (title, text) or a Document, got {value!r} as number {number}.")
 
 
-def _question(number: int, given: object) -> Question:
-    match given:
+def _parse_question(number: int, value: object) -> Question:
+    match value:
         case Question():
-            return given
+            return value
         case (str() as text, str() as answer):
             return Question(f"q{number}", text, (answer,))
         case (str() as text, [*answers]) if all(isinstance(answer, str) for answer in answers):
             return Question(f"q{number}", text, tuple(map(str, answers)))
     raise SettingError(
-        f"A question must be (text, answer), (text, answers) or a Question, got {given!r} as number {number}."
+        f"A question must be (text, answer), (text, answers) or a Question, got {value!r} as number {number}."
     )
 
 
@@ -157,16 +158,16 @@ class TaskSource(Protocol):
 # ------------------------------------------------------------------------------------------------------------- settings
 
 
-# Terms of the reward beside exact match, each a share in [0, 1] (`atommem_env.rewards`)
+# Optional terms of the reward, each a share in [0, 1] (`atommem_env.rewards`)
 REWARD_TERMS = {
     "faults": "replies with a fault, of all replies",
     "reads": "replies with a Read that was carried out, of all replies",
     "steps": "replies, of the step budget",
-    "memory_size": "tokens kept at the end in entries and scratchpad, of the document's tokens; at most 1",
-    "evidence_stored": "passages stored when their question was settled, of all; 1 where a task has none",
+    "memory_size": "tokens stored at the end in entries and scratchpad, of the document's tokens; at most 1",
+    "evidence_stored": "evidence passages stored when their question was resolved, of all; 1 where a task has none",
 }
 
-# The AtomMem paper's ablations by name: the settings that each one changes
+# The AtomMem paper's ablations: name -> the settings that it changes
 ABLATIONS: dict[str, dict[str, object]] = {
     "no_update": {"operations": ("create", "read", "delete")},
     "no_delete": {"operations": ("create", "read", "update")},
@@ -179,29 +180,25 @@ ABLATIONS: dict[str, dict[str, object]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpisodeSettings:
-    """The dynamics of an episode. The defaults are the AtomMem paper's (arXiv 2601.08323); the rest are its ablations."""
+    """The dynamics of an episode. The defaults are the AtomMem paper's (arXiv 2601.08323); other values are ablations."""
 
     dialect: str | Dialect = "tags"  # how operations are written as text: a name, module:attribute or an object
-    tokenizer: str = "builtin"  # what counts tokens: "builtin", or the path of a tokenizer.json
-    chunk_tokens: int = 4096  # size of the piece of document shown at each reading step
+    tokenizer: str = "builtin"  # counts tokens: "builtin", or the path of a tokenizer.json
+    chunk_tokens: int = 4096  # most tokens of the chunk of document shown at each reading step
     operations: tuple[str, ...] = ("create", "read", "update", "delete")  # the memory operations that exist
-    operations_per_reply: int | None = (
-        None  # of one reply only so many are carried out, in the order written; None: all
-    )
+    operations_per_reply: int | None = None  # most operations of one reply carried out, in order; None: all
     scratchpad: bool = True  # whether there is a scratchpad
-    scratchpad_tokens: int = 2048  # a longer scratchpad is cut, and the policy is told
+    scratchpad_tokens: int = 2048  # a longer scratchpad is truncated, and a notice says so
     top_k: int = 6  # how many entries a query retrieves
-    memory_tokens: int = 4096  # retrieved entries beyond this many tokens are not shown, and the policy is told
+    memory_tokens: int = 4096  # retrieved entries beyond this many tokens are not shown, and a notice says so
     retrieval: str = "top_k"  # by cosine similarity; "bm25": by words; "hybrid": by the ranks of both; "random" entries
-    read_latency: int = 1  # 1: a Read is answered a step later; 0: a reply with a Read sees the same chunk once more
-    advance: str = "always"  # "always": every reply turns the page; "on_write": only one that created or updated
+    read_latency: int = 1  # 1: a Read's results are shown with the next chunk; 0: with the same chunk, shown once more
+    advance: str = "always"  # which replies advance to the next chunk; "on_write": only those that create or update
     capacity: int | None = None  # most entries at a time; a Create beyond it is a fault
-    replies_per_question: int = 4  # after so many replies without an answer the question stays unanswered
-    max_steps: int | None = None  # step budget; None: as many as the episode can need, never fewer
-    reward: str | Reward = (
-        "exact_match"  # of an episode: a name, module:attribute or a function of its `EpisodeSummary`
-    )
-    reward_terms: tuple[tuple[str, float], ...] = ()  # weights by name, of `REWARD_TERMS`; a dict is taken as well
+    replies_per_question: int = 4  # after this many replies without an answer the question stays unanswered
+    max_steps: int | None = None  # step budget; None: as many steps as the episode can need
+    reward: str | Reward = "exact_match"  # a name, module:attribute or a function of the `EpisodeSummary`
+    reward_terms: tuple[tuple[str, float], ...] = ()  # (name, weight) pairs of `REWARD_TERMS`; a dict works as well
 
     def __post_init__(self) -> None:
         def check(name: str, ok: bool, expected: str) -> None:
@@ -234,7 +231,7 @@ class EpisodeSettings:
             )
 
     def record(self) -> dict[str, Any]:
-        """The settings as plain data, as records and stores have them: parts of one's own by `module:attribute`."""
+        """The settings as plain data, as records and stores hold them; user-defined parts as `module:attribute`."""
         named = {name: name_of(getattr(self, name)) for name in ("dialect", "reward")}
         return {field.name: getattr(self, field.name) for field in fields(self)} | named
 
@@ -263,9 +260,9 @@ class Observation(TypedDict):
     question: str  # the one to be answered now; "" while reading
     chunk: str  # the piece of the document shown now; "" while answering
     scratchpad: str  # the entry that is always shown
-    query: str  # the Read in force; "" before the first
-    retrieved: str  # what it finds, as the dialect writes entries, best first
-    notice: str  # what went wrong or was cut in the last reply, one thing a line
+    query: str  # the active query, that of the last Read; "" before the first
+    retrieved: str  # its results, as the dialect writes entries, best first
+    notice: str  # what was wrong with the last reply or truncated, one thing a line
     step: int  # replies given so far
     steps_left: int  # replies left in the step budget, this one included
 
@@ -291,7 +288,7 @@ class OperationKind(StrEnum):
     """What a reply can do."""
 
     CREATE = "create"  # a new entry
-    READ = "read"  # set the query whose finds are seen from the next step on
+    READ = "read"  # set the active query, whose results are shown from the next step on
     UPDATE = "update"  # replace an entry's text
     DELETE = "delete"  # remove an entry
     SCRATCHPAD = "scratchpad"  # replace the scratchpad
@@ -309,7 +306,7 @@ class Fault(StrEnum):
     SUPERSEDED = "superseded"  # a later Read, or answer, of the same reply counts
     TOO_MANY = "too_many"  # one more operation than a reply may have carried out
     FULL = "full"  # a Create when the memory holds as many entries as its capacity
-    TRUNCATED = "truncated"  # carried out, but the text was too long and lost its end
+    TRUNCATED = "truncated"  # carried out, but the text was too long and was truncated
     ILLEGAL_TEXT = "illegal_text"  # carried out, with lone surrogates and NUL characters replaced by U+FFFD
     NO_ANSWER = "no_answer"  # a question was asked, and the reply neither answered nor sent a Read
 
@@ -325,7 +322,7 @@ class Operation:
 
 @dataclass(frozen=True, slots=True)
 class OperationResult:
-    """What became of one operation, or of a piece of a reply that could not be read as one."""
+    """The result of one operation, or of a piece of a reply that could not be parsed as one."""
 
     kind: OperationKind | None  # None: the reply as a whole
     fault: Fault | None = None  # None: carried out as written
@@ -334,19 +331,19 @@ class OperationResult:
 
 
 class Dialect(Protocol):
-    """Reads operations out of a reply, and writes them and the entries they name."""
+    """Parses the operations of a reply, and writes operations and entries as text."""
 
     name: str
 
     def parse(self, reply: str) -> list[Operation | OperationResult]:
-        """What `reply` says, in the order written; an `OperationResult` is a piece that could not be read. Never raises."""
+        """The operations in `reply`, in order; an `OperationResult` is a piece that could not be parsed. Never raises."""
         ...
 
     def write(self, operation: Operation) -> str:
-        """The text that `parse` reads back as `operation`, if its text is one that the dialect can hold.
+        """The text that `parse` reads back as `operation`, provided that the dialect can represent the operation's text.
 
-        None holds spaces at the ends of a text, NUL and lone surrogates. Of the dialects with tags none holds a tag of its own,
-        nor an answer with `\\boxed{…}` in it; JSON holds the rest.
+        No dialect can represent outer whitespace, NUL and lone surrogates. The tag dialects cannot represent their own tags,
+        nor an answer that contains `\\boxed{…}`; JSON can represent everything else.
         """
         ...
 
@@ -355,7 +352,7 @@ class Dialect(Protocol):
         ...
 
     def entry_id(self, target: str, shown: Sequence[str]) -> str:
-        """The entry id that `target` means, given the ids shown in the observation; need not exist."""
+        """The entry id that `target` refers to, given the ids shown in the observation; no such entry need exist."""
         ...
 
     def describe(self, settings: EpisodeSettings) -> str:
@@ -381,9 +378,9 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Mutation:
-    """One change that a reply made to what is kept; a row of the store's journal."""
+    """One change that a reply made to the memory or to the active query; a row of the store's journal."""
 
-    kind: OperationKind  # CREATE, UPDATE, DELETE, or READ (the query in force)
+    kind: OperationKind  # CREATE, UPDATE, DELETE, or READ (a new active query)
     entry_id: str  # "" for READ
     text: str  # new entry text or query; "" for DELETE
     vector: Vector | None  # [D], unit length; None for DELETE
@@ -399,7 +396,7 @@ class StopReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one reply led to."""
+    """The outcome of one reply."""
 
     observation: Observation
     reward: float  # 0 until the end, then the mean exact match over the task's questions, and `reward_terms`
@@ -419,14 +416,14 @@ class QuestionOutcome:
     prediction: str | None  # None: unanswered
     em: float
     f1: float
-    evidence: int  # passages the answer rests on
-    stored: int  # of these, in some entry or the scratchpad when the question was settled
-    retrieved: int  # of these, in view (entries shown, or scratchpad) when the question was settled
+    evidence: int  # passages that support the answer
+    stored: int  # of these, in some entry or the scratchpad when the question was resolved
+    retrieved: int  # of these, in view (entries shown, or scratchpad) when the question was resolved
 
 
 @dataclass(frozen=True, slots=True)
 class EpisodeSummary:
-    """What is left of an episode that is over; what a reward is a function of."""
+    """The final state of an episode; the argument of a reward function."""
 
     task: Task
     settings: EpisodeSettings
@@ -437,12 +434,12 @@ class EpisodeSummary:
     reads: int  # replies with a Read that was carried out
     faulty_replies: int  # replies with a fault
     scratchpad: str
-    entries: tuple[Entry, ...]  # left in the memory
-    chunks: tuple[str, ...]  # the document as it was shown
+    entries: tuple[Entry, ...]  # in the memory at the end
+    chunks: tuple[str, ...]  # the document in chunks, as shown
 
 
 Reward = Callable[[EpisodeSummary], float]
-"""What an episode is worth, paid once, at its end."""
+"""A function of the `EpisodeSummary`; its value is paid once, at the end of the episode."""
 
 
 # ------------------------------------------------------------------------------------------------------------- rollouts
@@ -450,13 +447,13 @@ Reward = Callable[[EpisodeSummary], float]
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a reply took: a sum over the calls of models behind it."""
+    """The cost of a reply, summed over its model calls."""
 
-    calls: int = 0  # of a model
+    calls: int = 0  # model calls
     prompt_tokens: int = 0
-    completion_tokens: int = 0  # what a model thought before it replied included
-    cached_tokens: int = 0  # of the prompts', those that a prefix cache held, as far as the service says
-    dropped_tokens: int = 0  # of the document, left out where a model's window ended; in the environment's tokens
+    completion_tokens: int = 0  # reasoning before the reply included
+    cached_tokens: int = 0  # prompt tokens served from a prefix cache, as far as the service reports them
+    dropped_tokens: int = 0  # of the document, left out to fit the model's context window; in the environment's tokens
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
@@ -464,19 +461,19 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A policy's reply, kept as it was sampled. Policies that are no language model fill in `text` alone."""
+    """A policy's reply, as sampled. Policies that are not language models set `text` only."""
 
     text: str
     prompt_ids: tuple[int, ...] = ()  # [T_in]
     completion_ids: tuple[int, ...] = ()  # [T_out]
     logprobs: tuple[float, ...] = ()  # [T_out], natural logarithm, at the sampling temperature
-    stop: Literal["stop", "length"] = "stop"  # "length": the token limit cut it
-    usage: Usage | None = None  # None: not told
+    stop: Literal["stop", "length"] = "stop"  # "length": truncated at the token limit
+    usage: Usage | None = None  # None: not reported
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One observation, the reply to it, and what became of its operations."""
+    """One observation, the reply to it, and the results of its operations."""
 
     observation: Observation
     reply: Reply

@@ -1,4 +1,4 @@
-"""Many environments as one: each step embeds what all of them write in one batch, and keeps it by one commit."""
+"""A vector environment: each step embeds the texts of all its environments in one batch, and stores them in one commit."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from atommem_env.types import TaskSource
 class AtomMemVectorEnv(SyncVectorEnv):
     """`num_envs` environments that share a task source, an embedder and a store: `gym.make_vec(id, num_envs=N)`.
 
-    Spaces, seeds, options, autoreset and `info` are those of `gymnasium.vector.SyncVectorEnv`, and so is, byte for byte, all
-    that it returns: texts come as tuples of N, numbers as arrays [N]. What differs is the speed. A step makes one call of the
-    embedder for each kind of text, with the texts of all N, and one commit; reset draws each environment's task by its seed.
+    Spaces, seeds, options, autoreset, `info` and return values are, byte for byte, those of `gymnasium.vector.SyncVectorEnv`:
+    texts are tuples of N, numbers arrays [N]. The difference is speed. A step calls the embedder once for each kind of text,
+    with the texts of all N, and commits once; reset draws each environment's task by its seed.
 
     With 64 environments and the embedder "hashing" steps were 6 times as fast, with `durability="step"` 20 times
     (`eval/benchmarks/environment.py`, one core).
 
-    A step whose embedding fails leaves all environments as they were; it can be taken again.
+    A step whose embedding fails leaves all environments unchanged and can be repeated.
 
     Args:
         source: as for `AtomMemEnv`.
@@ -58,7 +58,7 @@ class AtomMemVectorEnv(SyncVectorEnv):
         self.embedder = get_embedder(embedder) if isinstance(embedder, str) else embedder
         self.store = open_store(store, durability)
         self._owns_store = self.store is not store
-        self._to_write: dict[Recorder, None] = {}  # in order, each once
+        self._to_write: dict[Recorder, None] = {}  # an ordered set
 
         def member() -> _Member:
             return _Member(
@@ -69,7 +69,7 @@ class AtomMemVectorEnv(SyncVectorEnv):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name == "spec" and value is not None:  # given by `gym.make_vec`; the store calls episodes by its id
+        if name == "spec" and value is not None:  # set by `gym.make_vec`; the store records its id as `env_id`
             for env in self.envs:
                 env.spec = gym.spec(value.id)
 
@@ -80,11 +80,11 @@ class AtomMemVectorEnv(SyncVectorEnv):
             for env, action, resets in zip(self.envs, iterate(self.action_space, actions), over, strict=True)
             if not resets
         }
-        vectors = embed(self.embedder, [request for some in requests.values() for request in some])
+        vectors = embed(self.embedder, [request for batch in requests.values() for request in batch])
         start = 0
-        for env, some in requests.items():
-            env.vectors = vectors[start : start + len(some)]
-            start += len(some)
+        for env, batch in requests.items():
+            env.vectors = vectors[start : start + len(batch)]
+            start += len(batch)
         result = super().step(actions)
         self._write()
         return result
@@ -101,7 +101,7 @@ class AtomMemVectorEnv(SyncVectorEnv):
             self.store.close()
 
     def _write(self) -> None:
-        """Keeps what the members noted; after an error they still hold it, and the next call keeps it."""
+        """Commits what the members have buffered; after an error it stays buffered, and the next call commits it."""
         self.store.write(list(self._to_write))
         self._to_write.clear()
 

@@ -18,14 +18,14 @@ _DIALECTS: dict[str, Dialect] = {
 
 
 def get_dialect(dialect: str | Dialect) -> Dialect:
-    """The dialect of the setting `dialect`: its name, `module:attribute` of an object or class of one's own, or the object.
+    """The dialect of the setting `dialect`: its name, `module:attribute` of your own object or class, or the object.
 
     Raises:
-        SettingError: there is none of that name, or what is named is no dialect.
+        SettingError: there is no dialect of that name, or the object is not a dialect.
         PluginError: `module:attribute` names nothing.
     """
     if not isinstance(dialect, str):
-        return _checked(dialect)
+        return _check(dialect)
     if dialect in _DIALECTS:
         return _DIALECTS[dialect]
     if is_target(dialect):
@@ -38,10 +38,10 @@ def get_dialect(dialect: str | Dialect) -> Dialect:
 
 @cache
 def _load(target: str) -> Dialect:
-    return _checked(load_part(target))
+    return _check(load_part(target))
 
 
-def _checked(dialect: Any) -> Dialect:
+def _check(dialect: Any) -> Dialect:
     missing = [
         name for name in ("name", "parse", "write", "show", "entry_id", "describe") if not hasattr(dialect, name)
     ]
@@ -50,5 +50,5 @@ def _checked(dialect: Any) -> Dialect:
             f"A dialect is an object like atommem_env.types.Dialect, got {dialect!r}"
             + (f", which has no {', '.join(missing)}." if missing else ", a class; give an object of it.")
         )
-    found: Dialect = dialect
-    return found
+    checked: Dialect = dialect
+    return checked

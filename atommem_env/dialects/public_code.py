@@ -1,10 +1,10 @@
-r"""The operations as AtomMem's public code (RUCBM/AtomMem) writes them: other tags, and entries named by their place.
+r"""The operations as AtomMem's public code (RUCBM/AtomMem) writes them: other tags, and entries named by their index.
 
-`Memory i` is the i-th entry shown in the observation, counted from 1. Of that code's grammar are also: tags in any case and
-with attributes, a `Delete` that repeats the entry's text, `\boxed{…}` around an answer, and that nothing is done for what stands
-in a `<think>` block. Different are its faults: an index out of range names no entry, a tag that is not closed or does not
-have its form costs itself alone, and an entry cannot pass for two. That code turns the page by the setting
-`advance="on_write"`, and explains the operations in the layout `public_code:PATH`.
+`Memory i` is the i-th entry shown in the observation, counted from 1. Also from that code's grammar: tags in any case and
+with attributes, a `Delete` that repeats the entry's text, `\boxed{…}` around an answer, and `<think>` blocks, whose content
+is ignored. The faults differ: an index out of range refers to no entry, a malformed or unclosed tag affects no other
+operation, and no entry can look like two. That code advances as with the setting `advance="on_write"`, and explains the
+operations in the layout `public_code:PATH`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NAMES = {kind: name for name, kind in _TAGS.items()}
 _TAG = re.compile(rf"<(/?)({'|'.join(_TAGS)})(?:\s[^<>]*)?>", re.IGNORECASE | re.ASCII)
 _NAMED = re.compile(r"Memory\s+([0-9]+)\s*(?::(.*))?", re.DOTALL)
 _INDEX = re.compile("[0-9]{1,9}")
-# The start of a line of an entry that could pass for another entry; the line breaks are those of `str.splitlines`.
+# The start of a line within an entry that looks like another entry; the line breaks are those of `str.splitlines`.
 _HEAD = re.compile(r"(?<=[\n\r\v\f\x1c-\x1e\x85\u2028\u2029])(?=Memory\s)")
 
 _FORMS = {
@@ -66,19 +66,17 @@ class PublicCodeDialect:
             content = f"Memory {operation.target}"
         elif operation.kind is OperationKind.ANSWER:
             boxed = f"\\boxed{{{operation.text}}}"
-            content = (
-                boxed if unboxed(boxed) == operation.text else content
-            )  # braces that do not match go without a box
+            content = boxed if unboxed(boxed) == operation.text else content  # unbalanced braces cannot be boxed
         return f"<{name}>{content}</{name}>"
 
     def show(self, entries: Sequence[Entry]) -> str:
-        # Only what could pass for an entry is indented: all else is shown as that code shows it.
+        # Only a line that looks like an entry is indented: everything else is shown as that code shows it.
         return "\n".join(
-            f"Memory {place}: {_HEAD.sub('    ', entry.text)}" for place, entry in enumerate(entries, start=1)
+            f"Memory {index}: {_HEAD.sub('    ', entry.text)}" for index, entry in enumerate(entries, start=1)
         )
 
     def entry_id(self, target: str, shown: Sequence[str]) -> str:
-        """The id of the entry shown at the place `target`; where there is none, `Memory …`, which is nobody's id.
+        """The id of the entry shown at the index `target`; where there is none, `Memory …`, which is no entry's id.
 
         >>> [PublicCodeDialect().entry_id(target, ["m4", "m9"]) for target in ("2", "0", "3")]
         ['m9', 'Memory 0', 'Memory 3']

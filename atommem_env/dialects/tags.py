@@ -28,7 +28,7 @@ _FORMS = {
     OperationKind.ANSWER: "answer",
 }
 
-# What each operation is for, where entries are named by their ids; other dialects tell it so too.
+# What each operation is for, where entries are named by their ids; other dialects use these texts as well.
 USES = {
     OperationKind.CREATE: "store a new entry in the memory.",
     OperationKind.READ: (
@@ -46,7 +46,7 @@ USES = {
 class TagsDialect:
     """`<create_memory>text</create_memory>`, `<update_memory>m3: text</update_memory>`, `<final_answer>…</final_answer>` …
 
-    A tag that is not closed before the next one opens is a fault of its own; what follows is read as if it were not there.
+    A tag that is not closed before the next one opens is a fault; it does not affect what follows.
 
     >>> TagsDialect().parse("<create_memory>lost <delete_memory> m2 </delete_memory>")[1]
     Operation(kind=<OperationKind.DELETE: 'delete'>, text='', target='m2')
@@ -80,28 +80,28 @@ class TagsDialect:
 
 
 def elements(reply: str, tag: re.Pattern[str]) -> Iterator[tuple[str, str | None]]:
-    """The elements of `reply`, in the order of their opening tags: name in small letters, and content.
+    """The elements of `reply`, in the order of their opening tags: name in lower case, and content.
 
-    The content is None where the element was not closed before the next one opened, or not at all; a tag that closes nothing
-    is text. Takes time linear in the length.
+    The content is None where the element was not closed before the next one opened, or not at all; a closing tag without an
+    opening one is text. Takes time linear in the length.
 
     Args:
         reply: any text.
-        tag: finds one tag; its groups are the slash of a closing one, or "", and the name.
+        tag: matches one tag; its groups are the slash of a closing tag, or "", and the name.
 
     >>> list(elements("<a> 1 </a><b><a>2</b></a>", re.compile("<(/?)([ab])>")))
     [('a', '1'), ('b', None), ('a', '2</b>')]
     """
     opened: str | None = None
     start = 0
-    for found in tag.finditer(reply):
-        name = found[2].lower()
-        if not found[1]:
+    for match in tag.finditer(reply):
+        name = match[2].lower()
+        if not match[1]:
             if opened is not None:
                 yield opened, None
-            opened, start = name, found.end()
+            opened, start = name, match.end()
         elif name == opened:
-            yield name, reply[start : found.start()].strip()
+            yield name, reply[start : match.start()].strip()
             opened = None
     if opened is not None:
         yield opened, None
@@ -113,12 +113,12 @@ def unclosed(kind: OperationKind | None, name: str) -> OperationResult:
 
 
 def show_by_id(entries: Sequence[Entry]) -> str:
-    """The entries as `id: text`. Continuation lines are indented, so that no entry can pass for two."""
+    """The entries as `id: text`. Continuation lines are indented, so that no entry can look like two."""
     return "\n".join(f"{entry.id}: " + "\n    ".join(entry.text.splitlines()) for entry in entries)
 
 
 def allowed(settings: EpisodeSettings) -> list[OperationKind]:
-    """What a reply can do under these settings."""
+    """The kinds of operations that these settings allow."""
     kinds = [kind for kind in OperationKind if kind.value in settings.operations]
     return kinds + [OperationKind.SCRATCHPAD] * settings.scratchpad + [OperationKind.ANSWER]
 
@@ -137,7 +137,7 @@ def _operation(kind: OperationKind, content: str) -> Operation | OperationResult
 
 
 def unboxed(answer: str) -> str:
-    r"""What stands in the last `\boxed{…}`, or the answer itself where there is none that closes.
+    r"""The content of the last `\boxed{…}`; the answer itself where there is none, or it is not closed.
 
     >>> unboxed("It is \\boxed{the {n}-th}.")
     'the {n}-th'

@@ -1,15 +1,15 @@
-"""The operations as JSON function calls, for models that were trained to call tools.
+"""The operations as JSON function calls, for models trained to call tools.
 
-Written in the form of Hermes and Qwen, one call in each `<tool_call>`:
+They are written in the form of Hermes and Qwen, one call in each `<tool_call>`:
 
     <tool_call>
     {"name": "update_memory", "arguments": {"id": "m3", "text": "Ada lives in Rome."}}
     </tool_call>
 
-Read also: a list of calls in one `<tool_call>`, and a reply that is nothing but JSON in OpenAI's form, be it one call, a list
-of them or a message with its `tool_calls`.
+Also parsed: a list of calls in one `<tool_call>`, and a reply that is only JSON in OpenAI's form, as one call, a list of calls
+or a message with its `tool_calls`.
 
-The functions as schemas, for those who pass tools to a model, and the way back from OpenAI's responses:
+The functions as schemas, to pass as tools to a model, and the conversion of OpenAI's responses into a reply:
 
     chat.apply_chat_template(messages, tools=schemas(settings))
     response = client.chat.completions.create(messages=messages, tools=schemas(settings), model=…)
@@ -44,14 +44,14 @@ _FORM = '{"name": "…", "arguments": {…}}'
 
 
 class _RepeatedKey:
-    """A JSON object in which a key stands twice: what it says depends on who reads it."""
+    """A JSON object with a repeated key, which parsers interpret differently."""
 
 
 class ToolCallsDialect:
     """`<tool_call>{"name": "create_memory", "arguments": {"text": "…"}}</tool_call>` …
 
-    A call that cannot be read is a fault of its own, and the others are carried out. Any text can be written, even one that
-    holds `</tool_call>`; only spaces around it are not kept, as in every dialect.
+    A call that cannot be parsed is a fault, and the others are carried out. Any text can be written, even one that contains
+    `</tool_call>`; only outer whitespace is lost, as in every dialect.
 
     >>> ToolCallsDialect().parse('[{"name": "delete_memory", "arguments": {"id": "m2"}}]')
     [Operation(kind=<OperationKind.DELETE: 'delete'>, text='', target='m2')]
@@ -61,13 +61,13 @@ class ToolCallsDialect:
 
     def parse(self, reply: str) -> list[Operation | OperationResult]:
         if reply.lstrip()[:1] in ("{", "["):
-            value = _decoded(reply)
+            value = _decode(reply)
             if value is not None or "<tool_call>" not in reply:
-                return list(_read(value))
-        found: list[Operation | OperationResult] = []
+                return list(_operations(value))
+        operations: list[Operation | OperationResult] = []
         for name, content in elements(reply, _TAG):
-            found += [unclosed(None, name)] if content is None else _read(_decoded(content))
-        return found
+            operations += [unclosed(None, name)] if content is None else _operations(_decode(content))
+        return operations
 
     def write(self, operation: Operation) -> str:
         _, parameters = _FUNCTIONS[_NAMES[operation.kind]]
@@ -92,7 +92,7 @@ class ToolCallsDialect:
 
 
 def schemas(settings: EpisodeSettings) -> list[dict[str, Any]]:
-    """The functions that these settings allow, as OpenAI's `tools`; chat templates take the same.
+    """The functions that these settings allow, as OpenAI's `tools`; chat templates accept the same.
 
     >>> [tool["function"]["name"] for tool in schemas(EpisodeSettings(operations=("create", "read"), scratchpad=False))]
     ['create_memory', 'read_memory', 'final_answer']
@@ -117,10 +117,10 @@ def schemas(settings: EpisodeSettings) -> list[dict[str, Any]]:
 
 
 def reply_of(tool_calls: Sequence[Any] | None) -> str:
-    """The reply that says what an OpenAI-compatible server returned as the `tool_calls` of a message.
+    """The reply that is equivalent to the `tool_calls` of a message from an OpenAI-compatible server.
 
     Args:
-        tool_calls: objects of the package `openai`, or the same as dictionaries; None where there were none.
+        tool_calls: objects of the package `openai`, or the same as dictionaries; None: no calls.
 
     >>> print(reply_of([{"type": "function", "function": {"name": "read_memory", "arguments": '{"query": "Ada"}'}}]))
     <tool_call>
@@ -131,8 +131,8 @@ def reply_of(tool_calls: Sequence[Any] | None) -> str:
     for call in tool_calls or ():
         function = (call if isinstance(call, Mapping) else call.model_dump())["function"]
         written = function["arguments"]
-        arguments = _decoded(written) if isinstance(written, str) else written
-        # What the model wrote wrong stays as it is: a fault that it is to be told of.
+        arguments = _decode(written) if isinstance(written, str) else written
+        # Invalid arguments are left unchanged: they become a fault that the model is shown.
         texts.append(_call(function["name"], arguments if _is_texts(arguments) else written))
     return "\n".join(texts)
 
@@ -142,12 +142,12 @@ def _call(name: str, arguments: Any) -> str:
 
 
 def _json(value: Any) -> str:
-    # A `<` can only be inside of a string, where it may be escaped: no text can open or close a call.
+    # A `<` can only be inside a string, where it may be escaped: no text can open or close a call.
     return _TAG_IN_TEXT.sub(r"\\u003c", json.dumps(value, ensure_ascii=False))
 
 
-def _decoded(text: str) -> Any:
-    """The JSON value, or None where `text` is none that can be read."""
+def _decode(text: str) -> Any:
+    """The JSON value, or None where `text` is not valid JSON."""
     try:
         return json.loads(text, object_pairs_hook=_object, parse_int=float)  # an int of 5,000 digits would raise
     except (json.JSONDecodeError, RecursionError):
@@ -159,7 +159,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _RepeatedKey:
     return members if len(members) == len(pairs) else _RepeatedKey()
 
 
-def _read(value: Any) -> Iterator[Operation | OperationResult]:
+def _operations(value: Any) -> Iterator[Operation | OperationResult]:
     """The operations of a call, of a list of calls, or of a message."""
     if isinstance(value, dict) and "tool_calls" in value and "name" not in value:
         value = [] if value["tool_calls"] is None else value["tool_calls"]
@@ -179,7 +179,7 @@ def _operation(call: Any) -> Operation | OperationResult:
     kind, parameters = _FUNCTIONS[call["name"]]
     arguments: Any = call.get("arguments")
     if isinstance(arguments, str):
-        arguments = _decoded(arguments)
+        arguments = _decode(arguments)
     if isinstance(arguments, _RepeatedKey):
         return _fault(kind, _REPEATED)
     if not _is_texts(arguments) or set(arguments) != set(parameters):

@@ -1,1 +1,1 @@
-"""What episodes kept: LanceDB, as a durable store in front of which each episode has its working memory."""
+"""The durable store of memories, in LanceDB; during an episode its entries are in a working memory in RAM."""

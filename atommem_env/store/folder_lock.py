@@ -1,4 +1,4 @@
-"""A folder that several processes use at a time: who is there, and what is on the disk for good."""
+"""A lock on a folder that several processes share, and a sync of the folder to the disk."""
 
 from __future__ import annotations
 
@@ -14,70 +14,74 @@ if sys.platform != "win32":
     import fcntl
 
 _NAME = ".in_use"
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # a network file system that was mounted without them
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # a network file system mounted without locks
 
 
 class FolderLock:
-    """A folder and this user's mark in it, which the system removes with the process, however that ends.
+    """A folder and this process's lock on it, which the system releases with the process, however that ends.
 
-    Where the system has no file locks nobody is ever known to be alone.
+    Where the system has no file locks, no exclusive lock is ever granted.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._mark: int | None = None  # a file descriptor
+        self._descriptor: int | None = None  # of the open lock file
         self._close: Callable[[], object] = lambda: None
 
     def acquire_shared(self, *, make: bool) -> None:
-        """Leaves a mark, once; `make` makes folder and file where they are not there, else there is no mark then.
+        """Takes a shared lock, unless it is held already.
+
+        Args:
+            make: creates folder and lock file where they do not exist; without it, nothing is locked then.
 
         Raises:
-            OSError: the folder cannot be made or written.
+            OSError: the folder cannot be created or written.
         """
-        if self._mark is not None or sys.platform == "win32":
+        if self._descriptor is not None or sys.platform == "win32":
             return
         if make:
             self.path.mkdir(parents=True, exist_ok=True)
         elif not (self.path / _NAME).exists():
             return
-        mark = os.open(self.path / _NAME, os.O_RDWR | os.O_CREAT if make else os.O_RDONLY, 0o666)
-        close = weakref.finalize(self, os.close, mark)
+        descriptor = os.open(self.path / _NAME, os.O_RDWR | os.O_CREAT if make else os.O_RDONLY, 0o666)
+        close = weakref.finalize(self, os.close, descriptor)
         try:
-            fcntl.flock(mark, fcntl.LOCK_SH)  # waits while another user is alone
+            fcntl.flock(descriptor, fcntl.LOCK_SH)  # waits while another process holds the exclusive lock
         except OSError as error:
             close()
             if error.errno not in _NO_LOCKS:
                 raise
         else:
-            self._mark, self._close = mark, close
+            self._descriptor, self._close = descriptor, close
 
     @contextmanager
     def acquire_exclusive(self, *, leaving: bool = False) -> Iterator[bool]:
-        """Whether nobody else has a mark here; if so, whoever comes waits until the block is over.
+        """Tries to take the exclusive lock for the block; yields whether it was granted, which it is to the only user.
 
-        With `leaving` this user's own mark is gone afterwards. Of those who leave at the same time the last one is alone.
+        Other processes wait until the block is over. With `leaving` this process's lock is released afterwards; of several
+        that leave at the same time the last one is granted the exclusive lock.
         """
-        if self._mark is None or sys.platform == "win32":
+        if self._descriptor is None or sys.platform == "win32":
             yield False
             return
         try:
-            fcntl.flock(self._mark, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gives the own mark up first
-            alone = True
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # releases the shared lock first
+            granted = True
         except BlockingIOError:
-            alone = False
+            granted = False
             if not leaving:
-                fcntl.flock(self._mark, fcntl.LOCK_SH)
+                fcntl.flock(self._descriptor, fcntl.LOCK_SH)
         try:
-            yield alone
+            yield granted
         finally:
             if leaving:
                 self._close()
-                self._mark = None
-            elif alone:
-                fcntl.flock(self._mark, fcntl.LOCK_SH)
+                self._descriptor = None
+            elif granted:
+                fcntl.flock(self._descriptor, fcntl.LOCK_SH)
 
     def sync(self) -> None:
-        """Returns when all that is in the folder is on the disk, and would outlast a loss of power.
+        """Returns when everything in the folder is on the disk and survives a loss of power.
 
         Raises:
             OSError: the disk failed.
@@ -95,7 +99,7 @@ def _sync(path: str) -> None:
     try:
         handle = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
     except FileNotFoundError:
-        return  # another process joined files meanwhile
+        return  # another process compacted files meanwhile
     try:
         os.fsync(handle)
     finally:

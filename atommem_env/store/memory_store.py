@@ -1,18 +1,18 @@
-"""The durable memory: what episodes did and kept, in a LanceDB folder that many episodes and processes share.
+"""The durable store: what episodes did and stored, in a LanceDB folder that many episodes and processes share.
 
 Four tables, each with the schema version in its metadata and readable by any LanceDB client:
 
 | table      | a row is                                                                           |
 |------------|------------------------------------------------------------------------------------|
 | `episodes` | an episode: with durability "step" from its first reply on, else from its end      |
-| `turns`    | a reply and what the policy was told after it                                      |
+| `turns`    | a reply and what the policy was shown after it                                     |
 | `journal`  | a change to the memory, or a query, with its vector                                |
 | `entries`  | an entry that was in the memory at the end, with its vector                        |
 
-Rows are appended under the name of a `writer`, and count only if the episode's row in `episodes` lists it. A step is told by
-the last of these writers that has a turn for it; journal rows of other writers for that step do not count. The order of
-writing, `journal` and `entries`, then `turns`, then `episodes`, makes every crash leave whole steps and whole episodes. A
-writer lives until an error, until the episode ends or is resumed; whoever goes on has a name of its own.
+Rows are appended under the id of a `writer`, and count only if the episode's row in `episodes` lists it. Of several writers
+with a turn for a step the last one counts; journal rows of other writers for that step are ignored. The order of writing,
+`journal` and `entries`, then `turns`, then `episodes`, makes every crash leave whole steps and whole episodes. A writer's id
+is used until an error, or until the episode ends or is resumed; then a new writer takes over.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ from atommem_env.store.tables import (
     SCHEMA_VERSION,
     TABLES,
     VERSION_KEY,
-    clean,
     reader_of,
+    replace_surrogates,
     schema_of,
 )
 from atommem_env.types import EmbeddingKind, OperationKind, Vector
 
 DURABILITIES = ("off", "episode", "step")
 _OPTIMIZE_EVERY = 64  # commits, each of which leaves a few small files a table
-_MOST_PARTS = 1000  # of a table, whatever it costs to join them: each commit writes a list of all
+_MOST_PARTS = 1000  # of a table, whatever it costs to compact them: each commit writes a list of all
 _MOST_FILES = 10  # of a table when the store is closed
 _KEEP_VERSIONS = timedelta(minutes=5)  # another process may still be reading an older version
-_AT_ONCE = timedelta(milliseconds=1)  # of less LanceDB warns
+_AT_ONCE = timedelta(milliseconds=1)  # LanceDB warns about anything shorter
 _CACHE_BYTES = 4 << 20  # without a limit LanceDB's caches grow with every commit
 _DISK_FULL = ("No space left", "os error 28", "File too large", "os error 27", "quota", "os error 122")
 
@@ -69,8 +69,8 @@ if hasattr(os, "register_at_fork"):
 
 
 @dataclass(frozen=True, slots=True)
-class FoundEntry:
-    """What a search over many episodes finds."""
+class SearchResult:
+    """One result of a search over many episodes."""
 
     episode_id: str
     entry_id: str
@@ -79,16 +79,16 @@ class FoundEntry:
 
 
 class MemoryStore:
-    """A folder with the memories of many episodes. Nothing is opened, or made, before the first commit or read.
+    """A folder with the memories of many episodes. Nothing is opened, or created, before the first commit or read.
 
-    What `write` has returned for is there after the process is killed at any moment; `checkpoint` outlasts a loss of power
-    as well. Several processes can write to one folder at the same time; each needs a store of its own (a store can be
-    pickled). A process that was forked after LanceDB was used cannot use it: start processes with `spawn`. A store joins its
-    small files now and then, and when it is closed; another program that holds a table open across that opens it anew.
+    A `write` that has returned survives a kill of the process at any moment; `checkpoint` makes it survive a loss of power as
+    well. Several processes can write to one folder at the same time, each with its own store (a store can be pickled). A
+    process that was forked after LanceDB was used cannot use it: start processes with `spawn`. A store compacts its small
+    files now and then, and when it is closed; another program that holds a table open across that must open it again.
 
     Args:
         folder: where the tables are.
-        durability: "episode": an episode is kept when it ends; "step": each reply is; "off": nothing is.
+        durability: "episode": an episode is committed when it ends; "step": each reply is; "off": nothing is.
 
     Raises:
         SettingError: another durability.
@@ -96,7 +96,7 @@ class MemoryStore:
 
     @classmethod
     def temporary(cls, durability: str = "episode") -> MemoryStore:
-        """A store in a temporary folder that goes with `close`, with the store itself, or with the process."""
+        """A store in a temporary folder that is removed by `close`, with the store itself, or with the process."""
         store = cls(temporary_folder("memory"), durability)
         store._remove_later()
         return store
@@ -107,7 +107,7 @@ class MemoryStore:
         self.folder = Path(folder).expanduser()
         self.durability = durability
         self._folder_lock = FolderLock(self.folder)
-        self._lock = threading.RLock()  # of writing and joining
+        self._lock = threading.RLock()  # of writing and compaction
         self._connection: Any = None
         self._tables: dict[str, Any] = {}
         self._commits = 0
@@ -122,7 +122,7 @@ class MemoryStore:
     # ---------------------------------------------------------------------------------------------------------- writing
 
     def expect_dimension(self, dimension: int) -> None:
-        """Finds out now, rather than at the first commit, whether vectors [`dimension`] can be kept here.
+        """Checks now, rather than at the first commit, that vectors [`dimension`] can be stored here.
 
         Raises:
             StoreError: the folder holds vectors of another dimension, or cannot be read.
@@ -151,8 +151,8 @@ class MemoryStore:
                 raise StoreError(f"{name} must be a whole number of 64 bits to be stored, got {value}.")
         record = EpisodeRecord(
             episode_id=uuid.uuid4().hex,
-            env_id=clean(env_id),
-            task_id=clean(task_id),
+            env_id=replace_surrogates(env_id),
+            task_id=replace_surrogates(task_id),
             index=int(index),
             task_seed=int(task_seed),
             episode_seed=int(episode_seed),
@@ -178,10 +178,10 @@ class MemoryStore:
         return Recorder(self.durability, record, changes=len(self._changes(record)), replaced=record.writers)
 
     def write(self, recorders: Iterable[Recorder]) -> None:
-        """Commits, as one group, what is due of these recorders: see `Recorder.due`. Returns when it is durable.
+        """Commits, as one group, what these recorders have due (`Recorder.due`). Returns when it is durable.
 
-        A crash leaves of each episode what was there before or some whole steps more. After an error all stays noted, and
-        the call can be repeated.
+        A crash leaves of each episode what was there before or some whole steps more. After an error everything stays
+        buffered, and the call can be repeated.
 
         Raises:
             StoreError: vectors of another dimension than the folder's, or it cannot be written.
@@ -195,91 +195,93 @@ class MemoryStore:
                 self._write(commits)
             except BaseException:
                 for recorder in due:
-                    recorder.failed()
+                    recorder.mark_failed()
                 raise
             for recorder, commit in zip(due, commits, strict=True):
-                recorder.succeeded(commit)
+                recorder.mark_committed(commit)
             self._commits += 1
             if self._commits % _OPTIMIZE_EVERY == 0:
-                with self._folder_lock.acquire_exclusive() as alone:
+                with self._folder_lock.acquire_exclusive() as exclusive:
                     for table in self._tables.values():
-                        if self._grown(table):
-                            self._optimize(table, alone)
-                self._connection, self._tables = None, {}  # LanceDB keeps a little of each commit as long as it is open
+                        if self._needs_compaction(table):
+                            self._optimize(table, exclusive)
+                self._connection, self._tables = None, {}  # an open connection holds some memory of each commit
 
     def checkpoint(self) -> None:
-        """Returns when all that was written is on the disk itself, to outlast a loss of power; LanceDB leaves that open.
+        """Returns when all that was written is on the disk and survives a loss of power, which LanceDB does not ensure.
 
         Raises:
             StoreError: the disk failed.
         """
-        with self._lock, self._reporting("write"):
+        with self._lock, self._convert_errors("write"):
             self._folder_lock.sync()
 
     def optimize(self) -> None:
-        """Joins the small files that commits leave, and removes what only older versions of the tables need.
+        """Compacts the small files that commits leave, and removes what only older versions of the tables need.
 
-        Versions of the last minutes stay where another process uses the folder.
+        Versions of the last minutes stay if another process uses the folder.
 
         Raises:
             StoreError: the folder cannot be written.
         """
         tables = [table for name in TABLES if (table := self._table(name)) is not None]
-        with self._lock, self._folder_lock.acquire_exclusive() as alone:
+        with self._lock, self._folder_lock.acquire_exclusive() as exclusive:
             for table in tables:
-                self._optimize(table, alone)
+                self._optimize(table, exclusive)
 
     def close(self) -> None:
-        """Joins files where it wrote and they are many, and lets go of the folder; a later call opens it again.
+        """Compacts tables that this store wrote to and that have many files, and closes the folder; a later call reopens it.
 
         A temporary folder is removed.
         """
         with self._lock:
             if self._remove is None and not _forked_after_lancedb:
-                with self._folder_lock.acquire_exclusive(leaving=True) as alone:
+                with self._folder_lock.acquire_exclusive(leaving=True) as exclusive:
                     for name in TABLES if self._commits else ():
                         table = self._table(name)
-                        if table is not None and (self._files(name) > _MOST_FILES if alone else self._grown(table)):
-                            self._optimize(table, alone)
+                        if table is None:
+                            continue
+                        if self._count_files(name) > _MOST_FILES if exclusive else self._needs_compaction(table):
+                            self._optimize(table, exclusive)
             self._connection, self._tables, self._commits = None, {}, 0
             if self._remove is not None:
                 self._remove()
-                self._remove_later()  # in case that a later call makes it again
+                self._remove_later()  # in case a later call creates it again
 
-    def _files(self, name: str) -> int:
+    def _count_files(self, name: str) -> int:
         return sum(path.is_file() for path in (self.folder / f"{name}.lance").rglob("*"))
 
-    def _grown(self, table: Any) -> bool:
-        """Whether joining a table's files is worth writing it anew.
+    def _needs_compaction(self, table: Any) -> bool:
+        """Whether compacting a table's files is worth rewriting it.
 
-        It is when the table has grown by half since the last time, as its largest file tells. Were it done after a fixed
-        number of commits, time would grow with the square of the episodes.
+        It is when the table has grown by half since the last time, judged by its largest file. After a fixed number of
+        commits instead, the time would grow with the square of the episodes.
         """
-        with self._reporting("read"):
+        with self._convert_errors("read"):
             stats = table.stats()
         parts, largest = stats["fragment_stats"]["num_fragments"], stats["fragment_stats"]["lengths"]["max"]
         return parts > 1 and (stats["num_rows"] - largest >= largest / 2 or parts > _MOST_PARTS)
 
-    def _optimize(self, table: Any, alone: bool) -> None:
-        """`alone`: no other process uses the folder, so that nothing but the newest version is needed."""
-        with self._reporting("optimize"), _conflicts_allowed():
-            table.optimize(cleanup_older_than=_AT_ONCE if alone else _KEEP_VERSIONS, delete_unverified=alone)
+    def _optimize(self, table: Any, exclusive: bool) -> None:
+        """`exclusive`: no other process uses the folder, so that only the newest version is needed."""
+        with self._convert_errors("optimize"), _ignore_conflicts():
+            table.optimize(cleanup_older_than=_AT_ONCE if exclusive else _KEEP_VERSIONS, delete_unverified=exclusive)
 
     def _write(self, commits: list[Commit]) -> None:
         """Appends the rows of a group, in an order that leaves whole steps, then removes what they replace."""
-        for name in TABLES:  # one of another version is found before any is made
+        for name in TABLES:  # a table of another version raises before any is created
             self._table(name)
         dimension = self._agreed_dimension(dimensions_of(commits))
-        with self._reporting("write"):
+        with self._convert_errors("write"):
             self._folder_lock.acquire_shared(make=True)
             for names in (("journal", "entries"), ("turns",), ("episodes",)):
                 pending = []
                 for name in names:
                     batches = batches_of(name, commits, dimension)
                     first = next(batches, None)
-                    # Of the tables with vectors one without rows, rather than none.
+                    # A table with vectors is created even without rows, so that the folder has a dimension.
                     if first is not None or (dimension and name in ("journal", "entries")):
-                        table = self._made_table(name, dimension)
+                        table = self._ensure_table(name, dimension)
                         if first is not None:
                             pending.append((table, reader_of(first, batches)))
                 if len(pending) > 1:
@@ -287,17 +289,17 @@ class MemoryStore:
                         list(threads.map(lambda pair: pair[0].add(pair[1]), pending))
                 elif pending:
                     pending[0][0].add(pending[0][1])
-            if old := [writer for commit in commits if commit.row for writer in commit.replaced]:
+            if replaced := [writer for commit in commits if commit.row for writer in commit.replaced]:
                 for name in ("episodes", "entries"):
                     if (table := self._table(name)) is not None:
-                        with _conflicts_allowed():
-                            table.delete(_writer_in(old))
+                        with _ignore_conflicts():
+                            table.delete(_writer_in(replaced))
 
     def _agreed_dimension(self, dimensions: set[int]) -> int | None:
-        """D of vectors of these lengths and of those in the folder; None where there are none yet."""
+        """The one dimension D of vectors of these lengths and of those in the folder; None where there are none yet."""
         table = self._table("journal")
-        kept = None if table is None else table.schema.field("vector").type.list_size
-        expected = kept or min(dimensions, default=None)
+        stored = None if table is None else table.schema.field("vector").type.list_size
+        expected = stored or min(dimensions, default=None)
         if others := sorted(dimensions - {expected}):
             raise StoreError(
                 f"The memory store in {self.folder} holds {expected}-dimensional vectors, got {others[0]}. "
@@ -315,9 +317,9 @@ class MemoryStore:
         """One episode.
 
         Raises:
-            StoreError: it is not there.
+            StoreError: no such episode.
         """
-        records = self._records(f"episode_id = {_quoted(episode_id)}")
+        records = self._records(f"episode_id = {_quote(episode_id)}")
         if not records:
             raise StoreError(
                 f"No episode {episode_id!r} in the memory store in {self.folder}; `episodes()` lists them."
@@ -325,7 +327,7 @@ class MemoryStore:
         return records[0]
 
     def replies(self, episode_id: str) -> list[str]:
-        """An episode's replies, exactly as they were given.
+        """An episode's replies, exactly as given.
 
         Raises:
             StoreError: no such episode.
@@ -336,7 +338,7 @@ class MemoryStore:
         ]
 
     def turns(self, episode_id: str) -> list[dict[str, Any]]:
-        """An episode's replies, lone surrogates replaced, and what followed: step, reply, notice, query, scratchpad.
+        """An episode's turns, lone surrogates replaced: step, reply, and the notice, query and scratchpad after it.
 
         Raises:
             StoreError: no such episode.
@@ -366,7 +368,7 @@ class MemoryStore:
         }
 
     def memory_at(self, episode_id: str, step: int) -> WorkingMemory:
-        """An episode's memory, without its capacity, as it was after `step` replies; 0: empty.
+        """An episode's memory, without its capacity, after `step` replies; 0: empty.
 
         Raises:
             StoreError: no such episode, or it has fewer replies.
@@ -374,7 +376,7 @@ class MemoryStore:
         record = self.episode(episode_id)
         if not 0 <= step <= record.steps:
             raise StoreError(
-                f"Episode {episode_id} has {record.steps} replies; step must be from 0 to that, got {step}."
+                f"Episode {episode_id} has {record.steps} replies; step must be from 0 to {record.steps}, got {step}."
             )
         memory = WorkingMemory()
         for row in self._changes(record):
@@ -384,18 +386,18 @@ class MemoryStore:
             if kind == OperationKind.READ:
                 continue
             if kind == OperationKind.CREATE:
-                right = memory.create(row["text"], row["vector"]) == entry_id
-            elif right := entry_id in memory:
+                fits = memory.create(row["text"], row["vector"]) == entry_id
+            elif fits := entry_id in memory:
                 if kind == OperationKind.UPDATE:
                     memory.update(entry_id, row["text"], row["vector"])
                 else:
                     memory.delete(entry_id)
-            if not right:
+            if not fits:
                 raise StoreError(f"The journal of episode {episode_id} is damaged: {kind} of {entry_id} does not fit.")
         return memory
 
-    def search(self, query_vector: ArrayLike, k: int, episode_id: str | None = None) -> list[FoundEntry]:
-        """The `k` kept entries nearest to `query_vector` [D] by cosine, best first, of one episode or of all.
+    def search(self, query_vector: ArrayLike, k: int, episode_id: str | None = None) -> list[SearchResult]:
+        """The `k` stored entries nearest to `query_vector` [D] by cosine similarity, best first, of one episode or of all.
 
         Raises:
             EmbeddingError: the vector is zero or not finite.
@@ -408,18 +410,18 @@ class MemoryStore:
         self._agreed_dimension({len(query)})
         limit, rows = k, []
         while True:
-            with self._reporting("search"):
+            with self._convert_errors("search"):
                 builder = table.search(query, vector_column_name="vector").distance_type("cosine").limit(limit)
-                found = (builder if where is None else builder.where(where, prefilter=True)).to_list()
-            rows = found
-            if where is None and found:  # what a crash left behind has a writer that no episode lists last
-                names = ", ".join(sorted({_quoted(row["episode_id"]) for row in found}))
+                matches = (builder if where is None else builder.where(where, prefilter=True)).to_list()
+            rows = matches
+            if where is None and matches:  # rows left by a crash have a writer that no episode lists last
+                names = ", ".join(sorted({_quote(row["episode_id"]) for row in matches}))
                 last = {record.writers[-1] for record in self._records(f"episode_id IN ({names})")}
-                rows = [row for row in found if row["writer"] in last]
-            if len(rows) >= k or len(found) < limit:
+                rows = [row for row in matches if row["writer"] in last]
+            if len(rows) >= k or len(matches) < limit:
                 break
             limit *= 2
-        return [FoundEntry(row["episode_id"], row["entry_id"], row["text"], 1 - row["_distance"]) for row in rows[:k]]
+        return [SearchResult(row["episode_id"], row["entry_id"], row["text"], 1 - row["_distance"]) for row in rows[:k]]
 
     def _records(self, where: str | None = None) -> list[EpisodeRecord]:
         latest: dict[str, EpisodeRecord] = {}
@@ -429,46 +431,46 @@ class MemoryStore:
             rival = latest.get(record.episode_id)
             if rival is None or (len(rival.writers), rival.committed_at) < (len(record.writers), record.committed_at):
                 latest[record.episode_id] = record
-        going_on = [record for record in latest.values() if record.status == INTERRUPTED]
-        if going_on:  # with durability "step" there are later replies than the row says
-            told: dict[str, set[int]] = {record.episode_id: set() for record in going_on}
-            writers = [writer for record in going_on for writer in record.writers]
+        unfinished = [record for record in latest.values() if record.status == INTERRUPTED]
+        if unfinished:  # with durability "step" there are later replies than the row counts
+            steps: dict[str, set[int]] = {record.episode_id: set() for record in unfinished}
+            writers = [writer for record in unfinished for writer in record.writers]
             for row in self._rows("turns", _writer_in(writers), ["episode_id", "step"]):
-                told[row["episode_id"]].add(row["step"])
-            latest |= {record.episode_id: replace(record, steps=len(told[record.episode_id])) for record in going_on}
+                steps[row["episode_id"]].add(row["step"])
+            latest |= {record.episode_id: replace(record, steps=len(steps[record.episode_id])) for record in unfinished}
         return sorted(latest.values(), key=lambda record: (record.committed_at, record.episode_id))
 
     def _turns(self, record: EpisodeRecord, columns: list[str]) -> list[dict[str, Any]]:
         """The turn of each step, in order."""
-        order = {writer: place for place, writer in enumerate(record.writers)}
+        order = {writer: index for index, writer in enumerate(record.writers)}
         rows = self._rows("turns", _writer_in(record.writers), list({*columns, "step", "writer"}))
         rows.sort(key=lambda row: (row["step"], order[row["writer"]]))
         return list({row["step"]: row for row in rows}.values())
 
     def _changes(self, record: EpisodeRecord) -> list[dict[str, Any]]:
         """The journal of an episode, in order."""
-        teller = {row["step"]: row["writer"] for row in self._turns(record, [])}
+        writer_of = {row["step"]: row["writer"] for row in self._turns(record, [])}
         columns = ["seq", "step", "operation", "entry_id", "text", "vector", "writer"]
         rows = self._rows("journal", _writer_in(record.writers), columns)
-        return sorted((row for row in rows if teller.get(row["step"]) == row["writer"]), key=lambda row: row["seq"])
+        return sorted((row for row in rows if writer_of.get(row["step"]) == row["writer"]), key=lambda row: row["seq"])
 
     def _rows(self, name: str, where: str | None, columns: list[str]) -> list[dict[str, Any]]:
         """Rows as dictionaries, "vector" as float32 array [D] or None; none where the table does not exist."""
         if (table := self._table(name)) is None:
             return []
-        with self._reporting("read"):
+        with self._convert_errors("read"):
             query = table.search().select(columns)
-            found = (query if where is None else query.where(where)).to_arrow()
-        rows: list[dict[str, Any]] = found.select([column for column in columns if column != "vector"]).to_pylist()
+            matches = (query if where is None else query.where(where)).to_arrow()
+        rows: list[dict[str, Any]] = matches.select([column for column in columns if column != "vector"]).to_pylist()
         if "vector" in columns:
-            for row, vector in zip(rows, found.column("vector"), strict=True):
+            for row, vector in zip(rows, matches.column("vector"), strict=True):
                 row["vector"] = vector.values.to_numpy() if vector.is_valid else None
         return rows
 
     # ---------------------------------------------------------------------------------------------------------- opening
 
     def _table(self, name: str) -> Any:
-        """A table, or None where there is none; makes neither table nor folder."""
+        """A table, or None where there is none; creates neither table nor folder."""
         if _forked_after_lancedb:
             raise StoreError(
                 "This process was forked from one that had loaded LanceDB, which hangs or crashes in such a child. "
@@ -477,7 +479,7 @@ class MemoryStore:
         if name not in self._tables:
             if self._connection is None and not self.folder.exists():
                 return None
-            with self._reporting("open"):
+            with self._convert_errors("open"):
                 try:
                     table = self._connect().open_table(name)
                 except ValueError as error:
@@ -488,8 +490,8 @@ class MemoryStore:
             self._tables[name] = table
         return self._tables[name]
 
-    def _made_table(self, name: str, dimension: int | None) -> Any:
-        """A table, made where there is none."""
+    def _ensure_table(self, name: str, dimension: int | None) -> Any:
+        """A table, created where there is none."""
         if (table := self._table(name)) is None:
             try:
                 self._connect().create_table(name, schema=schema_of(name, dimension))
@@ -510,7 +512,7 @@ class MemoryStore:
                 ) from error
             self._connection = lancedb.connect(
                 self.folder,
-                read_consistency_interval=timedelta(0),  # else what other processes commit is not seen
+                read_consistency_interval=timedelta(0),  # so that commits of other processes are visible
                 session=lancedb.Session(
                     index_cache_size_bytes=_CACHE_BYTES,
                     metadata_cache_size_bytes=_CACHE_BYTES,
@@ -529,8 +531,8 @@ class MemoryStore:
             )
 
     @contextmanager
-    def _reporting(self, doing: str) -> Iterator[None]:
-        """Turns what LanceDB raises into a StoreError."""
+    def _convert_errors(self, action: str) -> Iterator[None]:
+        """Converts LanceDB's exceptions into a StoreError."""
         try:
             yield
         except StoreError:
@@ -538,16 +540,16 @@ class MemoryStore:
         except (OSError, RuntimeError, ValueError) as error:
             full = any(sign in str(error) for sign in _DISK_FULL)
             advice = (
-                "Free some space and write again: nothing that was noted is lost."
+                "Free some space and write again: everything is still buffered."
                 if full
                 else "Name a folder that this user can write, or set durability='off'."
             )
-            raise StoreError(f"Cannot {doing} the memory store in {self.folder}: {error}. {advice}") from error
+            raise StoreError(f"Cannot {action} the memory store in {self.folder}: {error}. {advice}") from error
 
 
 @contextmanager
-def _conflicts_allowed() -> Iterator[None]:
-    """For what tidies up: another process did so at the same moment, no row is at stake, and a later call finishes it."""
+def _ignore_conflicts() -> Iterator[None]:
+    """For cleanup: another process did the same at that moment, no row is at stake, and a later call completes it."""
     try:
         yield
     except RuntimeError as error:
@@ -555,10 +557,10 @@ def _conflicts_allowed() -> Iterator[None]:
             raise
 
 
-def _quoted(text: str) -> str:
-    """A string of LanceDB's filter language."""
+def _quote(text: str) -> str:
+    """`text` as a string literal of LanceDB's filter language."""
     return "'" + text.replace("'", "''") + "'"
 
 
 def _writer_in(writers: Sequence[str]) -> str:
-    return f"writer IN ({', '.join(map(_quoted, writers))})"
+    return f"writer IN ({', '.join(map(_quote, writers))})"

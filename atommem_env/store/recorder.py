@@ -1,4 +1,4 @@
-"""What a store is told of an episode: noted step by step, then handed over as the rows of one commit."""
+"""Buffers an episode's steps, and hands them to the store as the rows of one commit."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 
 from atommem_env.errors import SettingError, StoreError
 from atommem_env.memory import WorkingMemory
-from atommem_env.store.tables import batch_of, surrogates_kept
+from atommem_env.store.tables import batch_of, surrogate_bytes
 from atommem_env.types import StepResult, StopReason, Vector
 
-INTERRUPTED = "interrupted"  # the status of an episode that is not over; nobody may be playing it any more
-_BATCH_ROWS = 256  # made and written at a time, or fewer: LanceDB takes pieces of over a megabyte at half the speed
-_BATCH_NUMBERS = 1 << 18  # of float32
+INTERRUPTED = "interrupted"  # the status of an episode that is not over, whether or not it is still being played
+_BATCH_ROWS = 256  # most rows of a batch: LanceDB writes batches of over a megabyte at half the speed
+_BATCH_NUMBERS = 1 << 18  # most float32 numbers of a batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,29 +34,29 @@ class EpisodeRecord:
     status: str  # a StopReason, or "interrupted"
     reward: float
     steps: int  # replies
-    writers: tuple[str, ...]  # whose rows in the other tables count: one, and one more each time it was resumed
+    writers: tuple[str, ...]  # ids whose rows in the other tables count: one, and one more each time it was resumed
     schema_version: int
     committed_at: datetime  # UTC
 
 
-_Note = tuple[int, str, StepResult]  # step, reply, what it led to
+_BufferedStep = tuple[int, str, StepResult]  # number of the step, reply, result
 
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """What one recorder has to write."""
+    """The rows that one recorder has to write."""
 
     episode_id: str
     writer: str
-    notes: tuple[_Note, ...]
+    steps: tuple[_BufferedStep, ...]
     changes: int  # journal rows before these
     row: EpisodeRecord | None  # for `episodes`, where this writer is new
-    memory: WorkingMemory | None  # at the end
-    replaced: tuple[str, ...]  # writers whose rows of `episodes` and `entries` this one's take the place of
+    memory: WorkingMemory | None  # at the end of the episode
+    replaced: tuple[str, ...]  # writers whose rows of `episodes` and `entries` are replaced by this one's
 
 
 class Recorder:
-    """Notes what happens in one episode until `MemoryStore.write`; made by `MemoryStore.begin` and `resume`."""
+    """Buffers the steps of one episode until `MemoryStore.write`; made by `MemoryStore.begin` and `resume`."""
 
     def __init__(
         self, durability: str, record: EpisodeRecord, changes: int = 0, replaced: tuple[str, ...] = ()
@@ -68,7 +68,7 @@ class Recorder:
         self._changes = changes  # journal rows written
         self._replaced = replaced
         self._writer = ""  # "": the next commit gets a new one
-        self._notes: list[_Note] = []  # not yet written
+        self._buffered: list[_BufferedStep] = []  # not yet written
         self._ending: tuple[str, float, WorkingMemory] | None = None
         self._closed = False
 
@@ -78,35 +78,35 @@ class Recorder:
 
     @property
     def due(self) -> bool:
-        """Whether `MemoryStore.write` has something to write: with "episode" at the end, with "step" after each reply."""
+        """Whether `MemoryStore.write` has rows to write: with "episode" at the end, with "step" after each reply."""
         if self._closed or self._durability == "off":
             return False
-        return self._ending is not None or (self._durability == "step" and bool(self._notes))
+        return self._ending is not None or (self._durability == "step" and bool(self._buffered))
 
     def record(self, step: int, reply: str, result: StepResult) -> None:
-        """Notes reply number `step`, counted from 1, and what it led to.
+        """Buffers reply number `step`, counted from 1, and its result.
 
         Raises:
             StoreError: not the next reply, or the episode has ended.
         """
         self._check_open()
         if self._ending is not None or step != self._steps + 1:
-            raise StoreError(f"Reply {self._steps + 1} of episode {self.episode_id} comes next, got number {step}.")
+            raise StoreError(f"Expected reply {self._steps + 1} of episode {self.episode_id}, got reply {step}.")
         self._steps = step
         if self._durability != "off":
-            self._notes.append((step, reply, result))
+            self._buffered.append((step, reply, result))
 
     def end(self, status: str, reward: float, memory: WorkingMemory) -> None:
-        """Notes that no reply follows; until it was written, it can be said anew.
+        """Marks the episode as ended; can be called again until it was written.
 
         Args:
             status: a StopReason, or "interrupted".
             reward: the episode's reward so far.
-            memory: the memory as it is now, and stays until it was written.
+            memory: the current memory, which must not change until it was written.
 
         Raises:
             SettingError: another status.
-            StoreError: its end was written.
+            StoreError: the end was written already.
         """
         known = (*map(str, StopReason), INTERRUPTED)
         if str(status) not in known:
@@ -116,7 +116,7 @@ class Recorder:
         self._closed = self._durability == "off"
 
     def next_commit(self) -> Commit:
-        """All that is noted, under this recorder's writer; stays noted until `succeeded`. For `MemoryStore.write`."""
+        """All that is buffered, under this recorder's writer; stays buffered until `mark_committed`."""
         row = memory = None
         if self._ending is not None or not self._writer:
             status, reward, memory = self._ending or (INTERRUPTED, 0.0, None)
@@ -130,62 +130,62 @@ class Recorder:
                 writers=(*self._record.writers, self._writer),
                 committed_at=datetime.now(UTC),
             )
-        notes = tuple(self._notes)
-        return Commit(self.episode_id, self._writer, notes, self._changes, row, memory, self._replaced)
+        steps = tuple(self._buffered)
+        return Commit(self.episode_id, self._writer, steps, self._changes, row, memory, self._replaced)
 
-    def succeeded(self, commit: Commit) -> None:
-        """The commit is durable, and nothing of it will be written again."""
-        del self._notes[: len(commit.notes)]
-        self._changes += sum(len(result.mutations) for _, _, result in commit.notes)
+    def mark_committed(self, commit: Commit) -> None:
+        """Drops what the commit, now durable, contains from the buffer."""
+        del self._buffered[: len(commit.steps)]
+        self._changes += sum(len(result.mutations) for _, _, result in commit.steps)
         if commit.row is not None:
             self._record, self._replaced = commit.row, ()
         self._closed = self._ending is not None
 
-    def failed(self) -> None:
-        """Nobody knows what of it was written: all is written anew, by a writer that takes the place of this one."""
+    def mark_failed(self) -> None:
+        """Starts a new writer that replaces this one and writes everything again: how much was written is unknown."""
         self._replaced, self._writer = (*self._replaced, self._writer), ""
 
     def _check_open(self) -> None:
         if self._closed:
             raise StoreError(
-                f"Episode {self.episode_id} was committed; `MemoryStore.resume` continues an interrupted one."
+                f"Episode {self.episode_id} was committed already; `MemoryStore.resume` continues an interrupted one."
             )
 
 
 def dimensions_of(commits: list[Commit]) -> set[int]:
-    """The lengths of all vectors."""
-    found = {len(vector) for commit in commits for vector in _vectors(commit)}
-    return found | {commit.memory.dimension for commit in commits if commit.memory and commit.memory.dimension}
+    """The dimensions of all vectors in these commits."""
+    lengths = {len(vector) for commit in commits for vector in _vectors(commit)}
+    return lengths | {commit.memory.dimension for commit in commits if commit.memory and commit.memory.dimension}
 
 
 def _vectors(commit: Commit) -> Iterator[Vector]:
-    for _, _, result in commit.notes:
+    for _, _, result in commit.steps:
         for mutation in result.mutations:
             if mutation.vector is not None:
                 yield mutation.vector
 
 
 def batches_of(name: str, commits: list[Commit], dimension: int | None) -> Iterator[Any]:
-    """What a group adds to a table, made piece by piece as it is written, so that it needs little memory."""
+    """The rows that a group adds to a table, in batches made as they are written, so that little memory is needed."""
     make = {"journal": _journal, "entries": _entries, "turns": _turns, "episodes": _episodes}[name]
     rows = ((commit.episode_id, commit.writer, *values) for commit in commits for values in make(commit))
     size = max(1, min(_BATCH_ROWS, _BATCH_NUMBERS // (dimension or 1)))
-    while some := tuple(islice(rows, size)):
-        yield batch_of(name, tuple(zip(*some, strict=True)), dimension)
+    while batch := tuple(islice(rows, size)):
+        yield batch_of(name, tuple(zip(*batch, strict=True)), dimension)
 
 
 # The rows of each table: the values after `episode_id` and `writer`, in the order of the schema.
 
 
 def _turns(commit: Commit) -> Iterator[tuple[object, ...]]:
-    for step, reply, result in commit.notes:
-        seen = result.observation
-        yield step, reply, surrogates_kept(reply), seen["notice"], seen["query"], seen["scratchpad"]
+    for step, reply, result in commit.steps:
+        after = result.observation
+        yield step, reply, surrogate_bytes(reply), after["notice"], after["query"], after["scratchpad"]
 
 
 def _journal(commit: Commit) -> Iterator[tuple[object, ...]]:
     seq = commit.changes
-    for step, _, result in commit.notes:
+    for step, _, result in commit.steps:
         for mutation in result.mutations:
             seq += 1
             yield seq, step, str(mutation.kind), mutation.entry_id, mutation.text, mutation.vector

@@ -1,4 +1,4 @@
-"""Episodes again from the store: the task by its seed, the replies as they were given, the vectors that were kept."""
+"""Replays episodes of the store: the task from its seed, with the stored replies and vectors."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ def initial_episode(record: EpisodeRecord, source: TaskSource, settings: Episode
     """The episode of `record` before its first reply.
 
     Raises:
-        SettingError: it was played with other settings, or `source` has another task in its place.
+        SettingError: it was played with other settings, or `source` has another task at its index.
     """
-    given = settings.record()
-    before = EpisodeSettings().record() | record.settings  # a setting that came later was at its default
-    changed = sorted(name for name in given if _plain(given[name]) != _plain(before[name]))
+    current = settings.record()
+    recorded = EpisodeSettings().record() | record.settings  # a setting newer than the record was at its default
+    changed = sorted(name for name in current if _as_json(current[name]) != _as_json(recorded[name]))
     if changed:
-        raise SettingError(f"Episode {record.episode_id} was played with other settings of {', '.join(changed)}.")
+        raise SettingError(
+            f"Episode {record.episode_id} was played with other settings of {', '.join(changed)}; use those."
+        )
     task = source.task(record.index, record.task_seed)
     if task.id != record.task_id:
         raise SettingError(f"Episode {record.episode_id} is of task {record.task_id}, not of {task.id}.")
@@ -29,25 +31,26 @@ def initial_episode(record: EpisodeRecord, source: TaskSource, settings: Episode
 
 
 def replay(episode: Episode, store: MemoryStore, episode_id: str) -> Iterator[tuple[str, StepResult]]:
-    """Gives `episode`, at its first moment, the replies that `store` keeps: each reply with what it led to, in order.
+    """Replays the stored replies in `episode`, which has had none yet; no embedder is needed.
 
-    `episode` has carried a reply out when it is yielded. No embedder is needed.
+    Yields:
+        Each reply and its result, in order, once `episode` has carried it out.
 
     Raises:
-        StoreError: no such episode, or it goes otherwise than it did: it is over before its last reply, or needs a vector
-            that was not kept.
+        StoreError: no such episode, or the replay diverges: it is over before its last reply, or needs a vector that was not
+            stored.
     """
-    kept = store.vectors(episode_id)
+    vectors = store.vectors(episode_id)
     for reply in store.replies(episode_id):
         requests = () if episode.stop_reason else episode.submit(reply)
-        if episode.stop_reason or any((request.kind, request.text) not in kept for request in requests):
+        if episode.stop_reason or any((request.kind, request.text) not in vectors for request in requests):
             raise StoreError(
                 f"Reply {episode.steps + 1} of episode {episode_id} in {store.folder} does not fit the episode played again: "
-                "the data, or the version of atommem, are not those that it was played with."
+                "replay it with the data and the version of atommem that it was played with."
             )
-        yield reply, episode.resolve([kept[request.kind, request.text] for request in requests])
+        yield reply, episode.resolve([vectors[request.kind, request.text] for request in requests])
 
 
-def _plain(value: object) -> object:
-    """As it comes back from the store's JSON."""
-    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+def _as_json(value: object) -> object:
+    """The value after a round trip through JSON: tuples become lists."""
+    return [_as_json(item) for item in value] if isinstance(value, (tuple, list)) else value

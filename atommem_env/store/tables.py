@@ -1,4 +1,4 @@
-"""The tables of a memory store as Arrow schemas and batches; which rows are written, and when, is `store.py`'s matter."""
+"""The tables of a memory store as Arrow schemas and batches; `memory_store.py` decides which rows are written, and when."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SURROGATES = re.compile(r"[\ud800-\udfff]")
 
 
 def schema_of(name: str, dimension: int | None) -> Any:
-    """The Arrow schema of a table; D is needed for `journal` and `entries` alone."""
+    """The Arrow schema of a table; `dimension` (D) is needed for `journal` and `entries` only."""
     import pyarrow as pa
 
     text, number = pa.string(), pa.int64()
@@ -61,7 +61,7 @@ def schema_of(name: str, dimension: int | None) -> Any:
 def batch_of(name: str, columns: Sequence[Sequence[Any]], dimension: int | None) -> Any:
     """Columns, in the order of the schema, as an Arrow batch; lone surrogates become U+FFFD.
 
-    Vectors are [D] or None each, and copied once.
+    Each vector is [D] or None, and copied once.
     """
     import pyarrow as pa
 
@@ -71,18 +71,18 @@ def batch_of(name: str, columns: Sequence[Sequence[Any]], dimension: int | None)
 
 
 def reader_of(first: Any, others: Iterator[Any]) -> Any:
-    """Batches, each made when the one before has been taken."""
+    """A reader of batches that makes each one when the one before has been consumed."""
     import pyarrow as pa
 
     return pa.RecordBatchReader.from_batches(first.schema, chain([first], others))
 
 
-def clean(text: str) -> str:
+def replace_surrogates(text: str) -> str:
     """`text` with lone surrogates, which no file can hold, replaced by U+FFFD."""
     return _SURROGATES.sub("\ufffd", text)
 
 
-def surrogates_kept(text: str) -> bytes | None:
+def surrogate_bytes(text: str) -> bytes | None:
     """`text` as UTF-8 with surrogates if it has lone ones, else None."""
     try:
         text.encode()
@@ -96,10 +96,10 @@ def _array(values: Sequence[Any], kind: Any) -> Any:
 
     if pa.types.is_fixed_size_list(kind):
         nothing = np.zeros(kind.list_size, dtype=np.float32)
-        flat = np.concatenate([nothing if vector is None else vector for vector in values])
+        numbers = np.concatenate([nothing if vector is None else vector for vector in values])
         missing = pa.array([vector is None for vector in values], pa.bool_())
-        return pa.FixedSizeListArray.from_arrays(pa.array(flat), kind.list_size, mask=missing)
+        return pa.FixedSizeListArray.from_arrays(pa.array(numbers), kind.list_size, mask=missing)
     try:
         return pa.array(values, kind)
     except UnicodeEncodeError:
-        return pa.array([clean(value) for value in values], kind)
+        return pa.array([replace_surrogates(value) for value in values], kind)

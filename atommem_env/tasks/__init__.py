@@ -1,4 +1,4 @@
-"""Where tasks come from, one file a dataset."""
+"""Task sources, one file for each dataset."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ SOURCES: dict[str, Callable[..., TaskSource]] = {
     "files": FilesSource,
 }
 Source = str | Task | Sequence[Task] | TaskSource | Callable[..., TaskSource]
-"""What can be given as a task source: a dataset's name, `module:attribute`, tasks, a source, or what makes one of options."""
+"""What selects a task source: a dataset's name, `module:attribute`, tasks, a source, or a factory that takes the options."""
 
 
 def source_options(source: Source) -> dict[str, inspect.Parameter]:
-    """The options of a task source: the keyword arguments of what makes it; none of an object.
+    """The options of a task source: the keyword arguments of its factory; none for an object.
 
     Raises:
         SettingError, PluginError: as in `make_source`.
@@ -38,15 +38,15 @@ def source_options(source: Source) -> dict[str, inspect.Parameter]:
 
 
 def make_source(source: Source, **options: Any) -> TaskSource:
-    """The task source of a dataset of ours, or one of one's own.
+    """The task source of a built-in dataset, or your own.
 
     Args:
-        source: a name of `SOURCES`; one or more `Task`; a `TaskSource`; a class or function that makes one; or `module:attribute`
-            of any of these.
+        source: a name of `SOURCES`; one or more `Task`; a `TaskSource`; a class or function that returns one; or
+            `module:attribute` of any of these.
         options: of the source, by keyword.
 
     Raises:
-        SettingError: no such dataset, an option that it does not have, or something that is no source.
+        SettingError: no such dataset, an unknown option, or an object that is not a task source.
         PluginError: `module:attribute` names nothing.
     """
     factory = _factory(source)
@@ -67,18 +67,18 @@ def make_source(source: Source, **options: Any) -> TaskSource:
 
 
 def _factory(source: Source) -> Callable[..., TaskSource]:
-    """What makes the source of its options."""
+    """The function that makes the source from its options."""
     if isinstance(source, str) and source in SOURCES:
         return SOURCES[source]
-    given: Any = load_attribute(source) if is_target(source) else source
-    if isinstance(given, Task):
-        return lambda: TaskList([given])
-    if isinstance(given, list | tuple):
-        return lambda: TaskList(given)
-    if hasattr(given, "task") and not isinstance(given, type):
-        return lambda: given
-    if callable(given):
-        return given
+    part: Any = load_attribute(source) if is_target(source) else source
+    if isinstance(part, Task):
+        return lambda: TaskList([part])
+    if isinstance(part, list | tuple):
+        return lambda: TaskList(part)
+    if hasattr(part, "task") and not isinstance(part, type):
+        return lambda: part
+    if callable(part):
+        return part
     raise SettingError(
         f"source must be one of {', '.join(sorted(SOURCES))}, module:attribute, tasks or an object like "
         f"atommem_env.types.TaskSource, got {source!r}{suggest(str(source), SOURCES) or '.'}"

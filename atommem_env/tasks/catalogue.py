@@ -1,15 +1,15 @@
 """Official question files, imported once into a form that opens in milliseconds.
 
-An import is a folder that is never changed once it is complete:
+An import is a folder that never changes once it is complete:
 
     rows.jsonl        a line for each question, with the numbers of its documents (and rows.offsets.npy)
     documents.jsonl   every different document, title and text (and documents.offsets.npy)
-    identity.npy      [documents] int64: the number of the first document that is the same but for whitespace
+    identity.npy      [documents] int64: the number of the first document that differs only in whitespace
     pool.npy          [fillers] int64: the numbers of the documents that may fill a context, all different
-    report.json       what was read, what was mended, and the hashes of all of it
+    report.json       what was read and repaired, and the hashes of these files
 
-`data/DATASET/SPLIT.json` in the data folder names the folder in force, so that one `os.replace` puts a new import
-in the place of an old one. Imports of files given as `data=` lie in `cache/`.
+`data/DATASET/SPLIT.json` in the data folder names the active folder, so that one `os.replace` replaces an import by a new one.
+Imports of files given as `data=` are in `cache/`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PARSERS: dict[str, Callable[[Mapping[str, Any]], Record | None]] = {
     "2wikimultihopqa": twowiki.parse,
     "musique": musique.parse,
 }
-FORMAT = 1  # of the folder; an import of another format is made again
+FORMAT = 1  # of the folder; an import of another format must be repeated
 
 _FILES = ("rows.jsonl", "rows.offsets.npy", "documents.jsonl", "documents.offsets.npy", "identity.npy", "pool.npy")
 
@@ -60,17 +60,19 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class ImportReport:
-    """What an import read and made."""
+    """What an import read and wrote."""
 
     dataset: str
     split: str
-    folder: str  # where it lies
-    rows: int  # questions that can be used
+    folder: str  # of the import
+    rows: int  # usable questions
     unanswerable: int  # rows left out, because the dataset marks them so
-    repairs: dict[str, int]  # what was wrong with rows -> how many
-    documents: int  # different documents, those of rows and of the corpus together
-    corpus_documents: int | None  # different documents of the corpus; None: there is none, other rows' documents fill
-    corpus_left_out: int  # rows of the corpus that are blank, or the same as an earlier one
+    repairs: dict[str, int]  # problem -> rows repaired
+    documents: int  # different documents, of rows and corpus together
+    corpus_documents: (
+        int | None
+    )  # different documents of the corpus; None: no corpus, other rows' documents fill contexts
+    corpus_left_out: int  # rows of the corpus that are blank, or equal to an earlier one
     sources: tuple[SourceFile, ...]  # the files of questions, then the corpus
     files: dict[str, str]  # file of the import -> sha256
     format: int = FORMAT
@@ -78,7 +80,7 @@ class ImportReport:
 
 @dataclass(frozen=True, slots=True)
 class Questions:
-    """An import, opened: nothing is read before it is asked for."""
+    """An open import; rows and documents are read on access."""
 
     report: ImportReport
     rows: JsonLines  # id, text, answers, evidence [[title, text], …], kind, hops, documents, supporting (numbers)
@@ -88,7 +90,7 @@ class Questions:
 
     @classmethod
     def open(cls, folder: Path) -> Questions:
-        """The import in `folder`; raises `DatasetNotFound` if there is none that this version can read."""
+        """Opens the import in `folder`; raises `DatasetNotFound` if there is none that this version can read."""
         return cls(
             report=_read_report(folder),
             rows=JsonLines(folder / "rows.jsonl"),
@@ -108,20 +110,20 @@ def import_dataset(
     corpus: Path | None = None,
     progress: Callable[[Path, int], object] | None = None,
 ) -> ImportReport:
-    """Import an official file, or all shards of one, in place of what was imported for this dataset and split before.
+    """Imports an official file, or all shards of one, and replaces the earlier import of this dataset and split.
 
     Args:
         dataset: "hotpotqa", "2wikimultihopqa" or "musique".
-        split: The name to import it under, e.g. "dev".
-        file: One JSON list, JSON lines (both plain or gzipped) or parquet, in the dataset's own field names; several are read
+        split: the name of the import, e.g. "dev".
+        file: one JSON list, JSON lines (both plain or gzipped) or parquet, with the dataset's own field names; several are read
             one after the other.
-        corpus: Documents that fill contexts, of the same forms, with the fields `title` and `text`.
-        progress: Called now and then with the file being read and the number of bytes read of it.
+        corpus: documents that fill contexts, in the same forms, with the fields `title` and `text`.
+        progress: called regularly with the file being read and the number of bytes read of it.
 
     Raises:
         DataError: a file is damaged; the message names file, line or index, and field. The earlier import stays.
         DatasetNotFound: there is no such file.
-        SettingError: there is no such dataset, no file is given, or the split's name cannot be a file's.
+        SettingError: there is no such dataset, no file is given, or the split is not a valid file name.
     """
     check_names(dataset, split)
     files = (file,) if isinstance(file, Path) else tuple(file)
@@ -132,7 +134,7 @@ def import_dataset(
     with _complete_or_absent(folder):
         _build(folder, dataset, split, files, corpus, progress)
     pointer = parent / f"{split}.json"
-    previous = _folder_in_force(dataset, split) if pointer.is_file() else None
+    previous = _active_folder(dataset, split) if pointer.is_file() else None
     draft = parent / f"{folder.name}.json.new"
     draft.write_text(json.dumps({"folder": folder.name}), encoding="utf-8")
     os.replace(draft, pointer)
@@ -142,12 +144,12 @@ def import_dataset(
 
 
 def open_dataset(dataset: str, split: str) -> Questions:
-    """What was imported for this dataset and split; if nothing was, `DatasetNotFound` with the command to run."""
-    return Questions.open(_folder_in_force(dataset, split))
+    """The import of this dataset and split; raises `DatasetNotFound`, with the command to run, if there is none."""
+    return Questions.open(_active_folder(dataset, split))
 
 
 def open_file(dataset: str, split: str, file: Path, corpus: Path | None = None) -> Questions:
-    """A user's own file of official form, imported into the cache the first time; safe in several processes at once.
+    """Your own file in the official form, imported into the cache the first time; safe in several processes at once.
 
     Raises:
         DataError: a file is damaged.
@@ -181,27 +183,27 @@ def imported_splits(dataset: str) -> list[str]:
 
 
 def verify_dataset(dataset: str, split: str) -> ImportReport:
-    """Check what was imported against the hashes and counts of its import; returns the report of that import.
+    """Checks an import against its recorded hashes and counts; returns its report.
 
     Raises:
         DataError: a file is missing or has changed.
         DatasetNotFound: nothing is imported.
     """
-    folder = _folder_in_force(dataset, split)
-    mend = f"import it again: atommem data import {dataset} --split {split} FILE --corpus FILE"
+    folder = _active_folder(dataset, split)
+    fix = f"import it again: atommem data import {dataset} --split {split} FILE --corpus FILE"
     report = _read_report(folder)
-    for name in _FILES:  # before they are opened, which a damaged one may not allow
+    for name in _FILES:  # before they are opened, which could fail on a damaged one
         actual = sha256_of(folder / name) if (folder / name).is_file() else "no file"
         if actual != report.files.get(name):
-            raise DataError(f"{folder / name}: expected sha256 {report.files.get(name)}, got {actual}; {mend}")
+            raise DataError(f"{folder / name}: expected sha256 {report.files.get(name)}, got {actual}; {fix}")
     questions = Questions.open(folder)
     counts = len(questions.rows), len(questions.documents), len(questions.identity)
     if counts != (report.rows, report.documents, report.documents):
-        raise DataError(f"{folder}: expected {report.rows} rows and {report.documents} documents, got {counts}; {mend}")
+        raise DataError(f"{folder}: expected {report.rows} rows and {report.documents} documents, got {counts}; {fix}")
     return report
 
 
-# ----------------------------------------------------------------------------------------------------------- the making
+# ------------------------------------------------------------------------------------------------------- building one
 
 
 def _build(
@@ -212,7 +214,7 @@ def _build(
     corpus: Path | None,
     progress: Callable[[Path, int], object] | None,
 ) -> None:
-    """Write the import of `files` and `corpus` into the empty `folder`."""
+    """Writes the import of `files` and `corpus` into the empty `folder`."""
     exact: dict[bytes, int] = {}
     loose: dict[bytes, int] = {}
     identity = array("q")
@@ -230,8 +232,8 @@ def _build(
             identity.append(loose.setdefault(_identity(document), number))
             return number
 
-        for place, raw in chain.from_iterable(map(records, files)):
-            with _named(place):
+        for location, raw in chain.from_iterable(map(records, files)):
+            with _prefix_errors(location):
                 record = PARSERS[dataset](raw)
                 if record is None:
                     unanswerable += 1
@@ -239,7 +241,7 @@ def _build(
                 question = record.question
                 if question.id in ids:
                     raise DataError(f"field 'id' is {question.id!r}, as in {ids[question.id]}; ids must differ.")
-            ids[question.id] = place
+            ids[question.id] = location
             for repair in record.repairs:
                 repairs[repair] = repairs.get(repair, 0) + 1
             numbers: list[int] = []
@@ -257,18 +259,18 @@ def _build(
                     "kind": question.kind,
                     "hops": question.hops,
                     "documents": numbers,
-                    "supporting": [numbers[place] for place in record.supporting],
+                    "supporting": [numbers[index] for index in record.supporting],
                 }
             )
         if not len(rows):
             names = ", ".join(map(str, files))
-            raise DataError(f"{names}: no {dataset} question in it that can be used ({unanswerable} unanswerable).")
+            raise DataError(f"{names}: no usable {dataset} question in it ({unanswerable} unanswerable).")
 
         fillers: dict[int, None] = dict.fromkeys(identity)
         if corpus is not None:
             fillers.clear()
-            for place, raw in records(corpus):
-                with _named(place):
+            for location, raw in records(corpus):
+                with _prefix_errors(location):
                     document = Document(required(raw, "title", str), required(raw, "text", str))
                 number = loose.get(_identity(document))
                 if number in fillers or not document.text.strip():
@@ -284,7 +286,7 @@ def _build(
     report = ImportReport(
         dataset=dataset,
         split=split,
-        folder="",  # where it is found when it is opened
+        folder="",  # set when it is opened
         rows=counts[0],
         unanswerable=unanswerable,
         repairs=repairs,
@@ -300,7 +302,7 @@ def _build(
 
 
 def _identity(document: Document) -> bytes:
-    """Equal for documents that are the same but for whitespace, in which a corpus and joined sentences can differ."""
+    """Equal for documents that differ only in whitespace, as the same document in a corpus and in a row can."""
     return _digest("".join(document.title.split()) + "\0" + "".join(document.text.split()))
 
 
@@ -315,17 +317,17 @@ def sha256_of(path: Path) -> str:
 
 
 @contextmanager
-def _named(place: str) -> Iterator[None]:
-    """Puts the place in front of what a parser says."""
+def _prefix_errors(location: str) -> Iterator[None]:
+    """Puts the location in front of a parser's error."""
     try:
         yield
     except DataError as error:
-        raise DataError(f"{place}: {error}") from error
+        raise DataError(f"{location}: {error}") from error
 
 
 @contextmanager
 def _complete_or_absent(folder: Path) -> Iterator[None]:
-    """Makes `folder`, and removes it again when the block fails."""
+    """Creates `folder`, and removes it again if the block fails."""
     folder.mkdir(parents=True)
     try:
         yield
@@ -338,16 +340,16 @@ def _read_report(folder: Path) -> ImportReport:
     try:
         values = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise DatasetNotFound(f"{folder} holds no import; run `atommem data import` again.") from error
+        raise DatasetNotFound(f"{folder} has no import; run `atommem data import` again.") from error
     if values["format"] != FORMAT:
         raise DatasetNotFound(
-            f"{folder} has format {values['format']}, this version reads {FORMAT}; run `atommem data import` again."
+            f"{folder} has format {values['format']}, but this version reads {FORMAT}; run `atommem data import` again."
         )
     sources = tuple(SourceFile(**source) for source in values["sources"])
     return ImportReport(**{**values, "folder": str(folder), "sources": sources})
 
 
-def _folder_in_force(dataset: str, split: str) -> Path:
+def _active_folder(dataset: str, split: str) -> Path:
     check_names(dataset, split)
     pointer = data_folder("data", dataset, f"{split}.json")
     if not pointer.is_file():
@@ -357,7 +359,7 @@ def _folder_in_force(dataset: str, split: str) -> Path:
             + (f"(imported: {', '.join(others)}). " if others else "(none of this dataset are). ")
             + f"Import the official file: atommem data import {dataset} --split {split} FILE --corpus FILE"
             + " (without a corpus, contexts are filled from the file itself), or give data=FILE. "
-            + f"Or fetch it: atommem data get {dataset} --split {split}"
+            + f"Or download it: atommem data get {dataset} --split {split}"
         )
     return pointer.with_name(json.loads(pointer.read_text(encoding="utf-8"))["folder"])
 

@@ -1,7 +1,7 @@
-"""Fetches a dataset's published file when the user asks for it, and keeps it only if its SHA-256 is the known one.
+"""Downloads a dataset's published file on request, and keeps it only if its SHA-256 is the known one.
 
-A connection that breaks is taken up where it broke, also by a later call, if the server can (HTTP `Range`) and still has
-the same file (`ETag` and length); else from the beginning.
+A broken download is resumed, also by a later call, if the server supports it (HTTP `Range`) and still has the same file
+(`ETag` and length); else it starts from the beginning.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from typing import Protocol
 from atommem_env.errors import DataError, DatasetNotFound, SettingError
 from atommem_env.tasks.catalogue import sha256_of
 
-PAUSES = (1.0, 2.0, 4.0, 8.0)  # seconds before each further try
+PAUSES = (1.0, 2.0, 4.0, 8.0)  # seconds before each retry
 TIMEOUT = 30.0  # seconds without a byte after which a connection counts as broken
-_PIECE = 1 << 18  # bytes read at a time, at most
-_PROGRESS = 1 << 20  # bytes more than ever before: the connection is bad, but it leads somewhere, and tries count anew
-_BROKEN = (urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException)
-_TRY_AGAIN = (408, 425, 429, 500, 502, 503, 504)  # what a server may answer and mean "not now"
+_PIECE = 1 << 18  # most bytes read at a time
+_PROGRESS = 1 << 20  # new bytes after which the retries start over: the connection is bad, but it makes progress
+_CONNECTION_ERRORS = (urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException)
+_RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)  # statuses of temporary errors
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A published file and what is known of it."""
+    """A published file with its known size and hash."""
 
     url: str
     bytes: int
     sha256: str
 
 
-# Hashes and sizes agree in several independent public records of these files. MuSiQue's are the files of the official archive
-# (a shared folder that no program can rely on), 2WikiMultiHopQA's a conversion: at fixed revisions of the Hugging Face hub.
+# Several independent public sources agree on these hashes and sizes. MuSiQue's are the files of the official archive (a shared
+# folder without stable links), 2WikiMultiHopQA's a conversion, both at fixed revisions of the Hugging Face hub.
 _HUB = "https://huggingface.co/datasets"
 _HOTPOTQA = "http://curtis.ml.cmu.edu/datasets/hotpot"
 _MUSIQUE = f"{_HUB}/dgslibisey/MuSiQue/resolve/c8f4f8c9465fb69d31a8eae894c3fd509c4ca321"
@@ -83,23 +83,23 @@ HOMEPAGES = {
 
 
 class Progress(Protocol):
-    """Is told of a download now and then."""
+    """Called regularly during a download."""
 
     def __call__(self, done: int, total: int | None) -> object:
-        """`done` bytes of `total` are here; None: the server did not say how many there are."""
+        """`done` bytes of `total` are here; None: the server did not report the total."""
         ...
 
 
 def find_published(
     dataset: str, split: str, url: str | None = None, sha256: str | None = None
 ) -> tuple[str, str, int | None]:
-    """(URL, SHA-256, bytes if known) of a split's file: the published one, or what the user gives.
+    """(URL, SHA-256, bytes if known) of a split's file: the published one, or the given one.
 
-    A URL alone is a mirror of the published file. Nothing is fetched without a known hash.
+    A URL alone is a mirror of the published file. Nothing is downloaded without a known hash.
 
     Raises:
-        SettingError: `sha256` is none, comes without `url`, or `url` is not for the web.
-        DatasetNotFound: no published file is known for the split; the message says what to do by hand.
+        SettingError: `sha256` is not a hash, is given without `url`, or `url` is not of HTTP or HTTPS.
+        DatasetNotFound: no published file is known for the split; the message says how to import one by hand.
     """
     if sha256 is not None and (url is None or not re.fullmatch("[0-9a-fA-F]{64}", sha256)):
         raise SettingError(f"sha256 must be 64 hexadecimal digits and goes with url, got {sha256!r} and url {url!r}.")
@@ -111,7 +111,7 @@ def find_published(
     if known is None:
         splits = ", ".join(name for of, name in PUBLISHED if of == dataset)
         raise DatasetNotFound(
-            f"No file with a known checksum is on record for {dataset} and the split {split!r} (there is one for: {splits}). "
+            f"No file with a known checksum is published for {dataset} and the split {split!r} (only for: {splits}). "
             f"Download the official file by hand, from {HOMEPAGES[dataset]}, unpack it, and run: "
             f"atommem data import {dataset} --split {split} FILE. Or, if you know its checksum: "
             f"atommem data get {dataset} --split {split} --url URL --sha256 HEX"
@@ -122,24 +122,24 @@ def find_published(
 def download(
     url: str, target: Path, sha256: str, size: int | None = None, progress: Progress = lambda done, total: None
 ) -> Path:
-    """Fetch a file unless it is there already; returns `target`.
+    """Downloads a file unless it is there already; returns `target`.
 
     Args:
-        url: Where it is.
-        target: Where it goes, by one rename once it is complete and right. Until then `.NAME.part` lies beside it.
-        sha256: What it must have, in lower-case hexadecimal.
-        size: How many bytes it must have, where that is known.
-        progress: Told now and then.
+        url: of the file.
+        target: its path, by one rename once it is complete and verified. Until then it is `.NAME.part` in the same folder.
+        sha256: that it must have, in lower-case hexadecimal.
+        size: in bytes that it must have, if known.
+        progress: called regularly.
 
     Raises:
-        DatasetNotFound: the server refuses, cannot be reached in several tries, or the disk has too little room.
-        DataError: what came is another file; nothing of it is kept.
+        DatasetNotFound: the server rejects the request, cannot be reached after several retries, or the disk is full.
+        DataError: the server sent another file; nothing of it is kept.
     """
     if target.is_file() and sha256_of(target) == sha256:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     part = _Part(target.with_name(f".{target.name}.part"), url)
-    most, tries = len(part), 0
+    most, retries = len(part), 0
     while True:
         try:
             _fetch(url, part, size, progress)
@@ -147,28 +147,30 @@ def download(
         except (OSError, http.client.HTTPException) as error:
             if isinstance(error, urllib.error.HTTPError):
                 error.close()
-                if error.code not in _TRY_AGAIN:
-                    raise DatasetNotFound(f"{url}: the server says {error.code} {error.reason}. {_HINT}") from error
-            if not isinstance(error, _BROKEN):  # the disk's own errors
+                if error.code not in _RETRIED_STATUS:
+                    raise DatasetNotFound(
+                        f"{url}: the server responded {error.code} {error.reason}. {_HINT}"
+                    ) from error
+            if not isinstance(error, _CONNECTION_ERRORS):  # an error of the disk
                 raise
-            tries = 0 if len(part) >= most + _PROGRESS else tries
+            retries = 0 if len(part) >= most + _PROGRESS else retries
             most = max(most, len(part))
-            if tries == len(PAUSES):
+            if retries == len(PAUSES):
                 reason = getattr(error, "reason", None) or error
                 raise DatasetNotFound(
-                    f"{url} could not be fetched in {tries + 1} tries: {reason}. "
-                    f"{len(part):,} bytes are kept to go on from. {_HINT}"
+                    f"{url} could not be downloaded in {retries + 1} attempts: {reason}. "
+                    f"{len(part):,} bytes are saved to resume from. {_HINT}"
                 ) from error
-            time.sleep(PAUSES[tries])
-            tries += 1
-    found = sha256_of(part.path)
-    if found != sha256:
+            time.sleep(PAUSES[retries])
+            retries += 1
+    actual = sha256_of(part.path)
+    if actual != sha256:
         length = len(part)
         part.remove()
         raise DataError(
-            f"{url}: expected the SHA-256 {sha256}, got {found} ({length:,} bytes"
+            f"{url}: expected the SHA-256 {sha256}, got {actual} ({length:,} bytes"
             + (f", expected {size:,}" if size is not None else "")
-            + f"). Nothing of it is kept. The file was damaged on its way, or is another one. {_HINT}"
+            + f"). Nothing of it is kept. The file was damaged in transit, or is another one. {_HINT}"
         )
     os.replace(part.path, target)
     part.remove()
@@ -179,7 +181,7 @@ _HINT = "Try again, give another address of the same file (--url URL), or downlo
 
 
 class _Part:
-    """The beginning of a file, and the server's name for the whole of it (`ETag`), in a file beside it."""
+    """A partial download, with the server's `ETag` for the complete file in a file next to it."""
 
     def __init__(self, path: Path, url: str) -> None:
         self.path, self._url = path, url
@@ -189,14 +191,14 @@ class _Part:
         return self.path.stat().st_size if self.path.is_file() else 0
 
     def etag(self) -> str | None:
-        """The strong `ETag` under which the beginning came from this URL; None where it cannot be gone on with."""
+        """The strong `ETag` of a partial download from this URL; None if it cannot be resumed."""
         if not len(self) or not self._origin.is_file():
             return None
         origin = json.loads(self._origin.read_text(encoding="utf-8"))
         return origin["etag"] if origin["url"] == self._url else None
 
     def begin(self, etag: str | None) -> None:
-        """Throw away what there is, and note where the new beginning comes from."""
+        """Removes the partial download, and saves the `ETag` of a new one."""
         self.remove()
         if etag and not etag.startswith("W/"):
             self._origin.write_text(json.dumps({"url": self._url, "etag": etag}), encoding="utf-8")
@@ -207,12 +209,12 @@ class _Part:
 
 
 def _fetch(url: str, part: _Part, size: int | None, progress: Progress) -> None:
-    """Complete `part` in one connection.
+    """Completes `part` in one connection.
 
     Raises:
-        OSError, http.client.HTTPException: the connection broke, or the server refused; what came is in `part`.
+        OSError, http.client.HTTPException: the connection broke, or the server rejected it; what was received is in `part`.
         DataError: the server has a file of another size than `size`; nothing is kept.
-        DatasetNotFound: the disk has too little room.
+        DatasetNotFound: the disk is full.
     """
     headers = {"User-Agent": f"atommem/{importlib.metadata.version('atommem')}", "Accept-Encoding": "identity"}
     etag = part.etag()
@@ -224,15 +226,15 @@ def _fetch(url: str, part: _Part, size: int | None, progress: Progress) -> None:
         if error.code != 416:
             raise
         error.close()
-        part.remove()  # it holds as much as the server's file, or more
-        raise ConnectionError("the server has no more than what was kept; it is fetched anew") from error
+        part.remove()  # it is at least as long as the server's file
+        raise ConnectionError("the partial download is as long as the server's file; it is downloaded again") from error
     with response:
         total = _total(response.headers)
-        if response.status != 206 or not _goes_on(response.headers, etag, len(part)):
+        if response.status != 206 or not _continues(response.headers, etag, len(part)):
             if response.status == 206:
                 part.remove()
                 raise ConnectionError(
-                    f"the server sent another part than asked for ({response.headers['Content-Range']})"
+                    f"the server sent another range than requested ({response.headers['Content-Range']})"
                 )
             part.begin(response.headers["ETag"])
         if size is not None and total is not None and total != size:
@@ -240,18 +242,20 @@ def _fetch(url: str, part: _Part, size: int | None, progress: Progress) -> None:
             raise DataError(f"{url}: expected a file of {size:,} bytes, the server has one of {total:,}. {_HINT}")
         _check_room(part.path.parent, (total or size or 0) - len(part))
         with part.path.open("ab") as file:
-            while piece := response.read1(_PIECE):  # what has come, so that it is kept when no more does
+            while piece := response.read1(
+                _PIECE
+            ):  # read1: bytes are saved as they arrive, in case the connection breaks
                 file.write(piece)
                 progress(file.tell(), total or size)
                 if size is not None and file.tell() > size:
-                    break  # without a Content-Length it could go on for ever; the hash will say what came
+                    break  # without a Content-Length it might never end; the hash check will fail
         whole = size if total is None else total
         if whole is not None and len(part) < whole:
             raise ConnectionError(f"the connection ended after {len(part):,} of {whole:,} bytes")
 
 
 def _total(headers: Message) -> int | None:
-    """Bytes of the whole file by what the server says.
+    """Bytes of the complete file according to the response's headers.
 
     >>> headers = Message()
     >>> headers["Content-Length"] = "40"
@@ -266,8 +270,8 @@ def _total(headers: Message) -> int | None:
     return int(length) if length and length.isdecimal() else None
 
 
-def _goes_on(headers: Message, etag: str | None, start: int) -> bool:
-    """Whether a partial answer is of the same file and begins at byte `start`."""
+def _continues(headers: Message, etag: str | None, start: int) -> bool:
+    """Whether a partial response is of the same file and begins at byte `start`."""
     begins = re.match(r"bytes (\d+)-", headers["Content-Range"] or "")
     return begins is not None and int(begins[1]) == start and headers["ETag"] in (None, etag)
 
@@ -276,6 +280,6 @@ def _check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise DatasetNotFound(
-            f"The file needs {needed:,} more bytes, and the disk of {folder} has {free:,} free. Make room, or name a folder on "
-            "another disk in ATOMMEM_DATA."
+            f"The file needs {needed:,} more bytes, but the disk of {folder} has {free:,} free. Free some space, or set "
+            "ATOMMEM_DATA to a folder on another disk."
         )

@@ -1,4 +1,4 @@
-"""Questions about files of one's own: text, Markdown and PDF."""
+"""Questions about your own files: text, Markdown and PDF."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from atommem_env.tasks.jsonl import read_records
 from atommem_env.tasks.records import check_range, checked, required_text
 from atommem_env.types import Document, Evidence, Question, Task
 
-SUFFIXES = (".txt", ".text", ".md", ".markdown", ".pdf")  # what is taken from a folder
-UNGRADED = "ungraded"  # kind of a question without a gold
+SUFFIXES = (".txt", ".text", ".md", ".markdown", ".pdf")  # of the files used from a folder
+UNGRADED = "ungraded"  # the kind of a question without a gold
 _LONGEST_PART = 8_000  # characters, about 1,600 tokens: several parts fit into a chunk of the default size
 _HEADING = re.compile(r"(#{1,6})\s+(.+?)\s*#*\s*$")
 _FENCE = re.compile(r"\s{0,3}(```|~~~)")
@@ -27,45 +27,45 @@ Located = tuple[str, Document]  # the file's name, and a document of it
 
 
 class FilesSource:
-    """Tasks over the user's own files, read in order from the first page to the last: no shuffling, no distractors.
+    """Tasks over your own files, in order from the first page to the last: no shuffling, no distractors.
 
         gym.make("AtomMem-Files", files="handbook/", data="questions.jsonl")
         gym.make("AtomMem-Files", files=["part1.pdf", "part2.pdf"], question="Who signs the contract?")
 
-    **Files** are read in the order given; those of a folder, and of the folders in it, by name, numbers by value (`ch2` before
-    `ch10`). Of a folder, files that end in .txt, .text, .md, .markdown or .pdf are taken, but for hidden ones; a file that is
-    named is taken whatever it is called. Text is UTF-8. They become documents so:
+    **Files** are read in the order given; those of a folder, and of its subfolders, by name, numbers by value (`ch2` before
+    `ch10`). From a folder, files that end in .txt, .text, .md, .markdown or .pdf are used, except hidden ones; a file that is
+    listed itself can have any name. Text is UTF-8. Each file is split into documents:
 
     - PDF: one for each page with text, titled `report.pdf, page 3`. Needs the extra `files`.
     - Markdown: one for each section under a heading (`# …`), titled `notes.md: Safety › Fire`.
-    - Text: one for each page, where form feeds part pages, titled `log.txt, page 3`, else one, titled `log.txt`.
-    - What is longer than 8,000 characters is parted between paragraphs, titled `log.txt (2)` and so on from the second part.
+    - Text: one for each page if form feeds separate pages, titled `log.txt, page 3`; else one, titled `log.txt`.
+    - Text longer than 8,000 characters is split between paragraphs, titled `log.txt (2)` and so on from the second part.
 
-    **Questions** are JSON lines, a JSON list, or CSV (with a header, by the name `.csv`), with the fields
+    **Questions** are JSON lines, a JSON list, or CSV (with a header, named `.csv`), with the fields
 
     - `question`,
-    - `answer`, a text, or `answers`, the gold and its aliases: a list, in CSV with `|` between them,
-    - `id`, which may be left out, and
-    - `evidence`, which may be left out: a list of `{"file": …, "text": …}`, passages that the answer rests on; in CSV the columns
-      `evidence_file` and `evidence_text`. A passage must stand in one document; whitespace does not count.
+    - `answer`, a text, or `answers`, the gold and its aliases: a list, in CSV separated by `|`,
+    - `id` (optional), and
+    - `evidence` (optional): a list of `{"file": …, "text": …}`, passages that support the answer; in CSV the columns
+      `evidence_file` and `evidence_text`. A passage must be part of one document; differences in whitespace are ignored.
 
     Answers are scored as HotpotQA's. A question whose `answers` are the empty list `[]`, or that is given as `question=` without
     `answers=`, has **no gold**: it is asked, its answer is in `info`, its kind is "ungraded" and its exact match and F1 are 0.
 
-    Task `i` asks the questions of group `i` of the file, as in `HaystackSource`, but that the last group may be smaller: no
-    question is left out. The seed changes nothing.
+    Task `i` asks the questions of group `i` of the file, as in `HaystackSource`, except that the last group may be smaller: no
+    question is left out. The seed has no effect.
 
     Args:
-        files: A file, a folder, or a list of them.
-        data: The file of questions.
-        question: One question, in place of a file of questions.
-        answers: The gold and aliases of `question`.
-        questions: Questions of a task, 1 to 10, or "sampled".
+        files: a file, a folder, or a list of them.
+        data: the file of questions.
+        question: one question, instead of a file of questions.
+        answers: the gold and aliases of `question`.
+        questions: questions of a task, 1 to 10, or "sampled".
 
     Raises:
         DatasetNotFound: a file does not exist.
-        DataError: a file cannot be read as text, or a question is not as it should be; the message names file and line.
-        MissingDependency: a PDF is given, and the extra `files` is not installed.
+        DataError: a file cannot be read as text, or a question has another form; the message names file and line.
+        MissingDependency: a PDF is given, but the extra `files` is not installed.
         SettingError: a setting is missing, contradicts another or is out of range.
     """
 
@@ -83,7 +83,7 @@ class FilesSource:
         check_questions(questions)
         given = [files] if isinstance(files, str | Path) else list(files)
         if not given:
-            raise SettingError("files= must name a file, a folder, or a list of them: what the questions are about.")
+            raise SettingError("files= must name a file, a folder, or a list of them, which the questions are about.")
         if (data is None) == (question is None):
             raise SettingError(f"Give either data= (a file of questions) or question=, got {data!r} and {question!r}.")
         if answers and question is None:
@@ -120,15 +120,17 @@ class FilesSource:
 
 
 def _find(given: Sequence[Path]) -> list[tuple[str, Path]]:
-    """(name, path) of every file, in order; a name is the path from the deepest folder that all of them share."""
+    """(name, path) of every file, in order; a name is the path relative to the deepest common folder."""
     paths: list[Path] = []
     for path in given:
         if path.is_dir():
             inside = [file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
-            shown = [file for file in inside if not any(part.startswith(".") for part in file.relative_to(path).parts)]
-            if not shown:
+            visible = [
+                file for file in inside if not any(part.startswith(".") for part in file.relative_to(path).parts)
+            ]
+            if not visible:
                 raise DataError(f"{path}: no file in this folder that ends in {', '.join(SUFFIXES)}.")
-            paths += sorted(shown, key=_reading_order)
+            paths += sorted(visible, key=_reading_order)
         elif path.is_file():
             paths.append(path)
         else:
@@ -197,13 +199,13 @@ def _pdf_pages(path: Path) -> list[str]:
         reader = pypdf.PdfReader(path)
         if reader.is_encrypted and not reader.decrypt(""):
             raise DataError(f"{path}: the PDF is encrypted; save a copy without a password.")
-        # A glyph that stands for half a character, or none, comes out as one.
+        # pypdf extracts some glyphs as half a character or as NUL.
         return [page.extract_text().encode("utf-8", "replace").decode().replace("\0", " ") for page in reader.pages]
     except DataError:
         raise
     except pypdf.errors.DependencyError as error:
         raise DataError(f"{path}: the PDF is encrypted ({error}); save a copy without a password.") from error
-    except Exception as error:  # a damaged file leads pypdf to errors of many types
+    except Exception as error:  # pypdf raises errors of many types on a damaged file
         raise DataError(f"{path}: the PDF is damaged ({type(error).__name__}: {error}).") from error
 
 
@@ -212,12 +214,12 @@ def _paged(name: str, pages: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _sections(name: str, text: str) -> Iterator[tuple[str, str]]:
-    """(title, text) of what stands before the first heading of Markdown, and under each.
+    """(title, text) of Markdown before the first heading, and under each heading.
 
     >>> list(_sections("a.md", "Hello.\\n# Safety\\n## Fire\\nRun.\\n# End\\nBye."))
     [('a.md', 'Hello.\\n'), ('a.md: Safety', ''), ('a.md: Safety › Fire', 'Run.\\n'), ('a.md: End', 'Bye.')]
     """
-    path: list[tuple[int, str]] = []  # (level, heading) down to where we are
+    path: list[tuple[int, str]] = []  # (level, heading) from the top to the current section
     lines: list[str] = []
     fence = ""
 
@@ -238,50 +240,50 @@ def _sections(name: str, text: str) -> Iterator[tuple[str, str]]:
 
 
 def _parts(title: str, text: str) -> Iterator[tuple[str, str]]:
-    """(title, text) of the parts of a text; none of a blank one. A paragraph that is too long stays whole."""
+    """(title, text) of the parts of a text; none of a blank one. A paragraph that is too long is not split."""
     parts: list[str] = []
     for paragraph in re.split(r"\n\s*\n", text):
         if parts and len(parts[-1]) + 2 + len(paragraph) <= _LONGEST_PART:
             parts[-1] += "\n\n" + paragraph
         else:
             parts.append(paragraph)
-    shown = (part.strip("\n") for part in parts if part.strip())
-    return ((title if number == 1 else f"{title} ({number})", part) for number, part in enumerate(shown, 1))
+    stripped = (part.strip("\n") for part in parts if part.strip())
+    return ((title if number == 1 else f"{title} ({number})", part) for number, part in enumerate(stripped, 1))
 
 
 # ------------------------------------------------------------------------------------------------------------ questions
 
 
 def _csv_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, record) of each row, in the form that JSON has."""
+    """(location, record) of each row, in the form of the JSON records."""
     if not path.is_file():
         raise DatasetNotFound(f"There is no file {path}, given as data=.")
     reader = csv.DictReader(io.StringIO(_text(path)), strict=True)
     try:
         for row in reader:
-            place = f"{path}, line {reader.line_num}"
+            location = f"{path}, line {reader.line_num}"
             if None in row or None in row.values():
-                raise DataError(f"{place}: expected {len(reader.fieldnames or ())} cells as in the header.")
+                raise DataError(f"{location}: expected {len(reader.fieldnames or ())} cells as in the header.")
             record: dict[str, Any] = {name: value for name, value in row.items() if value}
             if "answers" in record:
                 record["answers"] = record["answers"].split("|")
             if "evidence_text" in record or "evidence_file" in record:
                 record["evidence"] = [{key: record.pop(f"evidence_{key}", "") for key in ("file", "text")}]
-            yield place, record
+            yield location, record
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.reader.line_num}: not CSV ({error}).") from error
 
 
 def _questions(rows: Iterator[tuple[str, dict[str, Any]]], located: Sequence[Located]) -> Iterator[Question]:
     seen: dict[str, str] = {}
-    for number, (place, record) in enumerate(rows, 1):
+    for number, (location, record) in enumerate(rows, 1):
         try:
             question = _question(record, f"q{number}", located)
             if question.id in seen:
                 raise DataError(f"field 'id' is {question.id!r}, as in {seen[question.id]}; ids must differ.")
         except DataError as error:
-            raise DataError(f"{place}: {error}") from error
-        seen[question.id] = place
+            raise DataError(f"{location}: {error}") from error
+        seen[question.id] = location
         yield question
 
 
@@ -313,12 +315,12 @@ def _question(record: Mapping[str, Any], default_id: str, located: Sequence[Loca
 
 
 def _evidence(file: str, text: str, where: str, located: Sequence[Located]) -> Evidence:
-    """The passage as it stands in a document of the file, however its words are spaced."""
+    """The passage as it is in a document of the file; differences in whitespace are ignored."""
     names = dict.fromkeys(name for name, _ in located)
     if file not in names:
         raise DataError(f"field '{where}.file' must be one of {', '.join(names)}; got {file!r}.")
     words = re.compile(r"\s+".join(map(re.escape, text.split())))
     for name, document in located:
-        if name == file and (found := words.search(document.text)):
-            return Evidence(document.title, found[0])
-    raise DataError(f"field '{where}.text' stands in no document (page, section or part) of {file}: {text[:80]!r}.")
+        if name == file and (match := words.search(document.text)):
+            return Evidence(document.title, match[0])
+    raise DataError(f"field '{where}.text' is in no document (page, section or part) of {file}: {text[:80]!r}.")

@@ -1,4 +1,4 @@
-"""Contexts of many documents in which the few that answer the questions lie anywhere."""
+"""Contexts of many documents, with the few that answer the questions at random positions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from atommem_env.tasks.catalogue import Questions, open_dataset, open_file
 from atommem_env.tasks.records import check_range
 from atommem_env.types import Document, Evidence, Question, Task
 
-MOST_QUESTIONS = 10  # of a task
+MOST_QUESTIONS = 10  # per task
 
 
 def check_questions(questions: int | str) -> None:
@@ -26,14 +26,14 @@ def check_questions(questions: int | str) -> None:
 
 
 def group_starts(count: int, questions: int | str) -> NDArray[np.int64]:
-    """[tasks + 1] where the questions of each task begin in a file of `count`, and the end; the last task may have fewer.
+    """[tasks + 1] offsets of each task's first question in a file of `count`, and the end; the last task may have fewer.
 
     >>> group_starts(7, 3).tolist(), group_starts(17, "sampled").tolist()
     ([0, 3, 6, 7], [0, 8, 14, 15, 16, 17])
     """
     if isinstance(questions, int):
         return np.append(np.arange(0, count, questions), count)
-    draw = random.Random(0).random  # the same in every version of Python, so that the division is too
+    draw = random.Random(0).random  # the same in every version of Python, so that the groups are too
     starts = [0]
     while starts[-1] < count:
         drawn = draw()
@@ -43,32 +43,31 @@ def group_starts(count: int, questions: int | str) -> NDArray[np.int64]:
 
 
 class HaystackSource:
-    """Tasks over HotpotQA, 2WikiMultiHopQA or MuSiQue, as the AtomMem paper (arXiv 2601.08323) makes them.
+    """Tasks over HotpotQA, 2WikiMultiHopQA or MuSiQue, as in the AtomMem paper (arXiv 2601.08323).
 
     Task `i` asks the questions `i·Q … i·Q + Q - 1` of the file, in its order (`Q = questions`; at the end of the file,
     fewer than `Q` are left unused). With `questions="sampled"` tasks have one question with probability 1/2 and two to ten
-    with 1/18 each, as in the paper's public code; the file is divided once, whatever the seed, so that every question is
-    asked by one task and `index` goes on naming the questions.
+    with 1/18 each, as in the paper's public code; the file is divided once, independently of the seed, so that every question
+    belongs to one task and `index` determines the questions.
 
-    Its context holds the supporting documents of all of them, always; then documents that the dataset puts beside these
-    questions; then the corpus or, where there is none, other rows' documents; until there are `num_docs`. Documents whose
-    title and text are the same but for whitespace are taken once. All of them are then shuffled together, each task by its
-    own draw, so that the supporting documents lie uniformly. A task is a function of the data, the settings, `index` and
-    `seed`.
+    Its context always has the supporting documents of all of them; then the other documents of these questions' rows; then
+    those of the corpus or, without a corpus, of other rows; up to `num_docs`. Documents whose title and text differ only in
+    whitespace are used once. All documents are then shuffled together, each task by its own draw, so that the positions of
+    the supporting documents are uniform. A task is a function of the data, the settings, `index` and `seed`.
 
     With 25 rows and `questions=10` there are two tasks: rows 0 to 9 and rows 10 to 19.
 
     Args:
         dataset: "hotpotqa", "2wikimultihopqa" or "musique".
-        split: Which import to open.
-        data: An official file to use in place of an import.
-        corpus: Documents (`title`, `text`) that fill contexts; goes with `data`.
-        num_docs: Documents of a context, 1 to 6400.
-        questions: Questions of a task, 1 to 10, or "sampled".
+        split: the import to open.
+        data: an official file to use instead of an import.
+        corpus: documents (`title`, `text`) that fill contexts; requires `data`.
+        num_docs: documents of a context, 1 to 6400.
+        questions: questions of a task, 1 to 10, or "sampled".
 
     Raises:
-        DatasetNotFound: nothing is imported, or the file given does not exist.
-        DataError: the file given is damaged.
+        DatasetNotFound: nothing is imported, or the given file does not exist.
+        DataError: the given file is damaged.
         SettingError: a setting is out of range, or there are fewer rows than `questions`.
     """
 
@@ -109,7 +108,7 @@ class HaystackSource:
         if isinstance(self.questions, int):
             self._starts = self._starts[: count // self.questions + 1]
         if not len(self):
-            raise SettingError(f"questions={self.questions}, but there are only {count} in the file.")
+            raise SettingError(f"questions={self.questions}, but there are only {count} in the file; lower questions.")
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_questions", "_starts")}
@@ -130,7 +129,7 @@ class HaystackSource:
         """
         check_range("index", index, len(self))
         check_range("seed", seed)
-        rows = [self._questions.rows[place] for place in range(self._starts[index], self._starts[index + 1])]
+        rows = [self._questions.rows[number] for number in range(self._starts[index], self._starts[index + 1])]
         rng = np.random.default_rng([seed, index])
         numbers = self._choose(rows, rng)
         rng.shuffle(numbers)
@@ -164,7 +163,7 @@ class HaystackSource:
 
         room = self.num_docs - len(chosen)
         if room:
-            # Fillers all differ, so that of any room + len(seen) of them at least `room` are new.
+            # All fillers differ, so that of any room + len(seen) of them at least `room` are new.
             candidates = pool[rng.choice(len(pool), min(len(pool), room + len(seen)), replace=False)]
             fillers = [number for number in candidates.tolist() if number not in seen][:room]
             chosen += fillers

@@ -1,7 +1,7 @@
 """Rows of HotpotQA (Yang et al., EMNLP 2018, arXiv 1809.09600), in the distractor setting: ten paragraphs a question.
 
-Three forms of a row are read: the official file's (`context=[[title, [sentence, …]], …]`), the Hugging Face hub's
-(`context={title: […], sentences: [[…], …]}`), and either of them as JSON text, which conversions of 2WikiMultiHopQA have.
+A row can have three forms: the official file's (`context=[[title, [sentence, …]], …]`), the Hugging Face hub's
+(`context={title: […], sentences: [[…], …]}`), and either of them as JSON text, as in conversions of 2WikiMultiHopQA.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ NO_SENTENCE = "a supporting sentence does not exist; the whole document is the e
 
 
 def parse(record: Mapping[str, Any]) -> Record:
-    """One official row in our form.
+    """One official row as a `Record`.
 
-    Sentences lose their outer whitespace and are joined by single spaces, so that each is a verbatim piece of its
-    document. `hops` is the number of supporting documents.
+    Sentences are stripped and joined by single spaces, so that each is a verbatim part of its document. `hops` is the number
+    of supporting documents.
 
     Raises:
         DataError: a field is missing or wrong, or a supporting title is not in the context.
@@ -39,12 +39,12 @@ def parse(record: Mapping[str, Any]) -> Record:
     Evidence(title='Emma', text='Jane Austen wrote it.')
     """
     repairs: list[str] = []
-    sentences_of: list[list[str]] = []  # beside `documents`
+    sentences_of: list[list[str]] = []  # parallel to `documents`
     documents: list[Document] = []
     for number, (title, raw) in enumerate(_pairs(record, "context", "sentences")):
         sentences = [
-            checked(sentence, str, f"context[{number}].sentences[{at}]").strip()
-            for at, sentence in enumerate(checked(raw, list, f"context[{number}].sentences"))
+            checked(sentence, str, f"context[{number}].sentences[{index}]").strip()
+            for index, sentence in enumerate(checked(raw, list, f"context[{number}].sentences"))
         ]
         if any(sentences):
             documents.append(Document(title, " ".join(filter(None, sentences))))
@@ -53,19 +53,19 @@ def parse(record: Mapping[str, Any]) -> Record:
     evidence: dict[Evidence, None] = {}
     supporting: set[int] = set()
     for number, (title, sentence) in enumerate(_pairs(record, "supporting_facts", "sent_id")):
-        at = checked(sentence, int, f"supporting_facts[{number}].sent_id")
-        places = [place for place, document in enumerate(documents) if document.title == title]
-        if not places:
+        index = checked(sentence, int, f"supporting_facts[{number}].sent_id")
+        titled = [position for position, document in enumerate(documents) if document.title == title]
+        if not titled:
             raise DataError(
                 f"field 'supporting_facts[{number}]' names the document {title!r}, which is not in 'context'; "
                 "the file must be of the distractor setting, where all supporting documents are given."
             )
-        exact = [place for place in places if 0 <= at < len(sentences_of[place]) and sentences_of[place][at]]
-        place = (exact or places)[0]
+        exact = [at for at in titled if 0 <= index < len(sentences_of[at]) and sentences_of[at][index]]
+        position = (exact or titled)[0]
         if not exact:
             repairs.append(NO_SENTENCE)
-        evidence[Evidence(title, sentences_of[place][at] if exact else documents[place].text)] = None
-        supporting.add(place)
+        evidence[Evidence(title, sentences_of[position][index] if exact else documents[position].text)] = None
+        supporting.add(position)
     if not supporting:
         raise DataError("field 'supporting_facts' is empty; a file of a test split has no evidence and cannot be used.")
 

@@ -1,4 +1,4 @@
-"""Reading the files that datasets come in, record by record; and our own JSON lines with random access."""
+"""Reads the official files of datasets record by record; and reads and writes JSON lines with random access."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import numpy as np
 from atommem_env.errors import DataError, DatasetNotFound
 
 _PIECE = 1 << 20  # characters of a JSON list read at a time
-_LONGEST = 1 << 24  # characters; a record that has not ended by then is damaged, and must not fill the memory
+_LONGEST = 1 << 24  # characters; a longer record is damaged, and must not fill the memory
 _decode = json.JSONDecoder().raw_decode
 _SPACE = re.compile(r"\s*")
 
@@ -29,18 +29,18 @@ _SPACE = re.compile(r"\s*")
 def read_records(path: Path, progress: Callable[[int], object] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """The records of a file that holds one JSON list, JSON lines or a parquet table; the first two plain or gzipped.
 
-    The form is told by content, not by name. Only a piece of the file is in memory at a time.
+    The form is detected by content, not by name. Only a piece of the file is in memory at a time.
 
     Args:
-        path: The file.
-        progress: Called now and then with the number of bytes read so far.
+        path: the file.
+        progress: called regularly with the number of bytes read so far.
 
     Yields:
-        The place, such as "dev.json, index 3 of the list" (from 0) or "dev.jsonl, line 4" (from 1), and the record.
+        The location, such as "dev.json, index 3 of the list" (from 0) or "dev.jsonl, line 4" (from 1), and the record.
 
     Raises:
         DatasetNotFound: there is no such file.
-        DataError: the file is truncated, not UTF-8, not JSON, or a record is no object or far too long.
+        DataError: the file is truncated, not UTF-8, not JSON, or a record is not an object or far too long.
     """
     if not path.is_file():
         raise DatasetNotFound(f"There is no file {path}: give the path of the dataset's official file.")
@@ -60,15 +60,17 @@ def read_records(path: Path, progress: Callable[[int], object] | None = None) ->
             if progress:
                 progress(path.stat().st_size)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path}: damaged or truncated gzip after {last} ({error}); fetch the file again.") from error
+        raise DataError(
+            f"{path}: damaged or truncated gzip after {last} ({error}); download the file again."
+        ) from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text after {last} ({error.reason}); fetch the file again.") from error
+        raise DataError(f"{path}: not UTF-8 text after {last} ({error.reason}); download the file again.") from error
     except DataError as error:
         raise DataError(f"{path}, {error}") from error
 
 
 def _json_items(raw: Any, *, gzipped: bool) -> Iterator[tuple[str, Any]]:
-    """(place, value) of each item of a JSON list, or of each line."""
+    """(location, value) of each item of a JSON list, or of each line."""
     binary = gzip.GzipFile(fileobj=raw) if gzipped else raw
     listed = binary.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
     with TextIOWrapper(binary, encoding="utf-8-sig") as stream:
@@ -88,57 +90,59 @@ def _line_items(stream: IO[str]) -> Iterator[tuple[str, Any]]:
 
 
 def _list_items(stream: IO[str]) -> Iterator[tuple[str, Any]]:
-    text, at, index = "", 0, 0  # what has been read and not yet passed starts at text[at]
+    text, at, index = "", 0, 0  # text[at:] has been read and not yet parsed
 
     def more() -> bool:
         nonlocal text, at
-        piece = stream.read(max(_PIECE, len(text) - at))  # doubling: a long record costs linear time
+        piece = stream.read(max(_PIECE, len(text) - at))  # doubling: a long record takes linear time
         text, at = text[at:] + piece, 0
         return bool(piece)
 
-    def next_mark() -> str:
+    def next_character() -> str:
         nonlocal at
         while True:
             at = _SPACE.match(text, at).end()  # type: ignore[union-attr]  # it matches everywhere
             if at < len(text) or not more():
                 return text[at : at + 1]
 
-    next_mark()
-    at += 1  # the "[" that told the form
-    if next_mark() != "]":
+    next_character()
+    at += 1  # the "[" of the list
+    if next_character() != "]":
         while True:
-            next_mark()
+            next_character()
             while True:
                 try:
                     value, at = _decode(text, at)
                     break
-                except (ValueError, RecursionError) as error:  # damaged, or only not read to its end yet
+                except (ValueError, RecursionError) as error:  # damaged, or not read to its end yet
                     if len(text) - at > _LONGEST:
                         raise _too_long(f"index {index} of the list") from error
                     if not more():
                         raise DataError(f"index {index} of the list: not JSON, or cut off ({error}).") from error
             yield f"index {index} of the list", value
-            mark = next_mark()
+            character = next_character()
             at += 1
-            if mark == "]":
+            if character == "]":
                 break
-            if mark != ",":
-                raise DataError(f"after index {index} of the list: expected ',' or ']', got {mark or 'the end'!r}.")
+            if character != ",":
+                raise DataError(
+                    f"after index {index} of the list: expected ',' or ']', got {character or 'the end'!r}."
+                )
             index += 1
     else:
         at += 1
-    if next_mark():
+    if next_character():
         raise DataError("after the list: expected the end of the file; for JSON lines put one object on each line.")
 
 
-def _too_long(place: str) -> DataError:
+def _too_long(location: str) -> DataError:
     return DataError(
-        f"{place}: longer than {_LONGEST:,} characters, which no record of a dataset is; fetch the file again."
+        f"{location}: longer than {_LONGEST:,} characters, which no record of a dataset is; download the file again."
     )
 
 
 def _parquet_rows(raw: Any) -> Iterator[tuple[str, Any]]:
-    """(place, value) of each row of a parquet table, the form of the Hugging Face hub."""
+    """(location, value) of each row of a parquet table, the form of the Hugging Face hub."""
     from pyarrow import ArrowException, parquet
 
     number = 0
@@ -148,7 +152,7 @@ def _parquet_rows(raw: Any) -> Iterator[tuple[str, Any]]:
                 yield f"row {number}", row
                 number += 1
     except (ArrowException, OSError) as error:
-        raise DataError(f"row {number}: damaged parquet ({error}); fetch the file again.") from error
+        raise DataError(f"row {number}: damaged parquet ({error}); download the file again.") from error
 
 
 # --------------------------------------------------------------------------------------------------- our own JSON lines
@@ -159,7 +163,7 @@ def _offsets_path(path: Path) -> Path:
 
 
 class JsonLinesWriter:
-    """Writes JSON lines, and beside `x.jsonl` the file `x.offsets.npy` that makes them readable in any order."""
+    """Writes JSON lines, and next to `x.jsonl` the file `x.offsets.npy` for random access."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -170,7 +174,7 @@ class JsonLinesWriter:
         return len(self._offsets) - 1
 
     def append(self, value: Any) -> int:
-        """Write one line; returns its index."""
+        """Writes one line; returns its index."""
         line = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
         self._file.write(line)
         self._offsets.append(self._offsets[-1] + len(line))
@@ -187,7 +191,7 @@ class JsonLinesWriter:
 
 
 class JsonLines:
-    """The lines of a file of `JsonLinesWriter`, each parsed when asked for; opening takes the same time at any size."""
+    """The lines of a file of `JsonLinesWriter`, each parsed on access; opening takes constant time."""
 
     def __init__(self, path: Path) -> None:
         self._offsets = np.asarray(np.load(_offsets_path(path), mmap_mode="r"))  # [lines + 1], bytes
@@ -198,5 +202,5 @@ class JsonLines:
         return len(self._offsets) - 1
 
     def __getitem__(self, index: int) -> Any:
-        # Our own lines have no space around them, which `json.loads` would look for: a quarter of its time on a document.
+        # These lines have no whitespace around them; skipping `json.loads`, which looks for it, saves a quarter of the time.
         return _decode(self._bytes[self._offsets[index] : self._offsets[index + 1]].decode())[0]

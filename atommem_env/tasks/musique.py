@@ -11,7 +11,7 @@ from atommem_env.types import Document, Evidence, Question
 
 
 def parse(record: Mapping[str, Any]) -> Record | None:
-    """One official row in our form, or None where the row is marked unanswerable (the "full" files have such).
+    """One official row as a `Record`, or None where the row is marked unanswerable (as some of the "full" files are).
 
     The evidence is the supporting paragraphs; `kind` is the id's first part; `hops` the steps of the decomposition.
 
@@ -54,7 +54,7 @@ def parse(record: Mapping[str, Any]) -> Record | None:
         id=identifier,
         text=required_text(record, "question"),
         answers=tuple(dict.fromkeys([required_text(record, "answer"), *filter(str.strip, aliases)])),
-        evidence=tuple(Evidence(documents[place].title, documents[place].text) for place in supporting),
+        evidence=tuple(Evidence(documents[index].title, documents[index].text) for index in supporting),
         kind=identifier.split("__")[0],
         hops=len(required_rows(record, "question_decomposition")),
     )

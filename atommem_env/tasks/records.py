@@ -1,4 +1,4 @@
-"""The form that a row of every question-answering dataset is brought into, and the checks of its fields."""
+"""The common form of the rows of all question-answering datasets, and the checks of their fields."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _NAMES = {str: "text", int: "a whole number", bool: "true or false", list: "a li
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One question with the documents that its dataset puts beside it."""
+    """One question with the documents of its row."""
 
     question: Question
     documents: tuple[Document, ...]  # in the order of the file; blank ones are left out
-    supporting: tuple[int, ...]  # which of them hold evidence, ascending
-    repairs: tuple[str, ...] = ()  # what was wrong with the row and has been mended, each thing once
+    supporting: tuple[int, ...]  # indices of those that contain evidence, ascending
+    repairs: tuple[str, ...] = ()  # problems of the row that were repaired, each once
 
 
 def check_range(name: str, value: int, end: int | None = None) -> None:
@@ -41,10 +41,10 @@ def required(record: Mapping[str, Any], name: str, kind: type[T], where: str = "
     """The value of a field.
 
     Args:
-        record: The object that must have the field.
-        name: The field.
-        kind: The exact type that the value must have.
-        where: What stands before the name in an error, e.g. "paragraphs[3]." for a nested object.
+        record: the object that must have the field.
+        name: of the field.
+        kind: the exact type that the value must have.
+        where: prefix of the name in an error, e.g. "paragraphs[3]." for a nested object.
 
     Raises:
         DataError: the field is missing, of another type, or text that is not Unicode.
@@ -53,14 +53,14 @@ def required(record: Mapping[str, Any], name: str, kind: type[T], where: str = "
 
 
 def present(record: Mapping[str, Any], name: str, where: str = "") -> Any:
-    """The value of a field, of whatever type; raises `DataError` where it is missing."""
+    """The value of a field, of any type; raises `DataError` where it is missing."""
     if name not in record:
         raise DataError(f"field '{where}{name}' is missing; the fields are {', '.join(map(str, record)) or 'none'}.")
     return record[name]
 
 
 def required_text(record: Mapping[str, Any], name: str, where: str = "") -> str:
-    """The value of a text field that must say something; raises `DataError` as `required` does, or when it is blank."""
+    """The value of a text field that must not be blank; raises `DataError` as `required` does, or where it is blank."""
     text = required(record, name, str, where)
     if not text.strip():
         raise DataError(f"field '{where}{name}' is blank.")
@@ -68,21 +68,21 @@ def required_text(record: Mapping[str, Any], name: str, where: str = "") -> str:
 
 
 def checked(value: Any, kind: type[T], name: str) -> T:
-    """`value`, known to be of exactly the type `kind` (`True` is no whole number), else `DataError` naming it."""
+    """`value`, if it is of exactly the type `kind` (`True` is not an int); else raises `DataError` with the field's `name`."""
     if type(value) is not kind:
         raise DataError(f"field '{name}' must be {_NAMES[kind]}, got {reprlib.repr(value)}.")
     if isinstance(value, str):
         try:
             value.encode()
-        except UnicodeEncodeError as error:  # JSON can spell half a character, which no file and no store can hold
+        except UnicodeEncodeError as error:  # JSON can escape half a character, which no file or store can hold
             raise DataError(f"field '{name}' has a lone surrogate at character {error.start}.") from error
     return value
 
 
 def required_rows(record: Mapping[str, Any], name: str) -> list[Any]:
-    """The rows of a field that is a list of them; or an object of columns, or the JSON text of either.
+    """The rows of a field that is a list of rows, an object of columns, or the JSON text of either.
 
-    The official files have lists; conversions on the Hugging Face hub have the other two.
+    The official files have lists; conversions on the Hugging Face hub have the other two forms.
 
     >>> required_rows({"context": {"title": ["Bath", "Emma"], "sentences": [["A city."], ["A novel."]]}}, "context")
     [{'title': 'Bath', 'sentences': ['A city.']}, {'title': 'Emma', 'sentences': ['A novel.']}]

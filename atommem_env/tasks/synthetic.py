@@ -37,32 +37,32 @@ _RELATIONS_OF = {kind: [relation for relation in RELATIONS if relation.subject =
 
 @dataclass(kw_only=True)
 class SyntheticSource:
-    """Tasks about people, towns, companies, novels, songs and paintings that do not exist.
+    """Tasks about fictional people, towns, companies, novels, songs and paintings.
 
-    A question composes relations ("Who leads the company where the sibling of Ada Brook works?"). A document is a
-    passage of one to three sentences about the subject in its title. The documents hold the facts of the question's
-    chain, each in one of its own and in any order; facts of the same relation about subjects with near-equal names;
-    facts about others; sentences that state no fact.
+    A question composes relations ("Who leads the company where the sibling of Ada Brook works?"). A document is a passage of
+    one to three sentences about the subject in its title. The documents state the facts of the question's chain, each in a
+    separate document and in any order; facts of the same relation about subjects with similar names; facts about other
+    subjects; and sentences without a fact.
 
-    A corrected fact is first stated with an old value and set right in a later document, in words such as "now", "no
-    longer" or "Correction:"; what comes last counts. So the order of documents is part of the task. Facts outside the
-    chain are corrected as often. An unanswerable question has a chain with one link that no document states: its gold
-    is "unknown", its evidence the links before the gap (none where the first is missing), its wording like any other.
+    A corrected fact is first stated with an old value and corrected in a later document, in words such as "now", "no longer"
+    or "Correction:"; the last statement counts. So the order of documents is part of the task. Facts outside the chain are
+    corrected as often. An unanswerable question has a chain with one link that no document states: its gold is "unknown", its
+    evidence the links before the gap (none where the first is missing), and its wording like any other.
 
-    The index alone decides the questions with their answers and evidence; the seed decides all other documents and
-    the order.
+    The index alone determines the questions with their answers and evidence; the seed determines all other documents and the
+    order.
 
     Args:
-        split: "train", "dev" or "test"; no full name of one split occurs in another, the words of names do.
-        hops: lengths of chains, each from 1 to 4; drawn evenly, one that is named twice twice as often.
-        num_docs: documents of a task, from `questions * (max(hops) + 1)` to 800. Near the least, no room is left for
-            documents that mislead.
+        split: "train", "dev" or "test"; no full name of one split occurs in another, single words of names do.
+        hops: lengths of chains, each from 1 to 4; drawn uniformly, with repeated lengths more often.
+        num_docs: documents of a task, from `questions * (max(hops) + 1)` to 800. Near the minimum, there is no room for
+            distractors.
         questions: questions of a task, from 1 to 10, on different subjects.
         corrections: probability that one fact of a question's chain is corrected, if at least one is stated.
         unanswerable: probability that a question cannot be answered.
 
     Raises:
-        SettingError: a setting has another value than these.
+        SettingError: a setting is out of range.
     """
 
     split: str = "dev"
@@ -127,15 +127,15 @@ class SyntheticSource:
             value = world.new(relation.object)
             old = world.new(relation.object, other_than=value) if link == corrected else None
             evidence.append(Evidence(subject, world.state(subject, relation, value, old)))
-            world.lures.append(_Distractor(relation=relation, near=subject, first=link == 0))
-            if old and link + 1 < hops:  # who misses the correction finds a way on
-                world.lures.append(_Distractor(relation=chain[link + 1], of=old, first=True))
+            world.distractors.append(_Distractor(relation=relation, near=subject, first=link == 0))
+            if old and link + 1 < hops:  # a wrong chain for a reader that misses the correction
+                world.distractors.append(_Distractor(relation=chain[link + 1], of=old, first=True))
             subject = value
         if stated < hops:
             world.leave_out(subject, chain[stated])
-            world.lures.append(_Distractor(relation=chain[stated], near=subject, first=True))
-        # How often the documents state a relation that is asked for must not tell whether there is an answer, nor which.
-        world.lures += [
+            world.distractors.append(_Distractor(relation=chain[stated], near=subject, first=True))
+        # How often the documents state a relation of the question must not reveal whether there is an answer, nor which.
+        world.distractors += [
             _Distractor(relation=relation) for relation in (*chain[stated:], *chain[stated + 1 :], *[chain[-1]] * 3)
         ]
         return Question(
@@ -150,36 +150,36 @@ class SyntheticSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Distractor:
-    """A fact that may mislead: about `of`, or a new thing whose name is close to `near`, or anything."""
+    """A misleading fact: about `of`, or a new thing whose name is similar to `near`, or anything."""
 
     relation: Relation
     of: str = ""
     near: str = ""
-    first: bool = False  # more urgent than the others, where documents are few
+    first: bool = False  # stated before the others, which few documents leave no room for
 
 
 @dataclass(slots=True)
 class _Draft:
-    """A document to be."""
+    """A document under construction."""
 
     title: str
     kind: str  # of the subject
     sentences: list[str]
-    corrects: int | None = None  # the draft whose fact it sets right, and which it must follow
+    corrects: int | None = None  # index of the draft whose fact it corrects, and which it must follow
 
 
 class _World:
-    """What one task states: each subject has at most one object of each relation, apart from corrections."""
+    """The facts of one task: each subject has at most one object of each relation, apart from corrections."""
 
     def __init__(self, split: str, rng: np.random.Generator) -> None:
         self.rng = rng
-        self.lures: list[_Distractor] = []
-        self._facts: set[tuple[str, str]] = set()  # (subject, relation) that are settled, stated or to be left out
-        self._sealed: set[str] = set()  # subjects of gaps: no further fact points to them and hints at what is missing
+        self.distractors: list[_Distractor] = []
+        self._facts: set[tuple[str, str]] = set()  # (subject, relation) that are stated, or must not be
+        self._sealed: set[str] = set()  # subjects of gaps; a fact that points to one would hint at what is missing
         self._pools = name_pools(split)
         self._named: set[str] = set()
         self._things: dict[str, list[str]] = {kind: [] for kind in FILLERS}
-        self._untold: dict[str, list[str]] = {kind: [] for kind in FILLERS}  # perhaps without a document of their own
+        self._undocumented: dict[str, list[str]] = {kind: [] for kind in FILLERS}  # perhaps without their own document
         self._titles: set[str] = set()
         self._drafts: list[_Draft] = []
 
@@ -187,7 +187,7 @@ class _World:
         return items[int(self.rng.random() * len(items))]  # several times faster than Generator.choice
 
     def new(self, kind: str, other_than: str = "") -> str:
-        """A thing that nothing was said of; an instrument, as there are few, is just not `other_than`."""
+        """A thing without any fact yet; an instrument, of which there are few, only differs from `other_than`."""
         if kind == INSTRUMENT:
             return self.pick([name for name in INSTRUMENTS if name != other_than])
         while (name := self.pick(self._pools[kind].names)) in self._named:
@@ -203,11 +203,11 @@ class _World:
     def _introduce(self, name: str, kind: str) -> str:
         self._named.add(name)
         self._things[kind].append(name)
-        self._untold[kind].append(name)
+        self._undocumented[kind].append(name)
         return name
 
     def ask(self, chain: Sequence[Relation], start: str) -> str:
-        """The question for the last object of `chain`; only the innermost phrase may go on after its subject."""
+        """The question for the last object of `chain`; only the innermost phrase may have words after its subject."""
         phrase = start
         for depth, relation in enumerate(chain[:-1]):
             forms = [form for form in relation.phrases if depth == 0 or form.endswith("{s}")]
@@ -215,69 +215,69 @@ class _World:
         return self.pick(chain[-1].questions).format(s=phrase)
 
     def state(self, subject: str, relation: Relation, value: str, old: str | None = None) -> str:
-        """Adds a document with a fact and, given an `old` value, one that corrects it; returns the right sentence."""
+        """Adds a document with a fact and, given an `old` value, one that corrects it; returns the valid sentence."""
         self._titles.add(subject)
         sentence = self._sentence(subject, relation, old or value)
         self._drafts.append(_Draft(subject, relation.subject, [sentence]))
         if old:
-            self._settle(subject, relation, value)
+            self._add_fact(subject, relation, value)
             sentence = self.pick(self.pick(relation.corrections)).format(s=subject, o=value, old=old)
             self._drafts.append(_Draft(subject, relation.subject, [sentence], corrects=len(self._drafts) - 1))
         return sentence
 
     def leave_out(self, subject: str, relation: Relation) -> None:
-        """Sees to it that nothing will be said of what `relation` gives to `subject`."""
+        """Ensures that no document states the `relation` of `subject`."""
         self._facts.add((subject, relation.name))
         self._sealed.add(subject)
 
     def _sentence(self, subject: str, relation: Relation, value: str) -> str:
-        self._settle(subject, relation, value)
+        self._add_fact(subject, relation, value)
         return self.pick(relation.statements).format(s=subject, o=value)
 
-    def _settle(self, subject: str, relation: Relation, value: str) -> None:
+    def _add_fact(self, subject: str, relation: Relation, value: str) -> None:
         self._facts.add((subject, relation.name))
         if relation.symmetric:
             self._facts.add((value, relation.name))
 
     def fill(self, num_docs: int, corrections: float) -> None:
-        """Adds documents outside the chains up to `num_docs`, a share of their facts corrected, and asides to all."""
-        lures = sorted(self.lures, key=lambda lure: not lure.first)[::-1]
+        """Adds documents outside the chains up to `num_docs`, a share of their facts corrected, and extra sentences to all."""
+        distractors = sorted(self.distractors, key=lambda distractor: not distractor.first)[::-1]
         while (room := num_docs - len(self._drafts)) > 0:
-            lure = lures.pop() if lures else _Distractor(relation=self.pick(RELATIONS))
-            relation = lure.relation
-            subject = lure.of or (self._near(lure.near, relation.subject) if lure.near else self._subject(relation))
+            distractor = distractors.pop() if distractors else _Distractor(relation=self.pick(RELATIONS))
+            relation, near = distractor.relation, distractor.near
+            subject = distractor.of or (self._near(near, relation.subject) if near else self._subject(relation))
             value = self._object(subject, relation)
             corrected = room > 1 and self.rng.random() < corrections
             self.state(subject, relation, value, self.new(relation.object, other_than=value) if corrected else None)
         for draft in self._drafts:
             for _ in range(int(self.rng.random() * 3)):
-                place = int(self.rng.random() * (len(draft.sentences) + 1))
-                draft.sentences.insert(place, self._aside(draft))
+                position = int(self.rng.random() * (len(draft.sentences) + 1))
+                draft.sentences.insert(position, self._extra_sentence(draft))
 
     def _subject(self, relation: Relation) -> str:
-        """A thing without a document: one that others mention, so that chains form, or a new one."""
+        """A thing without a document: one that other documents mention, so that chains form, or a new one."""
         kind = relation.subject
-        untold, things = self._untold[kind], self._things[kind]
-        while untold and self.rng.random() < 0.6:
-            place = int(self.rng.random() * len(untold))
-            untold[place], untold[-1] = untold[-1], untold[place]
-            name = untold.pop()
+        undocumented, things = self._undocumented[kind], self._things[kind]
+        while undocumented and self.rng.random() < 0.6:
+            index = int(self.rng.random() * len(undocumented))
+            undocumented[index], undocumented[-1] = undocumented[-1], undocumented[index]
+            name = undocumented.pop()
             if name not in self._titles and (name, relation.name) not in self._facts:
                 return name
         return self._near(self.pick(things), kind) if things and self.rng.random() < 0.5 else self.new(kind)
 
     def _object(self, subject: str, relation: Relation) -> str:
-        """What a fact outside the chains gives to `subject`: as often a thing of which more is said as a new one."""
+        """The object of a fact outside the chains: equally often a known thing and a new one."""
         things = self._things.get(relation.object, ())
-        # Each side of a symmetric relation has only one partner, so that must be new.
+        # Each side of a symmetric relation has only one partner, so it must be new.
         if things and not relation.symmetric and self.rng.random() < 0.5:
             name = self.pick(things)
             if name != subject and name not in self._sealed:
                 return name
         return self.new(relation.object)
 
-    def _aside(self, draft: _Draft) -> str:
-        """One more sentence on a document's subject: another fact, or none."""
+    def _extra_sentence(self, draft: _Draft) -> str:
+        """Another sentence about a document's subject, with or without a fact."""
         relation = self.pick(_RELATIONS_OF[draft.kind])
         if (draft.title, relation.name) not in self._facts and self.rng.random() < 0.7:
             return self._sentence(draft.title, relation, self._object(draft.title, relation))
@@ -286,11 +286,11 @@ class _World:
 
     def documents(self) -> tuple[Document, ...]:
         """All documents in a random order in which corrections follow what they correct."""
-        places = self.rng.permutation(len(self._drafts))
+        positions = self.rng.permutation(len(self._drafts))
         for number, draft in enumerate(self._drafts):
-            if draft.corrects is not None and places[number] < places[draft.corrects]:
-                places[[number, draft.corrects]] = places[[draft.corrects, number]]
+            if draft.corrects is not None and positions[number] < positions[draft.corrects]:
+                positions[[number, draft.corrects]] = positions[[draft.corrects, number]]
         return tuple(
             Document(self._drafts[number].title, " ".join(self._drafts[number].sentences))
-            for number in np.argsort(places)
+            for number in np.argsort(positions)
         )

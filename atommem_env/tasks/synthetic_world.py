@@ -1,4 +1,4 @@
-"""The words of the synthetic world: its names, its relations, and how English states, corrects and asks for them."""
+"""The words of the synthetic world: its names, its relations, and the sentences that state, correct and ask for them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cached_property, lru_cache
 
 SPLITS = ("train", "dev", "test")
 MAX_HOPS = 4
-UNKNOWN = "unknown"  # the right answer where the documents do not tell
+UNKNOWN = "unknown"  # the gold of an unanswerable question
 
 # Kinds of things. The three kinds of works share one pool of names.
 PERSON, COMPANY, TOWN = "person", "company", "town"

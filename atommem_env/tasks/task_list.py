@@ -1,4 +1,4 @@
-"""Tasks that are made already, as a source."""
+"""A list of tasks as a task source."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from atommem_env.types import Task
 
 
 class TaskList:
-    """The tasks of a list, in its order; seeds change nothing.
+    """The tasks of a list, in its order; seeds have no effect.
 
     >>> TaskList([Task.of(["Ada moved to Rome."], [("Where does Ada live?", "Rome")])]).task(0, seed=1).documents[0].text
     'Ada moved to Rome.'
 
     Raises:
-        SettingError: there is no task, or something in the list is none.
+        SettingError: the list is empty, or an item of it is not a task.
     """
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         wrong = next((task for task in tasks if not isinstance(task, Task)), None)
         if wrong is not None or not tasks:
-            raise SettingError(f"Expected at least one atommem_env.Task, got {wrong if tasks else tasks!r}.")
+            raise SettingError(f"Expected a list of at least one atommem_env.Task, got {wrong if tasks else tasks!r}.")
         self._tasks = tuple(tasks)
         self.dataset = tasks[0].dataset
 

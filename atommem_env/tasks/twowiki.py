@@ -1,8 +1,8 @@
 """Rows of 2WikiMultiHopQA (Ho et al., COLING 2020, arXiv 2011.01060).
 
-The form is HotpotQA's, with up to four supporting documents. Known quirks of the official files, mended and counted as
-`Record.repairs`: some supporting facts name a sentence beyond the document's end, some rows have a null `_id`; and some
-contexts hold a document twice, of which the haystack keeps one.
+The form is HotpotQA's, with up to four supporting documents. Known problems of the official files, repaired and counted as
+`Record.repairs`: some supporting facts name a sentence beyond the document's end, and some rows have a null `_id`. Some
+contexts contain a document twice; the haystack uses it once.
 """
 
 from __future__ import annotations
@@ -15,5 +15,5 @@ from atommem_env.tasks.records import Record
 
 
 def parse(record: Mapping[str, Any]) -> Record:
-    """One official row in our form; `hops` is the number of supporting documents. Raises `DataError`."""
+    """One official row as a `Record`; `hops` is the number of supporting documents. Raises `DataError`."""
     return hotpotqa.parse(record)

@@ -142,7 +142,7 @@ class _Story:
             self.replies.append(reply)
             self.results.append(result)
             self.sizes.append(len(episode.memory))
-            self.kept.append(episode.kept_text())
+            self.kept.append(episode.stored_text())
             self.settled += [len(self.kept) - 1] * (len(episode.outcomes) - len(self.settled))
             observation = result.observation
         passages: dict[str, list[str]] = {}

@@ -32,28 +32,28 @@ def test_the_ranking_is_that_of_the_formula_and_equals_go_by_age(collection: lis
     index = BM25Index()
     for number, text in enumerate(collection):
         index.add(number, text)
-    found = index.ranking(query)
-    assert sorted(found) == [
+    ranking = index.ranking(query)
+    assert sorted(ranking) == [
         number for number, text in enumerate(collection) if not set(words(text)).isdisjoint(words(query))
     ]
-    scores = [bm25(query, collection[number], collection) for number in found]
+    scores = [bm25(query, collection[number], collection) for number in ranking]
     assert all(better >= worse - 1e-12 for better, worse in itertools.pairwise(scores))
-    for first, second in itertools.pairwise(found):
+    for first, second in itertools.pairwise(ranking):
         if sorted(words(collection[first])) == sorted(words(collection[second])):
             assert first < second
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(texts, max_size=8), st.lists(texts, max_size=8), texts)
-def test_what_was_added_and_removed_leaves_no_trace(kept: list[str], removed: list[str], query: str) -> None:
+def test_what_was_added_and_removed_leaves_no_trace(remaining: list[str], removed: list[str], query: str) -> None:
     index, fresh = BM25Index(), BM25Index()
     for number, text in enumerate(removed):
         index.add(100 + number, text)
-    for number, text in reversed(list(enumerate(kept))):
+    for number, text in reversed(list(enumerate(remaining))):
         index.add(number, text)
     for number, text in enumerate(removed):
         index.remove(100 + number, text)
-    for number, text in enumerate(kept):
+    for number, text in enumerate(remaining):
         fresh.add(number, text)
     assert index.ranking(query) == fresh.ranking(query)
     assert index.__dict__ == fresh.__dict__

@@ -57,7 +57,7 @@ def test_chunks_are_those_of_the_plain_way(documents: list[Document], limit: int
     assert list(chunks) == reference(documents, limit)
     titles = max((len(tokens(document.title)) for document in documents), default=0)
     assert all(len(tokens(chunk)) <= max(limit, titles + 1) for chunk in chunks)
-    shown = tokens(" ".join(chunks))
+    words = tokens(" ".join(chunks))
     for document in documents:
-        text = iter(shown)
+        text = iter(words)
         assert all(token in text for token in tokens(document.text))  # in order

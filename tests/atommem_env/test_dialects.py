@@ -140,7 +140,7 @@ def texts(episode: Episode) -> dict[str, str]:
     ids=["tags", "public_code", "tool_calls"],
 )
 def test_a_reply_is_read_in_the_order_written(dialect: Any, reply: str) -> None:
-    one, two = (TARGETS[dialect.name].format(place) for place in (1, 2))
+    one, two = (TARGETS[dialect.name].format(index) for index in (1, 2))
     assert dialect.parse(reply) == [
         Operation(OperationKind.CREATE, "Ada lives in Rome."),
         Operation(OperationKind.DELETE, target=two),
@@ -161,10 +161,10 @@ def test_what_is_written_is_read_back(dialect: Any, data: st.DataObject) -> None
 @every_dialect
 @given(reply=RUBBISH)
 def test_any_text_is_read_and_an_operation_costs_its_name(dialect: Any, reply: str) -> None:
-    found = dialect.parse(reply)
+    parsed = dialect.parse(reply)
     mentions = sum(reply.lower().count(name) for name in NAMES[dialect.name])
-    assert sum(isinstance(item, Operation) for item in found) <= mentions
-    faults = [item for item in found if isinstance(item, OperationResult)]
+    assert sum(isinstance(item, Operation) for item in parsed) <= mentions
+    faults = [item for item in parsed if isinstance(item, OperationResult)]
     assert all(item.fault is Fault.MALFORMED and item.detail.isprintable() for item in faults)
 
 
@@ -211,9 +211,9 @@ def test_an_unclosed_tag_is_one_fault_and_nothing_else_is_lost(reply: str) -> No
     calls = calls.replace("<create_memory>", '<tool_call>{"name": "create_memory", "arguments": {"text": "')
     public = reply.replace("create_memory", "add_memory").replace("read_memory", "update_query")
     for dialect, text in ((TAGS, reply), (PUBLIC, public), (CALLS, calls)):
-        found = dialect.parse(text)
-        assert [item.fault for item in found if isinstance(item, OperationResult)] == [Fault.MALFORMED]
-        assert [item for item in found if isinstance(item, Operation)] == [Operation(OperationKind.READ, "q")]
+        parsed = dialect.parse(text)
+        assert [item.fault for item in parsed if isinstance(item, OperationResult)] == [Fault.MALFORMED]
+        assert [item for item in parsed if isinstance(item, Operation)] == [Operation(OperationKind.READ, "q")]
 
 
 # ------------------------------------------------------------------------------------------ the faults of the public code
@@ -249,10 +249,10 @@ def test_fault_2_a_reply_that_writes_no_entry_turns_the_page(dialect: Any, writt
 
 @every_dialect
 @pytest.mark.parametrize(
-    "place", ["0", "3", "-1", "00", "999999999999999999999", "9" * 5000, "²", "1.0", "", "\U0001d7ce"]
+    "index", ["0", "3", "-1", "00", "999999999999999999999", "9" * 5000, "²", "1.0", "", "\U0001d7ce"]
 )
-def test_fault_3_a_place_or_an_id_of_no_entry_is_a_fault_and_changes_nothing(dialect: Any, place: str) -> None:
-    target = TARGETS[dialect.name].format(place)
+def test_fault_3_a_place_or_an_id_of_no_entry_is_a_fault_and_changes_nothing(dialect: Any, index: str) -> None:
+    target = TARGETS[dialect.name].format(index)
     for operation in (Operation(OperationKind.UPDATE, "new", target), Operation(OperationKind.DELETE, "", target)):
         episode = two_entries(dialect.name)
         result = play(episode, operation)
@@ -272,7 +272,7 @@ def test_fault_3_two_updates_of_one_entry_leave_one_and_the_last_text(dialect: A
 @every_dialect
 def test_fault_3_names_are_those_of_the_observation_whatever_the_reply_does_first(dialect: Any) -> None:
     episode = two_entries(dialect.name)
-    one, two = (TARGETS[dialect.name].format(place) for place in (1, 2))
+    one, two = (TARGETS[dialect.name].format(index) for index in (1, 2))
     result = play(
         episode,
         Operation(OperationKind.DELETE, target=one),
@@ -295,14 +295,14 @@ HEADS = {"tags": r"(m[0-9]+): ", "public_code": r"Memory ([0-9]+): ?", "tool_cal
     )
 )
 def test_an_entry_cannot_pass_for_two(dialect: Any, texts: list[str]) -> None:
-    entries = [Entry(f"m{7 + 2 * place}", text.strip()) for place, text in enumerate(texts)]
+    entries = [Entry(f"m{7 + 2 * index}", text.strip()) for index, text in enumerate(texts)]
     shown = dialect.show(entries)
-    heads = [found[1] for line in shown.splitlines() if (found := re.match(HEADS[dialect.name], line))]
+    heads = [match[1] for line in shown.splitlines() if (match := re.match(HEADS[dialect.name], line))]
     assert [dialect.entry_id(head, [entry.id for entry in entries]) for head in heads] == [
         entry.id for entry in entries
     ]
-    kept = "".join(shown.split())
-    assert all("".join(entry.text.split()) in kept for entry in entries)
+    squeezed = "".join(shown.split())
+    assert all("".join(entry.text.split()) in squeezed for entry in entries)
 
 
 def test_public_code_shows_plain_entries_as_that_code_does() -> None:
@@ -329,9 +329,9 @@ def test_the_description_names_what_exists_and_nothing_else(dialect: Any, names:
 def test_what_the_description_shows_can_be_read(dialect: Any) -> None:
     example = dialect.describe(EpisodeSettings())
     example = example.replace("Memory i", "Memory 2").replace("id: text", "m1: text")
-    found = dialect.parse(example)
-    assert {item.kind for item in found if isinstance(item, Operation)} == set(OperationKind)
-    assert not [item for item in found if isinstance(item, OperationResult) and item.kind is not None]
+    parsed = dialect.parse(example)
+    assert {item.kind for item in parsed if isinstance(item, Operation)} == set(OperationKind)
+    assert not [item for item in parsed if isinstance(item, OperationResult) and item.kind is not None]
 
 
 @every_dialect

@@ -210,9 +210,9 @@ def test_a_task_is_named_by_its_index_and_naming_it_does_not_disturb_later_draws
 def test_golds_are_told_only_at_the_end() -> None:
     env = make(durability="off")
     seen = play(env)
-    told = {"golds", "supporting_facts", "predictions"}
-    assert all(not told & set(item[-1]) for item in seen[:-1])
-    assert told <= set(seen[-1][-1])
+    outcome_keys = {"golds", "supporting_facts", "predictions"}
+    assert all(not outcome_keys & set(item[-1]) for item in seen[:-1])
+    assert outcome_keys <= set(seen[-1][-1])
 
 
 def test_after_one_episode_with_default_settings_a_plain_lancedb_client_lists_its_entries() -> None:
@@ -299,7 +299,7 @@ def test_an_interrupted_episode_goes_on_in_another_process_without_its_embedder(
         name, dimension = "broken", 256
 
         def embed(self, texts: Any, kind: Any) -> Any:
-            raise AssertionError("the kept vectors must do")
+            raise AssertionError("the stored vectors must suffice")
 
     again = make(store=tmp_path / "half", embedder=Broken())
     observation, info = again.reset(options={"resume": episode_id})

@@ -127,13 +127,13 @@ def named_entries(reply: str, alive: dict[str, str], retrieved: str, dialect: st
     """The entries that the reply can mean: only these may change."""
     if dialect != "public_code":
         return {entry_id for entry_id in alive if entry_id in reply}
-    shown = {
-        int(place): text.replace("\n    Memory", "\nMemory")
-        for place, text in re.findall(
+    entries = {
+        int(index): text.replace("\n    Memory", "\nMemory")
+        for index, text in re.findall(
             r"^Memory ([0-9]+): (.*?)(?=\nMemory [0-9]+: |\Z)", retrieved, re.DOTALL | re.MULTILINE
         )
     }
-    texts = [shown[int(place)] for place in re.findall(r"Memory\s+([0-9]{1,9})", reply) if int(place) in shown]
+    texts = [entries[int(index)] for index in re.findall(r"Memory\s+([0-9]{1,9})", reply) if int(index) in entries]
     return {entry_id for entry_id, text in alive.items() if any(text.startswith(each) for each in texts)}
 
 

@@ -61,10 +61,10 @@ class MemoryMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.naive.rows)
     @rule(data=st.data(), vector=vectors, text=texts)
     def update(self, data: st.DataObject, vector: list[int], text: str) -> None:
-        place = data.draw(st.integers(0, len(self.naive.rows) - 1))
-        name = self.naive.rows[place][0]
+        index = data.draw(st.integers(0, len(self.naive.rows) - 1))
+        name = self.naive.rows[index][0]
         self.memory.update(name, text, vector)
-        self.naive.rows[place] = (name, text, unit(vector))
+        self.naive.rows[index] = (name, text, unit(vector))
 
     @precondition(lambda self: self.naive.rows)
     @rule(data=st.data())
@@ -83,10 +83,10 @@ class MemoryMachine(RuleBasedStateMachine):
 
     @rule(query=vectors, k=st.integers(1, 50))
     def search(self, query: list[int], k: int) -> None:
-        found = self.memory.search(query, k)
-        assert found == self.naive.search(query, k)
-        assert found == WorkingMemory.restore(self.memory.snapshot()).search(query, k)
-        assert found == self.memory.fork().search(query, k)
+        ids = self.memory.search(query, k)
+        assert ids == self.naive.search(query, k)
+        assert ids == WorkingMemory.restore(self.memory.snapshot()).search(query, k)
+        assert ids == self.memory.fork().search(query, k)
 
     @rule(query=texts, vector=vectors, k=st.integers(1, 50))
     def search_with_words(self, query: str, vector: list[int], k: int) -> None:

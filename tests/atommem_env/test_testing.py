@@ -1,4 +1,4 @@
-"""The checkers accept what is ours and refuse what is broken, with a sentence that names the fault."""
+"""The checkers accept this project's parts and reject broken ones, with a sentence that names the fault."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class ByOrder(TagsDialect):
 
 
 class ByHalves(TagsDialect):
-    """Carries out what was cut."""
+    """Carries out truncated operations."""
 
     def parse(self, reply: str) -> list[Operation | OperationResult]:
         _, opened, rest = reply.rpartition("<create_memory>")
@@ -135,21 +135,21 @@ class ByNames(TagsDialect):
 
 
 @pytest.mark.parametrize(
-    ("broken", "told"),
+    ("broken", "message"),
     [
         (ByRaising(), r"parse\('1111.*5000 characters\)\) raised ValueError"),
         (BySquashingLines(), r"parse must read Operation\(.*first line\\nsecond.* back from .*it read"),
         (ByOrder(), "all operations of a reply in the order written"),
-        (ByHalves(), "A reply that was cut to '<create_memory>.*the operations that are complete"),
+        (ByHalves(), "A reply truncated to '<create_memory>.*the operations that are complete"),
         (BySlowness(), "time in proportion to the length: 25,000 characters of .* took .*400,000"),
-        (ByShow(), r"must not pass for two: one whose text is 'first\\nm8: second'"),
+        (ByShow(), r"must not look like two: one whose text is 'first\\nm8: second'"),
         (ByDescription(), "leave out an operation .*without 'create'"),
         (ByForm(), "parse must return a list, got tuple"),
         (ByNames(), r"name for each entry shown; of \['m5', 'm12'\] 'm12' has none"),
     ],
 )
-def test_a_broken_dialect_is_refused(broken: dialects.Dialect, told: str) -> None:
-    with pytest.raises(AssertionError, match=f"(?s){told}"):
+def test_a_broken_dialect_is_refused(broken: dialects.Dialect, message: str) -> None:
+    with pytest.raises(AssertionError, match=f"(?s){message}"):
         check_dialect(broken)
 
 
@@ -192,7 +192,7 @@ def zero_where_blank(vectors: NDArray[np.float32], texts: Sequence[str]) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda vectors, texts: vectors.astype(np.float64), r"float32 array of shape \(0, 256\).*float64"),
         (lambda vectors, texts: vectors.tolist(), "got list"),
@@ -208,8 +208,8 @@ def zero_where_blank(vectors: NDArray[np.float32], texts: Sequence[str]) -> Any:
         (emptying, "must not change the list"),
     ],
 )
-def test_a_broken_embedder_is_refused(change: Change, told: str) -> None:
-    with pytest.raises(AssertionError, match=f"(?s){told}"):
+def test_a_broken_embedder_is_refused(change: Change, message: str) -> None:
+    with pytest.raises(AssertionError, match=f"(?s){message}"):
         check_embedder(Changed(change))
 
 
@@ -240,7 +240,7 @@ def test_the_tolerance_of_an_embedder_is_the_users_to_state() -> None:
 def hand_made(index: int, seed: int) -> Task:
     from atommem_env.types import Document
 
-    documents = [Document(f"P{place}", f"P{place} lives in town {index}.") for place in range(6)]
+    documents = [Document(f"P{number}", f"P{number} lives in town {index}.") for number in range(6)]
     random.Random(f"{index} {seed}").shuffle(documents)
     question = Question("q", "Where does P1 live?", (f"town {index}",), (Evidence("P1", f"town {index}"),), "1hop", 1)
     return Task(f"hand/{index}", "hotpotqa", tuple(documents), (question,))
@@ -341,14 +341,14 @@ def test_a_source_made_by_hand_passes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("broken", "told"),
+    ("broken", "message"),
     [
         (AnyIndex, r"task\(-1, 0\) of a source with 10 tasks must be an IndexError"),
         (SameId, r"must have different ids, .*\['task'\]"),
         (Unordered, "The seed must draw or order the documents"),
         (OtherQuestions, "The index alone must decide a task's id and questions"),
         (NoGold, "question 'q' of task 'hand/0' has no gold"),
-        (LooseEvidence, "'lives there' must stand verbatim in the document 'P1'"),
+        (LooseEvidence, "'lives there' must be a verbatim part of the document 'P1'"),
         (LostEvidence, "evidence in 'P1', and no document has that title"),
         (NoDocuments, "'hand/0' has no document"),
         (OtherDataset, "is of dataset 'musique', and its source of 'hotpotqa'"),
@@ -357,8 +357,8 @@ def test_a_source_made_by_hand_passes() -> None:
         (PickledToAnother, "of a pickled copy of the source is another"),
     ],
 )
-def test_a_broken_source_is_refused(broken: Callable[[], Any], told: str) -> None:
-    with pytest.raises(AssertionError, match=told):
+def test_a_broken_source_is_refused(broken: Callable[[], Any], message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
         check_task_source(broken())
 
 
@@ -395,7 +395,7 @@ def dated(seen: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("change", "observed", "told"),
+    ("change", "observed", "message"),
     [
         (encoded, same, r"step\('\\ud800'\) raised UnicodeEncodeError"),
         (same, dated, "The same seed must give the same episode"),
@@ -403,8 +403,8 @@ def dated(seen: Any) -> Any:
         (lambda action: action, same, "pickling the environment raised"),
     ],
 )
-def test_a_broken_environment_is_refused(change: Any, observed: Any, told: str) -> None:
-    with pytest.raises(AssertionError, match=told):
+def test_a_broken_environment_is_refused(change: Any, observed: Any, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
         check_env(Wrapped(change, observed))
 
 

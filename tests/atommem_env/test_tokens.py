@@ -1,4 +1,4 @@
-"""Tokens are counted as they are found."""
+"""Counting tokens agrees with finding them."""
 
 from __future__ import annotations
 
@@ -29,6 +29,6 @@ def test_every_character_of_latin_1_is_counted_as_it_is_found(neighbour: str) ->
 
 @given(_mixed, st.integers(0, 12))
 def test_cut_keeps_as_many_tokens_as_fit(text: str, limit: int) -> None:
-    kept = truncate(text, limit, _TOKENIZER)
-    assert text.startswith(kept)
-    assert _TOKENIZER.count(kept) == min(limit, _TOKENIZER.count(text))
+    prefix = truncate(text, limit, _TOKENIZER)
+    assert text.startswith(prefix)
+    assert _TOKENIZER.count(prefix) == min(limit, _TOKENIZER.count(text))

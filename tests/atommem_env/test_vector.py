@@ -22,7 +22,7 @@ SMALL: dict[str, Any] = {"num_docs": 6, "hops": [1], "chunk_tokens": 60}
 
 
 class Counting(HashingEmbedder):
-    """Counts its calls, and fails when told to."""
+    """Counts its calls, and fails on request."""
 
     def __init__(self) -> None:
         super().__init__(32)
@@ -76,16 +76,16 @@ def test_it_returns_what_gymnasiums_own_returns(mode: AutoresetMode) -> None:
     seen = []
     for vector in (ours, theirs):
         observation, info = vector.reset(seed=[3, 11, 4])
-        told = [plain((observation, info))]
+        returned = [plain((observation, info))]
         for step in range(40):
             observation, *rest = vector.step(replies(observation, step))
-            told.append(plain((observation, *rest)))
+            returned.append(plain((observation, *rest)))
             ended = rest[1] | rest[2]
             if mode is AutoresetMode.DISABLED and ended.any():
                 observation, info = vector.reset(options={"reset_mask": ended})
-                told.append(plain((observation, info)))
+                returned.append(plain((observation, info)))
         vector.close()
-        seen.append(told)
+        seen.append(returned)
     assert sum(any(item[2]) for item in seen[0] if len(item) == 5) > 3, "episodes must have ended on the way"
     assert seen[0] == seen[1]
     assert json.dumps(seen[0], default=str) == json.dumps(seen[1], default=str)
@@ -141,10 +141,10 @@ def test_what_is_kept_is_what_single_environments_keep(tmp_path: Path, durabilit
         for step in range(12):
             observation, *_ = vector.step(replies(observation, step))
         vector.close()
-    kept = []
+    stored = []
     for number in range(2):
         store = MemoryStore(tmp_path / str(number))
-        kept.append(
+        stored.append(
             sorted(
                 (
                     record.env_id,
@@ -161,9 +161,9 @@ def test_what_is_kept_is_what_single_environments_keep(tmp_path: Path, durabilit
                 for record in store.episodes()
             )
         )
-    assert len(kept[0]) >= 4
-    assert {item[3] for item in kept[0]} >= {"interrupted"}
-    assert kept[0] == kept[1]
+    assert len(stored[0]) >= 4
+    assert {item[3] for item in stored[0]} >= {"interrupted"}
+    assert stored[0] == stored[1]
 
 
 def test_a_commit_that_fails_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

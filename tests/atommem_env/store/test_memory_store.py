@@ -1,4 +1,4 @@
-"""The store against live memories, other clients, other processes, and everything that can be in its way."""
+"""The store against working memories, other clients, other processes, crashes and full disks."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def step_result(mutations: list[Mutation], text: str = "") -> StepResult:
 
 
 class Player:
-    """Random operations on a live memory, recorded as an episode records them."""
+    """Random operations on a working memory, recorded as an episode records them."""
 
     def __init__(self, recorder: Recorder, seed: int) -> None:
         self.recorder = recorder
@@ -103,9 +103,9 @@ class Player:
         episode_id = self.recorder.episode_id
         assert store.episode(episode_id).steps == len(self.replies)
         assert store.replies(episode_id) == self.replies
-        kept = store.vectors(episode_id)
-        assert kept.keys() == self.vectors.keys()
-        assert all(np.array_equal(kept[key], vector) for key, vector in self.vectors.items())  # type: ignore[index]
+        vectors = store.vectors(episode_id)
+        assert vectors.keys() == self.vectors.keys()
+        assert all(np.array_equal(vectors[key], vector) for key, vector in self.vectors.items())  # type: ignore[index]
         for step, snapshot in enumerate(self.history):
             then, live = store.memory_at(episode_id, step), WorkingMemory.restore(snapshot)
             assert then.entries() == live.entries()
@@ -185,16 +185,16 @@ def test_search_in_one_episode_and_in_all(tmp_path: Path) -> None:
     players = [played(store, seed) for seed in range(3)]
     query = np.random.default_rng(9).standard_normal(DIMENSION)
     one = players[1]
-    found = store.search(query, 3, one.recorder.episode_id)
-    assert [entry.entry_id for entry in found] == one.memory.search(query, 3)
+    results = store.search(query, 3, one.recorder.episode_id)
+    assert [entry.entry_id for entry in results] == one.memory.search(query, 3)
     scores = {
         (player.recorder.episode_id, entry.id): float(vector @ unit(query))
         for player in players
         for entry, vector in zip(player.memory.entries(), player.memory.vectors(), strict=True)
     }
-    found = store.search(query, 5)
-    assert [(hit.episode_id, hit.entry_id) for hit in found] == sorted(scores, key=lambda key: -scores[key])[:5]
-    assert found[0].score == pytest.approx(max(scores.values()), abs=1e-5)
+    results = store.search(query, 5)
+    assert [(hit.episode_id, hit.entry_id) for hit in results] == sorted(scores, key=lambda key: -scores[key])[:5]
+    assert results[0].score == pytest.approx(max(scores.values()), abs=1e-5)
     with pytest.raises(EmbeddingError):
         store.search(np.zeros(DIMENSION), 1)
     with pytest.raises(StoreError, match="8-dimensional"):
@@ -345,8 +345,8 @@ def test_a_failed_write_loses_and_doubles_nothing(
     for record in MemoryStore(tmp_path).episodes():  # whole steps, whatever was written
         assert record.steps in (6, 7)
         player = next(player for player in players if player.recorder.episode_id == record.episode_id)
-        kept = store.memory_at(record.episode_id, record.steps).entries()
-        assert kept == WorkingMemory.restore(player.history[record.steps]).entries()
+        entries = store.memory_at(record.episode_id, record.steps).entries()
+        assert entries == WorkingMemory.restore(player.history[record.steps]).entries()
     for player in players[1:]:
         player.play(1)
     store.write([player.recorder for player in players])
@@ -420,7 +420,7 @@ def test_search_over_thousands_of_entries_is_exact_and_passes_over_what_does_not
 ) -> None:
     rng = np.random.default_rng(5)
     store = MemoryStore(tmp_path)
-    live: dict[tuple[str, str], Vector] = {}
+    vectors: dict[tuple[str, str], Vector] = {}
     recorders = []
     for index in range(40):
         memory = WorkingMemory()
@@ -428,13 +428,13 @@ def test_search_over_thousands_of_entries_is_exact_and_passes_over_what_does_not
             memory.create("text", vector)
         recorders.append(recorder := begin(store, index))
         recorder.end("answered", 1.0, memory)
-        live |= {
+        vectors |= {
             (recorder.episode_id, entry.id): vector
             for entry, vector in zip(memory.entries(), memory.vectors(), strict=True)
         }
     store.write(recorders)
     queries = unit(rng.standard_normal((3, DIMENSION)))
-    cut = begin(store)  # leaves entries behind that are the nearest of all, of an episode that is not there
+    crashed = begin(store)  # leaves entries behind that are the nearest of all, of an episode that is not there
     memory = WorkingMemory()
     for _ in range(30):
         for query in queries:
@@ -443,14 +443,14 @@ def test_search_over_thousands_of_entries_is_exact_and_passes_over_what_does_not
     add = table_type.add
     with monkeypatch.context() as patch:
         patch.setattr(table_type, "add", lambda table, data: None if table.name == "episodes" else add(table, data))
-        commit(store, cut, "answered", 1.0, memory)
-    keys, matrix = list(live), np.stack(list(live.values()))
+        commit(store, crashed, "answered", 1.0, memory)
+    keys, matrix = list(vectors), np.stack(list(vectors.values()))
     for query in queries:
-        found = [(hit.episode_id, hit.entry_id) for hit in store.search(query, 20)]
-        assert found == [keys[place] for place in np.argsort(-(matrix @ query))[:20]]
+        results = [(hit.episode_id, hit.entry_id) for hit in store.search(query, 20)]
+        assert results == [keys[row] for row in np.argsort(-(matrix @ query))[:20]]
         inside = store.search(query, 9, recorders[7].episode_id)
-        own = [place for place in np.argsort(-(matrix @ query)) if keys[place][0] == recorders[7].episode_id]
-        assert [(hit.episode_id, hit.entry_id) for hit in inside] == [keys[place] for place in own[:9]]
+        own = [row for row in np.argsort(-(matrix @ query)) if keys[row][0] == recorders[7].episode_id]
+        assert [(hit.episode_id, hit.entry_id) for hit in inside] == [keys[row] for row in own[:9]]
 
 
 @pytest.mark.parametrize("crash_at", ["turns", "journal", "entries", "episodes", "delete"])
@@ -514,7 +514,7 @@ def test_a_commit_can_be_tried_again(tmp_path: Path) -> None:
 def test_the_recorder_refuses_what_would_damage_the_record(tmp_path: Path) -> None:
     store = MemoryStore(tmp_path)
     recorder = begin(store)
-    with pytest.raises(StoreError, match="got number 2"):
+    with pytest.raises(StoreError, match="got reply 2"):
         recorder.record(2, "too early", step_result([]))
     with pytest.raises(SettingError, match="status"):
         commit(store, recorder, "bored", 0.0, WorkingMemory())
@@ -759,7 +759,7 @@ def test_in_a_child_forked_after_lancedb_was_used_it_says_so(tmp_path: Path) -> 
 
 
 def commit_many(folder: Path, durability: str, seeds: range, barrier: Any) -> None:
-    """In a process of its own; all start to make the tables at the same moment."""
+    """In a separate process; all start to create the tables at the same moment."""
     store = MemoryStore(folder, durability)
     players = [Player(begin(store, seed), seed) for seed in seeds]
     barrier.wait(60)

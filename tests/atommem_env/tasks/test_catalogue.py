@@ -1,4 +1,4 @@
-"""Imports: whole or not at all, checked, and found again."""
+"""Imports: complete or absent, verified, and opened again."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_bad_rows_are_named_in_every_form_of_every_dataset(
     rows = [official(dataset, number) for number in range(3)]
     name = "id" if dataset == "musique" else "_id"
     nested = "paragraphs" if dataset == "musique" else "context"
-    place = {"list": "index 2 of the list", "parquet": "row 2"}.get(form, "line 3")
+    location = {"list": "index 2 of the list", "parquet": "row 2"}.get(form, "line 3")
     for change, message in (
         ({"answer": None}, "field 'answer' must be text, got None"),
         ({"question": " "}, "field 'question' is blank"),
@@ -189,7 +189,7 @@ def test_bad_rows_are_named_in_every_form_of_every_dataset(
                 path.write_bytes(gzip.compress(path.read_bytes()))
         with pytest.raises(DataError) as caught:
             import_dataset(dataset, "dev", [good, path])
-        assert f"{path}, {place}: {message}" in str(caught.value)
+        assert f"{path}, {location}: {message}" in str(caught.value)
     assert files_in(own_data_folder) == before
 
 
@@ -336,8 +336,8 @@ def test_fault_9_all_rows_of_real_files_are_imported(
     )
     assert report.rows == ROWS[dataset, split]
     assert report.unanswerable == 0
-    mended = {"dev": [2, 1], "train": [6]} if dataset == "2wikimultihopqa" else {}
-    assert sorted(report.repairs.values(), reverse=True) == mended.get(split, [])
+    repaired = {"dev": [2, 1], "train": [6]} if dataset == "2wikimultihopqa" else {}
+    assert sorted(report.repairs.values(), reverse=True) == repaired.get(split, [])
     # Every document of a question of these files is in the corpus too.
     corpus = {"hotpotqa": 31_313, "2wikimultihopqa": 12_014, "musique": 14_831}[dataset]
     assert report.corpus_documents == corpus

@@ -190,7 +190,7 @@ def test_a_connection_that_is_reset(server: Server, tmp_path: Path) -> None:
 
 def test_a_later_call_goes_on_too(server: Server, tmp_path: Path) -> None:
     server.script = [truncated, *[status(503)] * 9]
-    with pytest.raises(DatasetNotFound, match=r"not be fetched in 5 tries.*1,500,000 bytes are kept"):
+    with pytest.raises(DatasetNotFound, match=r"not be downloaded in 5 attempts.*1,500,000 bytes are saved"):
         get(server, tmp_path / "file")
     server.script = []
     assert get(server, tmp_path / "file").read_bytes() == CONTENT
@@ -225,12 +225,12 @@ def test_errors_that_pass_are_waited_for_and_others_are_not(server: Server, tmp_
     for code in (403, 404, 410):
         server.script, before = [status(code)], len(server.requests)
         with pytest.raises(
-            DatasetNotFound, match=rf"{server.url}: the server says {code} .*--url URL.*atommem data import"
+            DatasetNotFound, match=rf"{server.url}: the server responded {code} .*--url URL.*atommem data import"
         ):
             get(server, tmp_path / "b")
         assert len(server.requests) == before + 1
     server.script, before = [status(502)] * 99, len(server.requests)
-    with pytest.raises(DatasetNotFound, match=r"in 5 tries: Bad Gateway"):
+    with pytest.raises(DatasetNotFound, match=r"in 5 attempts: Bad Gateway"):
         get(server, tmp_path / "b")
     assert len(server.requests) == before + 5
 
@@ -307,7 +307,7 @@ def test_no_server(server: Server, tmp_path: Path) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/file"
-        with pytest.raises(DatasetNotFound, match=r"in 5 tries: .*refused"):
+        with pytest.raises(DatasetNotFound, match=r"in 5 attempts: .*refused"):
             download(url, tmp_path / "file", SHA256)
 
 

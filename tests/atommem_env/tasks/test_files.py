@@ -1,4 +1,4 @@
-"""Files of one's own."""
+"""Tasks over your own files."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def proof(item: Any) -> dict[str, Any]:
         ({"answer": "a"}, "'question' is missing"),
         ({"question": "Who?", "answer": "a", "id": "first"}, "'id' is 'first', as in .*q.jsonl, line 1"),
         (proof({"file": "x.txt", "text": "a"}), "'evidence.0..file' must be one of 1 start.txt; got 'x.txt'"),
-        (proof({"file": "1 start.txt", "text": "Ada flies"}), "'evidence.0..text' stands in no document"),
+        (proof({"file": "1 start.txt", "text": "Ada flies"}), "'evidence.0..text' is in no document"),
         (proof({"file": "1 start.txt"}), "'evidence.0..text' is missing"),
         (proof("Ada"), "'evidence.0.' must be an object"),
     ],

@@ -1,4 +1,4 @@
-"""Contexts: what is in them, where it lies, and that they are the same everywhere."""
+"""Contexts: their documents, the positions of these, and reproducibility."""
 
 from __future__ import annotations
 
@@ -72,14 +72,14 @@ def real(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def supporting(task: Task) -> list[int]:
     """Where the documents that hold evidence lie."""
-    places = {
-        place
-        for place, document in enumerate(task.documents)
+    positions = {
+        position
+        for position, document in enumerate(task.documents)
         for question in task.questions
         for evidence in question.evidence
         if evidence.title == document.title and evidence.text in document.text
     }
-    return sorted(places)
+    return sorted(positions)
 
 
 def squeezed(document: Document) -> tuple[str, str]:
@@ -236,10 +236,10 @@ def test_6400_real_documents(real: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 # -------------------------------------------------------------------------------------------------------- where it lies
 
 
-def uniform(places: list[int], num_docs: int) -> bool:
-    """Whether places 0 … num_docs - 1 are drawn alike: chi-square below what chance exceeds once in 30,000 times."""
-    counts = np.bincount(places, minlength=num_docs)
-    expected = len(places) / num_docs
+def uniform(positions: list[int], num_docs: int) -> bool:
+    """Whether positions 0 … num_docs - 1 are drawn alike: chi-square below what chance exceeds once in 30,000 times."""
+    counts = np.bincount(positions, minlength=num_docs)
+    expected = len(positions) / num_docs
     freedom = num_docs - 1
     return bool(((counts - expected) ** 2 / expected).sum() < freedom + 4 * np.sqrt(2 * freedom) + 8)
 
@@ -247,12 +247,12 @@ def uniform(places: list[int], num_docs: int) -> bool:
 def test_fault_7_supporting_documents_lie_uniformly(file: Path, own_data_folder: Path) -> None:
     source = HaystackSource("hotpotqa", data=file, num_docs=50)
     tasks = [source.task(index, seed) for index in range(25) for seed in range(40)]  # 1,000
-    assert uniform([place for task in tasks for place in supporting(task)], 50)
+    assert uniform([position for task in tasks for position in supporting(task)], 50)
     own = [{title for title, _ in row(index)["context"]} for index in range(25) for _ in range(40)]
     placed = [
-        place
+        position
         for task, titles in zip(tasks, own, strict=True)
-        for place, document in enumerate(task.documents)
+        for position, document in enumerate(task.documents)
         if document.title in titles
     ]
     assert uniform(placed, 50)
@@ -269,9 +269,9 @@ def test_fault_7_one_seed_gives_each_task_its_own_order(file: Path, own_data_fol
 def test_fault_7_on_real_questions(real: Path, monkeypatch: pytest.MonkeyPatch, dataset: str) -> None:
     monkeypatch.setenv("ATOMMEM_DATA", str(real))
     source = HaystackSource(dataset, num_docs=200)
-    places = [place for draw in range(1000) for place in supporting(source.task(draw % len(source), draw))]
-    assert len(places) >= 2000
-    assert uniform(places, 200)
+    positions = [position for draw in range(1000) for position in supporting(source.task(draw % len(source), draw))]
+    assert len(positions) >= 2000
+    assert uniform(positions, 200)
 
 
 def test_fault_9_no_document_twice_on_real_grouped_questions(real: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,13 +294,13 @@ def test_answers_stand_in_the_evidence(real: Path, monkeypatch: pytest.MonkeyPat
     """2WikiMultiHopQA's answers are now and then a name's other form, or a date spelt in another way."""
     monkeypatch.setenv("ATOMMEM_DATA", str(real))
     source = HaystackSource(dataset, num_docs=20)
-    found = []
+    answered = []
     for index in range(len(source)):
         [question] = source.task(index, seed=0).questions
         evidence = "\n".join(f"{item.title}\n{item.text}" for item in question.evidence).casefold()
         if question.answers[0] not in ("yes", "no"):
-            found.append(any(answer.casefold() in evidence for answer in question.answers))
-    assert np.mean(found) >= least
+            answered.append(any(answer.casefold() in evidence for answer in question.answers))
+    assert np.mean(answered) >= least
 
 
 # ------------------------------------------------------------------------------------------------- the same everywhere

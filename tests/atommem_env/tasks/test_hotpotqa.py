@@ -54,8 +54,8 @@ def test_form_of_the_hub_gives_the_same_record() -> None:
     hub["id"] = hub.pop("_id")
     titles, sentences = zip(*hub["context"], strict=True)
     hub["context"] = {"title": list(titles), "sentences": list(sentences)}
-    titles, places = zip(*hub["supporting_facts"], strict=True)
-    hub["supporting_facts"] = {"title": list(titles), "sent_id": list(places)}
+    titles, indices = zip(*hub["supporting_facts"], strict=True)
+    hub["supporting_facts"] = {"title": list(titles), "sent_id": list(indices)}
     assert hotpotqa.parse(hub) == hotpotqa.parse(row())
 
 
@@ -67,22 +67,22 @@ def test_nested_fields_may_be_json_text() -> None:
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.lists(st.text(), min_size=1), min_size=1), st.data())
 def test_evidence_is_a_verbatim_piece_of_its_document(contexts: list[list[str]], data: st.DataObject) -> None:
-    place = data.draw(st.integers(0, len(contexts) - 1))
-    sentence = data.draw(st.integers(-2, len(contexts[place]) + 1))
-    contexts[place].append("So that the document is not blank.")
+    index = data.draw(st.integers(0, len(contexts) - 1))
+    sentence = data.draw(st.integers(-2, len(contexts[index]) + 1))
+    contexts[index].append("So that the document is not blank.")
     raw = row() | {
         "context": [[f"title {number}", sentences] for number, sentences in enumerate(contexts)],
-        "supporting_facts": [[f"title {place}", sentence]],
+        "supporting_facts": [[f"title {index}", sentence]],
     }
     record = hotpotqa.parse(raw)
     [evidence] = record.question.evidence
     [supporting] = record.supporting
-    assert evidence.title == record.documents[supporting].title == f"title {place}"
+    assert evidence.title == record.documents[supporting].title == f"title {index}"
     assert evidence.text
     assert evidence.text in record.documents[supporting].text
-    real = 0 <= sentence < len(contexts[place]) and contexts[place][sentence].strip()
+    real = 0 <= sentence < len(contexts[index]) and contexts[index][sentence].strip()
     assert bool(record.repairs) == (not real)
-    assert evidence.text == (contexts[place][sentence].strip() if real else record.documents[supporting].text)
+    assert evidence.text == (contexts[index][sentence].strip() if real else record.documents[supporting].text)
 
 
 def test_null_id_is_made_from_the_content() -> None:

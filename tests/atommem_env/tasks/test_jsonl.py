@@ -59,8 +59,8 @@ def test_places_and_progress(tmp_path: Path) -> None:
     lines, listed = tmp_path / "lines", tmp_path / "list"
     lines.write_text('\n{"a": 1}\n\n{"a": 2}\n')
     listed.write_text('[{"a": 1}, {"a": 2}]')
-    assert [place for place, _ in read_records(lines)] == [f"{lines}, line 2", f"{lines}, line 4"]
-    assert [place for place, _ in read_records(listed)] == [f"{listed}, index {n} of the list" for n in (0, 1)]
+    assert [location for location, _ in read_records(lines)] == [f"{lines}, line 2", f"{lines}, line 4"]
+    assert [location for location, _ in read_records(listed)] == [f"{listed}, index {n} of the list" for n in (0, 1)]
     seen: list[int] = []
     list(read_records(lines, seen.append))
     assert seen == sorted(seen)
@@ -98,7 +98,7 @@ def test_damage_is_named_with_file_and_place(tmp_path: Path, content: bytes, mes
 @pytest.mark.parametrize("form", ["lines", "list", "lines in gzip", "list in gzip"])
 @pytest.mark.parametrize("closed", [True, False])
 def test_a_record_of_100_mb_is_refused_in_little_memory(tmp_path: Path, form: str, closed: bool) -> None:
-    """Where it ends, and where it does not; in a process of its own, whose memory is asked for."""
+    """A record that ends and one that does not; in a separate process, to measure its memory."""
     path = tmp_path / "long.file"
     opener = gzip.open if "gzip" in form else open
     with opener(path, "wb", **({"compresslevel": 1} if "gzip" in form else {})) as file:  # type: ignore[operator]
@@ -115,8 +115,8 @@ def test_a_record_of_100_mb_is_refused_in_little_memory(tmp_path: Path, form: st
     )
     ran = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
     message, kilobytes = ran.stdout.splitlines()
-    place = "index 1 of the list" if "list" in form else "line 2"
-    assert f"{path}, {place}: longer than 16,777,216 characters" in message
+    location = "index 1 of the list" if "list" in form else "line 2"
+    assert f"{path}, {location}: longer than 16,777,216 characters" in message
     assert int(kilobytes) < 300_000
 
 

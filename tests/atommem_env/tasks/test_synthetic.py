@@ -99,13 +99,13 @@ def asked(question: Question) -> tuple[str, tuple[str, ...]]:
 
 
 def solve(task: Task, question: Question, same: Callable[[str, str], bool] = str.__eq__) -> tuple[str | None, int]:
-    """(the answer or None, how many links were found); of several facts that match the last one counts."""
+    """(the answer or None, how many links there are); of several facts that match the last one counts."""
     subject, chain = asked(question)
     for number, relation in enumerate(chain):
-        found = [fact.object for _, fact in facts(task) if fact.relation == relation and same(fact.subject, subject)]
-        if not found:
+        objects = [fact.object for _, fact in facts(task) if fact.relation == relation and same(fact.subject, subject)]
+        if not objects:
             return None, number
-        subject = found[-1]
+        subject = objects[-1]
     return subject, len(chain)
 
 
@@ -136,11 +136,11 @@ def test_the_documents_give_exactly_the_gold_answer(count: int, settings: dict[s
         assert len(task.documents) == settings.get("num_docs", 20)
         assert len({asked(question)[0] for question in task.questions}) == len(task.questions)
         for question in task.questions:
-            answer, found = solve(task, question)
+            answer, links = solve(task, question)
             assert len(asked(question)[1]) == question.hops
             assert question.answers == (answer or "unknown",), task
             assert ("unanswerable" in question.kind) == (answer is None)
-            assert found == len(question.evidence)  # all links that exist, up to the gap
+            assert links == len(question.evidence)  # all links that exist, up to the gap
 
 
 def test_evidence_is_the_sentence_that_counts() -> None:
@@ -239,13 +239,13 @@ def test_the_extremes_are_exact() -> None:
 
 
 def test_evidence_lies_uniformly_and_in_any_order() -> None:
-    places, first_before_last = collections.Counter[int](), 0
+    counts, first_before_last = collections.Counter[int](), 0
     for task in tasks(3000, hops=(3,), corrections=0, unanswerable=0):
         titles = [document.title for document in task.documents]
-        found = [titles.index(evidence.title) for evidence in task.questions[0].evidence]
-        places.update(found)
-        first_before_last += found[0] < found[-1]
-    assert all(places[place] / 9000 == pytest.approx(1 / 20, abs=0.01) for place in range(20))
+        positions = [titles.index(evidence.title) for evidence in task.questions[0].evidence]
+        counts.update(positions)
+        first_before_last += positions[0] < positions[-1]
+    assert all(counts[position] / 9000 == pytest.approx(1 / 20, abs=0.01) for position in range(20))
     assert first_before_last / 3000 == pytest.approx(0.5, abs=0.04)
 
 
@@ -311,21 +311,21 @@ def test_overlooking_a_correction_leads_to_a_wrong_answer_rather_than_to_none() 
 
 
 def names(split: str) -> set[str]:
-    found = set()
+    matches = set()
     for task in tasks(700, split=split):
         for document in task.documents:
-            found |= {document.title, *NAME.findall(document.text)}
-        found |= {name for question in task.questions for name in NAME.findall(question.text)}
-    return {name for name in found if " " in name}
+            matches |= {document.title, *NAME.findall(document.text)}
+        matches |= {name for question in task.questions for name in NAME.findall(question.text)}
+    return {name for name in matches if " " in name}
 
 
 def test_full_names_of_two_splits_never_meet_but_their_words_do() -> None:
-    found = {split: names(split) for split in SPLITS}
-    words = {split: {word for name in found[split] for word in name.split()} for split in SPLITS}
+    names_of = {split: names(split) for split in SPLITS}
+    words = {split: {word for name in names_of[split] for word in name.split()} for split in SPLITS}
     for one, other in (("train", "dev"), ("train", "test"), ("dev", "test")):
-        assert not found[one] & found[other]
+        assert not names_of[one] & names_of[other]
         assert words[one] == words[other]
-    assert len(found["train"]) > 3000
+    assert len(names_of["train"]) > 3000
 
 
 def test_the_vocabulary_covers_every_word_and_little_else() -> None:
