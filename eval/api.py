@@ -31,8 +31,10 @@ from atommem_env.make import make_env
 from atommem_env.paths import remove_with, temporary_folder
 from atommem_env.plugins import name_of
 from atommem_env.types import Task, TaskSource
+from eval.command_line import default_fields
 from eval.compare import compare, read_run
 from eval.options import EnvConfig, EvalConfig, PlayConfig
+from eval.played_as import read_card
 from eval.players import AnyPolicy, LocalPlayer, Parts
 from eval.run import evaluate as evaluate_config
 from eval.run import evaluate_async as evaluate_config_async
@@ -114,7 +116,7 @@ class Result:
 
 def evaluate(
     policy: AnyPolicy,
-    env: AnyEnv = "AtomMem-Synthetic",
+    env: AnyEnv | None = None,
     *,
     episodes: int = 50,
     seed: int = 0,
@@ -129,7 +131,7 @@ def evaluate(
         policy: a name from `atommem policies`, `module:attribute`, a function from observation to reply, a `Policy`, a chat
             model as an AtomMem agent, or, with `model`, a method of prompting.
         env: an id; an environment of `gym.make`, whose own store and episode stay as they are; or tasks of your own: one or
-            more `Task`, or a `TaskSource`.
+            more `Task`, or a `TaskSource`. Left out: the one that a trained model's folder names, else AtomMem-Synthetic.
         seed: draws the tasks, their documents and whatever a policy draws.
         out: folder of the run; left out, it is temporary and goes with the result, unless it is saved.
         model: what a method of prompting asks: a name, or an object.
@@ -155,7 +157,7 @@ def evaluate(
 
 async def evaluate_async(
     policy: AnyPolicy,
-    env: AnyEnv = "AtomMem-Synthetic",
+    env: AnyEnv | None = None,
     *,
     episodes: int = 50,
     seed: int = 0,
@@ -176,7 +178,7 @@ async def evaluate_async(
 
 
 def configure(
-    kind: type[_Config], policy: AnyPolicy, env: AnyEnv, model: str | ChatModel | None, options: dict[str, Any]
+    kind: type[_Config], policy: AnyPolicy, env: AnyEnv | None, model: str | ChatModel | None, options: dict[str, Any]
 ) -> tuple[_Config, Parts]:
     """A command's configuration from Python's arguments, and the objects that it cannot hold.
 
@@ -187,6 +189,15 @@ def configure(
     Raises:
         SettingError: an option that cannot be given beside an environment that is made already.
     """
+    recorded: tuple[str, ...] = ()
+    if issubclass(kind, EvalConfig) and isinstance(policy, str) and (card := read_card(policy)):
+        if isinstance(env, str | None):
+            fields = default_fields(None, card, env)
+        else:
+            fields = {"layout": card.layout, "max_new_tokens": card.max_new_tokens}
+        env, recorded = fields.pop("env_id", env), fields.pop("set", ())
+        options = fields | options
+    env = "AtomMem-Synthetic" if env is None else env
     options = dict(options)
     layout = None if isinstance(options.get("layout", ""), str) else options.pop("layout")
     own = {field.name for field in dataclasses.fields(kind)}
@@ -208,7 +219,7 @@ def configure(
         plain = {key: value for key, value in of_env.items() if _is_plain(value)}
         fields = {key: plain.pop(key) for key in list(plain) if key in own}
         pairs = tuple(f"{key}={json.dumps(value)}" for key, value in plain.items())
-        config = kind(env_id=env, policy=name, set=pairs, **fields, **options)
+        config = kind(env_id=env, policy=name, set=(*recorded, *pairs), **fields, **options)
         objects = {key: value for key, value in of_env.items() if not _is_plain(value)}
         if objects:
             made = make_env(

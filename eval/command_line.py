@@ -76,16 +76,16 @@ def parse_eval(prog: str, description: str, words: Sequence[str]) -> tuple[EvalC
     like, card = read_run(Path(run)) if run else None, read_card(policy) if policy else None
     if not (like or card):
         return parse_config(EvalConfig, prog, description, words), []
-    default = _defaults(like, card)
+    default = EvalConfig(**default_fields(like, card))
     config = parse_config(EvalConfig, prog, description, words, default)
     if config.env_id != default.env_id:
-        default = _defaults(like, card, config.env_id)
+        default = EvalConfig(**default_fields(like, card, config.env_id))
         config = parse_config(EvalConfig, prog, description, words, default)
     return config, _notes(config, default, like, card)
 
 
-def _defaults(like: PlayRecord | None, card: PlayRecord | None, env_id: str | None = None) -> EvalConfig:
-    """The defaults of an evaluation.
+def default_fields(like: PlayRecord | None, card: PlayRecord | None, env_id: str | None = None) -> dict[str, Any]:
+    """The defaults of an evaluation, as fields of `EvalConfig`.
 
     Args:
         like: of another run.
@@ -98,7 +98,7 @@ def _defaults(like: PlayRecord | None, card: PlayRecord | None, env_id: str | No
     fields = record.playing() | (record.environment() if recorded else {"env_id": env_id})
     if card and not (record is card and recorded):
         fields |= card.model()
-    return EvalConfig(**fields)
+    return fields
 
 
 def _notes(config: EvalConfig, default: EvalConfig, like: PlayRecord | None, card: PlayRecord | None) -> list[str]:

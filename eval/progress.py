@@ -41,8 +41,8 @@ class EpisodeBar:
         self.show()
 
     def show(self) -> None:
-        em = f", EM {fmean(self.rewards):.3f}" if self.rewards else ""
-        self.display.update(self.bar, completed=len(self.rewards), status=f"{self.replies} replies{em}")
+        reward = f", reward {fmean(self.rewards):.3f}" if self.rewards else ""
+        self.display.update(self.bar, completed=len(self.rewards), status=f"{self.replies} replies{reward}")
 
 
 @contextmanager

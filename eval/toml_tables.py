@@ -23,6 +23,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from atommem_env.errors import SettingError
+from atommem_env.plugins import suggest
 
 
 def fields_of(made: type) -> dict[str, Any]:
@@ -97,7 +98,9 @@ def _find_recipe(name: str, shipped: Path, folder: Path, *, based: Path | None) 
         return shipped / f"{stem}.toml"
     argument = f"{based}: base" if based else "A recipe"
     known = ", ".join(known + suffix for known in names)
-    raise SettingError(f"{argument} is one of {known}, or the path of a TOML file; got {name!r}.")
+    raise SettingError(
+        f"{argument} is one of {known}, or the path of a TOML file; got {name!r}{suggest(stem, names) or '.'}"
+    )
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -137,7 +140,9 @@ def read_table(where: object, table: str, values: dict[str, Any], fields: dict[s
     read = {}
     for name, value in values.items():
         if name not in fields:
-            raise SettingError(f"{where}: [{table}] has no {name!r}. It has: {', '.join(fields)}.")
+            raise SettingError(
+                f"{where}: [{table}] has no {name!r}{suggest(name, fields) or '.'} It has: {', '.join(fields)}."
+            )
         try:
             read[name] = _convert(value, fields[name])
         except TypeError:

@@ -14,7 +14,7 @@ from train.collect import collect as collect_config
 
 def collect(
     policy: AnyPolicy,
-    env: AnyEnv = "AtomMem-Synthetic",
+    env: AnyEnv | None = None,
     *,
     out: str | Path,
     episodes: int = 50,

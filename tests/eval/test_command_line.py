@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import atommem_env
 from agents.models.find import TINY
 from atommem_env import cli
 from eval.command_line import parse_eval
@@ -140,3 +141,17 @@ def test_the_real_command_plays_and_says_so(
     played = json.loads((tmp_path / "config.json").read_text())
     assert (played["layout"], played["settings"]["dialect"]) == ("terse", "public_code")
     assert (played["options"]["hops"], played["sampling"]["max_new_tokens"]) == ([1], 16)
+
+
+def test_python_plays_a_trained_model_as_the_command_does(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["atommem", "eval", "--policy", str(model), "--episodes", "2", "--out", str(tmp_path / "command")]
+    monkeypatch.setattr(sys, "argv", words)
+    cli.main()
+    result = atommem_env.evaluate(str(model), episodes=2, out=tmp_path / "python", progress=False)
+    for name in ("config.json", "episodes.jsonl"):
+        assert (tmp_path / "command" / name).read_bytes() == (result.folder / name).read_bytes()
+    other = atommem_env.evaluate(str(model), episodes=1, chunk_tokens=96, max_new_tokens=4, progress=False)
+    assert (other.summary["settings"]["chunk_tokens"], other.summary["settings"]["hops"]) == (96, [1])
+    assert other.summary["settings"]["sampling"]["max_new_tokens"] == 4

@@ -22,7 +22,11 @@ def rendered(width: int, description: str, status: str) -> str:
 @pytest.mark.parametrize("description", ["oracle", LONG])
 @pytest.mark.parametrize(
     ("width", "status"),
-    [(60, "12345 replies, EM 0.123"), (80, "12345 replies, EM 0.123"), (80, "reward 0.123, best held-out EM 0.456")],
+    [
+        (60, "12345 replies, reward 0.123"),
+        (80, "12345 replies, reward 0.123"),
+        (80, "reward 0.123, best held-out EM 0.456"),
+    ],
 )
 def test_count_times_and_status_are_whole_in_a_narrow_terminal(width: int, status: str, description: str) -> None:
     line = rendered(width, description, status)

@@ -34,7 +34,6 @@ import tyro
 from rich.console import Console
 
 from atommem_env.errors import DataError, JobFailed, SettingError
-from atommem_env.packages import check_packages
 from atommem_env.plugins import MODULES
 from eval.progress import step_progress
 from eval.run_folder import read_jsonl, write_atomic
@@ -139,8 +138,6 @@ def _split(words: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
 
 def main(config: LaunchConfig) -> None:
     """Train a model on a cluster: checks, Ray, the embedding service, the job, its progress and its end."""
-    if not config.dry_run:
-        check_packages("train", Path.cwd())  # which Ray puts before all else on the path of a job's workers
     launch(config, Console(), Console(stderr=True))
 
 
