@@ -202,7 +202,7 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
         return self.episode.submit(action)
 
     def resolve(self, action: str, vectors: ArrayLike) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """The second half: carries out the `action` that was submitted, given the vectors asked for, and keeps it."""
+        """The second half: carries out the `action` that was submitted, given the requested vectors, and records it."""
         assert self.episode is not None
         assert self._recorder is not None
         result = self.episode.resolve(vectors)
@@ -244,7 +244,7 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
         )
 
     def _leave(self) -> None:
-        """Keeps what an episode that nobody will finish has in memory."""
+        """Stores the memory of an episode that is abandoned."""
         if self.episode is not None and self._recorder is not None:
             if self.episode.stop_reason is None and self.episode.steps:
                 self._recorder.end(INTERRUPTED, 0.0, self.episode.memory)
@@ -255,7 +255,7 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
         self.store.write([recorder])
 
     def _resume(self, episode_id: str) -> tuple[int, int]:
-        """Replays an interrupted episode from the store: the replies again, with the vectors that were kept."""
+        """Replays an interrupted episode of the store, with its stored replies and vectors."""
         record = self.store.episode(episode_id)
         if record.status != INTERRUPTED:
             raise SettingError(
