@@ -1,1 +1,1 @@
-"""Evaluation: policies on environments, as tables that others can reproduce."""
+"""Evaluation of policies on environments, as tables that others can reproduce."""
