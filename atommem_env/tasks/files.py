@@ -14,10 +14,9 @@ from atommem_env.errors import DataError, DatasetNotFound, MissingDependency, Se
 from atommem_env.tasks.haystack import check_questions, group_starts
 from atommem_env.tasks.jsonl import read_records
 from atommem_env.tasks.records import check_range, checked, required_text
-from atommem_env.types import Document, Evidence, Question, Task
+from atommem_env.types import UNGRADED, Document, Evidence, Question, Task
 
 SUFFIXES = (".txt", ".text", ".md", ".markdown", ".pdf")  # of the files used from a folder
-UNGRADED = "ungraded"  # the kind of a question without a gold
 _LONGEST_PART = 8_000  # characters, about 1,600 tokens: several parts fit into a chunk of the default size
 _HEADING = re.compile(r"(#{1,6})\s+(.+?)\s*#*\s*$")
 _FENCE = re.compile(r"\s{0,3}(```|~~~)")
@@ -50,7 +49,8 @@ class FilesSource:
       `evidence_file` and `evidence_text`. A passage must be part of one document; differences in whitespace are ignored.
 
     Answers are scored as HotpotQA's. A question whose `answers` are the empty list `[]`, or that is given as `question=` without
-    `answers=`, has **no gold**: it is asked, its answer is in `info`, its kind is "ungraded" and its exact match and F1 are 0.
+    `answers=`, has **no gold**: it is asked, its answer is in `info`, its kind is "ungraded", and it is not graded: exact
+    match and F1 are None, and no mean or reward counts it.
 
     Task `i` asks the questions of group `i` of the file, as in `HaystackSource`, except that the last group may be smaller: no
     question is left out. The seed has no effect.
