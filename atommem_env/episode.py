@@ -40,6 +40,7 @@ from atommem_env.types import (
     OperationResult,
     Phase,
     QuestionOutcome,
+    Score,
     StepResult,
     StopReason,
     Task,
@@ -109,7 +110,7 @@ class Episode:
 
     @property
     def reward(self) -> float:
-        """0 until the episode has ended, then the mean exact match over its questions and what `reward_terms` adds."""
+        """0 until the episode has ended, then the mean exact match over its graded questions and what `reward_terms` adds."""
         return 0.0 if self.stop_reason is None else final_reward(self.summary())
 
     def summary(self) -> EpisodeSummary:
@@ -398,9 +399,14 @@ class Episode:
                 self._resolve_question(None)
 
     def _resolve_question(self, answer: str | None) -> None:
-        """Scores the current question (None: unanswered) and moves to the next."""
+        """Grades the current question, where it has a gold (None: unanswered), and moves to the next."""
         question = self.task.questions[len(self.outcomes)]
-        graded = None if answer is None else score(answer, question.answers, rule_of(self.task))
+        if not question.answers:
+            graded = None
+        elif answer is None:
+            graded = Score.exact(0.0)
+        else:
+            graded = score(answer, question.answers, rule_of(self.task))
         stored = self.stored_text()
         # What the policy had in view when it replied, not what a later operation of the reply changed.
         view = _SEPARATOR.join([self._observation["scratchpad"], *(entry.text for entry in self._shown)])
@@ -409,8 +415,8 @@ class Episode:
             kind=question.kind,
             hops=question.hops,
             prediction=answer,
-            em=graded.em if graded else 0.0,
-            f1=graded.f1 if graded else 0.0,
+            em=graded.em if graded else None,
+            f1=graded.f1 if graded else None,
             evidence=len(question.evidence),
             stored=sum(holds(stored, passage.text) for passage in question.evidence),
             retrieved=sum(holds(view, passage.text) for passage in question.evidence),

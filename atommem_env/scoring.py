@@ -29,7 +29,7 @@ _VERDICTS = frozenset(("yes", "no", "noanswer"))
 def score(prediction: str, golds: Sequence[str], rule: str | ScoringRule) -> Score:
     """The score of an answer to one question: each metric is its maximum over that question's golds.
 
-    Answers of "synthetic" and "files" are scored as HotpotQA's. A question of "files" may have no gold; it scores 0.
+    Answers of "synthetic" and "files" are scored as HotpotQA's.
 
     Args:
         rule: a name of `RULES`, `module:attribute` of your own function, or the function.
@@ -39,10 +39,8 @@ def score(prediction: str, golds: Sequence[str], rule: str | ScoringRule) -> Sco
 
     Raises:
         SettingError: there is no such rule, or a user-defined one does not return a `Score`.
-        DataError: `golds` is empty, and the rule is not "files".
+        DataError: `golds` is empty, or a single text; a question without a gold is not graded.
     """
-    if rule == "files" and not golds:
-        return Score.exact(0.0)
     if isinstance(golds, str) or not golds:
         raise DataError(f"golds must be a sequence of at least one answer, got {golds!r}; give gold and aliases.")
     result = get_rule(rule)(prediction, golds)

@@ -21,6 +21,7 @@ from atommem_env.plugins import name_of
 
 Vector = NDArray[np.float32]
 EmbeddingKind = Literal["document", "query"]
+UNGRADED = "ungraded"  # the kind of a question without a gold
 
 # ---------------------------------------------------------------------------------------------------------------- tasks
 
@@ -47,7 +48,7 @@ class Question:
 
     id: str
     text: str
-    answers: tuple[str, ...]  # the gold answer first, then its aliases; may be empty only in "files"
+    answers: tuple[str, ...]  # the gold answer first, then its aliases; empty: the question is asked, but not graded
     evidence: tuple[Evidence, ...] = ()  # in the order of the dataset
     kind: str = ""  # the dataset's own question type, e.g. "bridge", "comparison", "2hop"
     hops: int = 1  # reasoning steps; for HotpotQA the number of supporting documents
@@ -88,7 +89,7 @@ class Task:
     def of(
         cls,
         documents: Sequence[str | tuple[str, str] | Document],
-        questions: Sequence[tuple[str, str | Sequence[str]] | Question],
+        questions: Sequence[str | tuple[str, str | Sequence[str]] | Question],
         *,
         id: str | None = None,
         dataset: str = "custom",
@@ -98,7 +99,8 @@ class Task:
 
         Args:
             documents: each a text, (title, text) or a `Document`; a bare text is titled "Document N".
-            questions: each (text, answer), (text, answers) or a `Question`.
+            questions: each (text, answer), (text, answers) or a `Question`; a bare text, or one with an empty list of answers,
+                has no gold: it is asked, and its answer recorded, but it is not graded.
             id: of the task in records; by default a hash of the texts, so that equal tasks have equal ids.
             dataset: the dataset's name in records.
             scoring: as the field `scoring`.
@@ -110,6 +112,9 @@ class Task:
         Raises:
             SettingError: a document or a question has another form.
         """
+        for name, value in (("documents", documents), ("questions", questions)):
+            if isinstance(value, str):  # or each of its characters would be one
+                raise SettingError(f"{name} must be a list, got the text {value[:40]!r}.")
         parsed_documents = tuple(_parse_document(number, value) for number, value in enumerate(documents, 1))
         parsed_questions = tuple(_parse_question(number, value) for number, value in enumerate(questions, 1))
         content = repr((parsed_documents, parsed_questions))
@@ -132,12 +137,14 @@ def _parse_question(number: int, value: object) -> Question:
     match value:
         case Question():
             return value
+        case str():
+            return Question(f"q{number}", value, (), kind=UNGRADED)
         case (str() as text, str() as answer):
             return Question(f"q{number}", text, (answer,))
         case (str() as text, [*answers]) if all(isinstance(answer, str) for answer in answers):
-            return Question(f"q{number}", text, tuple(map(str, answers)))
+            return Question(f"q{number}", text, tuple(map(str, answers)), kind="" if answers else UNGRADED)
     raise SettingError(
-        f"A question must be (text, answer), (text, answers) or a Question, got {value!r} as number {number}."
+        f"A question must be a text, (text, answer), (text, answers) or a Question, got {value!r} as number {number}."
     )
 
 
@@ -164,7 +171,7 @@ REWARD_TERMS = {
     "reads": "replies with a Read that was carried out, of all replies",
     "steps": "replies, of the step budget",
     "memory_size": "tokens stored at the end in entries and scratchpad, of the document's tokens; at most 1",
-    "evidence_stored": "evidence passages stored when their question was resolved, of all; 1 where a task has none",
+    "evidence_stored": "evidence passages of graded questions stored when these were resolved, of all; 1 where there are none",
 }
 
 # The AtomMem paper's ablations: name -> the settings that it changes
@@ -399,7 +406,7 @@ class StepResult:
     """The outcome of one reply."""
 
     observation: Observation
-    reward: float  # 0 until the end, then the mean exact match over the task's questions, and `reward_terms`
+    reward: float  # 0 until the end, then the mean exact match over the task's graded questions, and `reward_terms`
     terminated: bool
     truncated: bool
     results: tuple[OperationResult, ...]  # in the order written
@@ -414,8 +421,8 @@ class QuestionOutcome:
     kind: str  # the dataset's own type
     hops: int
     prediction: str | None  # None: unanswered
-    em: float
-    f1: float
+    em: float | None  # None: not graded, because the question has no gold
+    f1: float | None  # None: not graded
     evidence: int  # passages that support the answer
     stored: int  # of these, in some entry or the scratchpad when the question was resolved
     retrieved: int  # of these, in view (entries shown, or scratchpad) when the question was resolved

@@ -359,7 +359,9 @@ def test_a_method_with_a_model_that_is_an_object() -> None:
     ("documents", "questions", "message"),
     [
         ([3], [("a", "b")], "A document must be a text"),
-        (["x"], ["who?"], "A question must be"),
+        (["x"], [3], "A question must be"),
+        ("who", [("a", "b")], "documents must be a list, got the text 'who'"),
+        (["x"], "who?", "questions must be a list, got the text 'who"),
         (["x"], [("who?", 3)], "A question must be"),
     ],
 )

@@ -271,12 +271,14 @@ def _summary(config: dict[str, Any], records: Sequence[dict[str, Any]]) -> list[
     return [_pairs(stats), _details("Settings", _pairs(settings))]
 
 
-def _verdict(em: float) -> str:
+def _verdict(em: float | None) -> str:
+    if em is None:
+        return "ungraded"
     return "right" if em == 1 else "wrong"
 
 
-def _em(em: float) -> Element:
-    return _node("span", f"chip {_verdict(em)}", f"EM {em:.2g}")
+def _em(em: float | None) -> Element:
+    return _node("span", f"chip {_verdict(em)}", "EM –" if em is None else f"EM {em:.2g}")
 
 
 def _list_item(record: dict[str, Any], replayed: _Replay) -> Element:
@@ -428,7 +430,7 @@ def _question(replayed: _Replay, index: int) -> Element:
     facts = [
         ("gold", gold + (f" (also: {'; '.join(aliases)})" if aliases else "")),
         ("prediction", "– (unanswered)" if outcome.prediction is None else outcome.prediction),
-        ("F1", f"{outcome.f1:.2f}"),
+        ("F1", "–" if outcome.f1 is None else f"{outcome.f1:.2f}"),
         ("evidence", f"{outcome.stored} of {outcome.evidence} stored, {outcome.retrieved} in view"),
         ("kind", f"{question.kind} · hops: {question.hops}"),
     ]

@@ -7,7 +7,7 @@ import pytest
 
 from atommem_env.episode import Episode
 from atommem_env.errors import EmbeddingError, EpisodeStateError, SettingError
-from atommem_env.types import EpisodeSettings, Fault, OperationKind, Phase, StepResult, StopReason, Task
+from atommem_env.types import UNGRADED, EpisodeSettings, Fault, OperationKind, Phase, StepResult, StopReason, Task
 
 Say = Callable[[Episode, str], StepResult]
 SMALL = EpisodeSettings(chunk_tokens=8)
@@ -398,3 +398,18 @@ def test_mutations_say_what_changed_in_order(task: Task, say: Say) -> None:
 def test_a_setting_that_cannot_work_is_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(SettingError, match=name):
         EpisodeSettings(**{name: value})  # type: ignore[arg-type]
+
+
+def test_a_question_may_come_without_a_gold_and_its_answer_is_recorded(say: Say) -> None:
+    asked = Task.of(["Ada moved to Rome."], ["Where does Ada live?", ("Since when?", []), ("Who moved?", "Ada")])
+    assert [(question.answers, question.kind) for question in asked.questions] == [
+        ((), UNGRADED),
+        ((), UNGRADED),
+        (("Ada",), ""),
+    ]
+    episode = Episode(asked, EpisodeSettings(), seed=0)
+    say(episode, "")
+    for answer in ("Rome", "1907", "Bo"):
+        say(episode, f"<final_answer>{answer}</final_answer>")
+    assert [(one.prediction, one.em) for one in episode.outcomes] == [("Rome", None), ("1907", None), ("Bo", 0.0)]
+    assert episode.stop_reason is StopReason.ANSWERED
