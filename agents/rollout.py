@@ -18,10 +18,11 @@ from agents.policy import Act, Policy, as_policy, reply_to
 from atommem_env.embedders import Embedder, embed
 from atommem_env.env import AtomMemEnv
 from atommem_env.episode import Episode
-from atommem_env.errors import DataError, EngineDied, MissingDependency, PromptTooLong, SettingError
+from atommem_env.errors import DataError, EngineDied, MissingDependency, PromptTooLong, ReplyRefused, SettingError
 from atommem_env.store.memory_store import MemoryStore
 from atommem_env.store.recorder import Recorder
 from atommem_env.store.session import EpisodeSession
+from atommem_env.tasks.digests import task_digest
 from atommem_env.types import EmbeddingRequest, EpisodeSettings, Rollout, StopReason, TaskSource, Turn, Vector
 
 T = TypeVar("T")
@@ -90,6 +91,8 @@ class Driver:
         begun: Callable[[int], None] = lambda position: None,
         finished: Callable[[int, Rollout], None] = lambda position, rollout: None,
         replied: Callable[[], None] = lambda: None,
+        refused: Callable[[int, ReplyRefused], None] | None = None,
+        keep: bool = True,
     ) -> list[Rollout]:
         """Plays all episodes, at most `in_flight` at a time.
 
@@ -97,15 +100,20 @@ class Driver:
             begun: called with the position in `specs` when an episode begins.
             finished: called with the position in `specs` and the rollout, in the order in which episodes end.
             replied: called after each reply of any episode; for a progress bar.
+            refused: called with the position and the error where a service will never answer one of an episode's prompts: the
+                others are played all the same. None: that is a failure as any other.
+            keep: whether the rollouts are returned; they hold every prompt.
 
         Returns:
-            The rollouts, in the order of `specs`.
+            The rollouts, in the order of `specs`; without `keep` none.
 
         Raises:
             Exception: whatever policy, embedder or store raised first; the other episodes are stopped. A failure is never
                 scored, and calls of `finished` before it are valid.
         """
-        rollouts = await self._each(specs, policy, in_flight, finished, replied, retries=None, begun=begun)
+        rollouts = await self._each(
+            specs, policy, in_flight, finished, replied, retries=None, begun=begun, refused=refused, keep=keep
+        )
         return [rollout for rollout in rollouts if rollout is not None]  # all of them: a failure was raised
 
     async def run_with_retries(
@@ -140,6 +148,8 @@ class Driver:
         replied: Callable[[], None],
         retries: int | None,
         begun: Callable[[int], None] = lambda position: None,
+        refused: Callable[[int, ReplyRefused], None] | None = None,
+        keep: bool = True,
     ) -> list[Rollout | None]:
         """Plays all; `retries` None raises the first failure."""
         policy = as_policy(policy)
@@ -150,13 +160,19 @@ class Driver:
                 begun(position)
                 played: Rollout | Exception
                 if retries is None:
-                    played = await self.play(spec, policy, replied=replied)
+                    try:
+                        played = await self.play(spec, policy, replied=replied)
+                    except ReplyRefused as error:
+                        if refused is None:
+                            raise
+                        refused(position, error)
+                        return None
                 else:
                     played = await self.play_with_retries(spec, policy, retries=retries, replied=replied)
                 if isinstance(played, Exception):
                     return None
                 finished(position, played)
-                return played
+                return played if keep else None
 
         tasks = [asyncio.ensure_future(one(position, spec)) for position, spec in enumerate(specs)]
         try:
@@ -307,6 +323,7 @@ def _rollout(episode: Episode, turns: list[Turn], reward: float) -> Rollout:
         reward=reward,
         stop_reason=episode.stop_reason or StopReason.STEP_BUDGET,
         questions=episode.outcomes,
+        task_digest=task_digest(episode.task),
     )
 
 

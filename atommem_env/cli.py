@@ -39,6 +39,11 @@ COMMANDS = {
         "Compare two runs on the same episodes: which questions were won, and whether by chance.",
         "runs/oracle runs/store-all",
     ),
+    "verify": Command(
+        "eval.verify:main",
+        "Check whether a run's data, weights, memory and numbers are still what they were.",
+        "runs/oracle",
+    ),
     "judge": Command(
         "eval.judge:main",
         "Let a language model pass or fail the answers of a run, beside exact match.",

@@ -497,3 +497,4 @@ class Rollout:
     reward: float
     stop_reason: StopReason
     questions: tuple[QuestionOutcome, ...] = field(default=())
+    task_digest: str = ""  # SHA-256 of what the task asked and showed, see `atommem_env.tasks.digests`

@@ -72,15 +72,16 @@ class Result:
         self.summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
 
     @property
-    def em(self) -> float:
+    def em(self) -> float | None:
         """Exact match: the share of questions answered correctly."""
-        return float(self.summary["em"])
+        em: float | None = self.summary["em"]
+        return em
 
     @property
-    def ci95(self) -> tuple[float, float]:
+    def ci95(self) -> tuple[float, float] | None:
         """The 95 % interval of `em`, by resampling whole tasks."""
-        low, high = self.summary["em_ci95"]
-        return low, high
+        interval = self.summary["em_ci95"]
+        return None if interval is None else (interval[0], interval[1])
 
     @property
     def episodes(self) -> list[dict[str, Any]]:
@@ -109,11 +110,11 @@ class Result:
         return compare(read_run(self.folder), read_run(other.folder))
 
     def __repr__(self) -> str:
-        low, high = self.ci95
-        return (
-            f"Result({self.summary['label']} on {self.summary['environment']}: EM {100 * self.em:.1f} % "
-            f"[{100 * low:.1f}, {100 * high:.1f}], {self.summary['episodes']} episodes)"
-        )
+        em = "no graded question"
+        if self.em is not None and self.ci95 is not None:
+            low, high = self.ci95
+            em = f"EM {100 * self.em:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+        return f"Result({self.summary['label']} on {self.summary['environment']}: {em}, {self.summary['episodes']} episodes)"
 
 
 def evaluate(

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from atommem_env.env import AtomMemEnv
+from atommem_env.env import SETTING_NAMES, AtomMemEnv
 from atommem_env.errors import SettingError
 from eval.metrics import SCHEMA_VERSION, bootstrap_ci95
 from eval.run_folder import read_config, read_records, write_atomic
@@ -70,6 +70,8 @@ class Run:
         values["embedder"] = inspect.signature(AtomMemEnv).parameters["embedder"].default
         for name in ("sampling", "options", "settings"):
             values |= self.config[name]
+        for name in ("data", "fingerprints"):  # of schema 3
+            values |= {f"{name}.{part}": digest[:12] for part, digest in self.config.get(name, {}).items()}
         return {name: value for name, value in values.items() if name not in _NO_EFFECT}
 
 
@@ -162,13 +164,18 @@ def compare(first: Run, second: Run) -> dict[str, Any]:
                 f"questions) {_shorten(keys[0])} in one, {_shorten(keys[1])} in the other. Use the same environment, "
                 f"--seed and --questions for both; they differ in: {', '.join(differ) or 'the seed only'}."
             )
+        digests = {line["task_digest"] for line in (one, other) if line.get("task_digest")}
+        if len(digests) > 1 and not _read_otherwise(first, second):
+            raise SettingError(
+                f"Expected the same questions, golds and documents in {first.folder} and {second.folder}; those of episode "
+                f"{one['episode']}, task {one['task_id']}, differ, although their ids are the same: the data were replaced "
+                "between the runs. Play one of them again."
+            )
     kinds = sorted({question["kind"] for one, _ in pairs for question in one["questions"]})
     hops = sorted({question["hops"] for one, _ in pairs for question in one["questions"]})
     totals: dict[str, float] = {}
     for one, other in pairs:
-        gained = sum(question["em"] for question in other["questions"]) - sum(
-            question["em"] for question in one["questions"]
-        )
+        gained = sum(after - before for before, after in _graded(one, other))
         totals[one["task_id"]] = totals.get(one["task_id"], 0.0) + gained
     return {
         "runs": [{"label": run.label, "folder": str(run.folder)} for run in (first, second)],
@@ -182,45 +189,57 @@ def compare(first: Run, second: Run) -> dict[str, Any]:
     }
 
 
+def _read_otherwise(first: Run, second: Run) -> bool:
+    """Whether the runs read other documents on purpose: by an option of the task source, and from the same data."""
+    if first.config.get("data") != second.config.get("data"):
+        return False
+    changed = differences(first.config["options"], second.config["options"])
+    return bool(set(changed) - SETTING_NAMES - {"embedder", "durability"})
+
+
 def _group(
     pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]], name: str = "", value: object = None
 ) -> dict[str, Any]:
     """The numbers over the questions whose field `name` is `value`; over all questions without a `name`."""
     gains, weights, clusters = [], [], []
-    counts = dict.fromkeys(((1, 0), (0, 1), (1, 1), (0, 0)), 0)  # whether A and whether B is right → questions
+    ems: list[tuple[float, float]] = []  # of A and of B, by question
     for one, other in pairs:
-        both = [
-            (mine["em"], theirs["em"])
-            for mine, theirs in zip(one["questions"], other["questions"], strict=True)
-            if not name or mine[name] == value
-        ]
+        both = _graded(one, other, name, value)
         if both:
-            gains.append(sum(theirs - mine for mine, theirs in both) / len(both))
+            gains.append(sum(after - before for before, after in both) / len(both))
             weights.append(len(both))
             clusters.append(one["task_id"])
-        for right in both:
-            counts[right] += 1
-    questions = sum(weights)
+        ems += both
+    count = len(ems)
+    means = [round(sum(pair[side] for pair in ems) / count, 4) if ems else None for side in (0, 1)]
     return {
-        "questions": questions,
-        "em": [
-            round((counts[1, 0] + counts[1, 1]) / questions, 4),
-            round((counts[0, 1] + counts[1, 1]) / questions, 4),
-        ],
-        "difference": round((counts[0, 1] - counts[1, 0]) / questions, 4),
+        "questions": count,
+        "em": means,
+        "difference": round(sum(after - before for before, after in ems) / count, 4) if ems else None,
         "ci95": _interval(gains, weights, clusters),
-        "won": counts[0, 1],
-        "lost": counts[1, 0],
-        "both": counts[1, 1],
-        "neither": counts[0, 0],
+        "won": sum(after > before for before, after in ems),
+        "lost": sum(after < before for before, after in ems),
+        "both": sum(after == before > 0 for before, after in ems),
+        "neither": sum(after == before == 0 for before, after in ems),
     }
 
 
+def _graded(
+    one: dict[str, Any], other: dict[str, Any], name: str = "", value: object = None
+) -> list[tuple[float, float]]:
+    """The exact match of both runs for each graded question of an episode whose field `name` is `value`."""
+    return [
+        (mine["em"], theirs["em"])
+        for mine, theirs in zip(one["questions"], other["questions"], strict=True)
+        if (not name or mine[name] == value) and None not in (mine["em"], theirs["em"])
+    ]
+
+
 def _interval(values: Sequence[float], weights: Sequence[float], clusters: Sequence[str]) -> list[float] | None:
-    """The 95 % interval; None for one task, whose resamples are all the same."""
-    if len(set(clusters)) == 1:
+    """The 95 % interval of a difference; None for one task, or none."""
+    if len(set(clusters)) < 2:
         return None
-    return [round(end, 4) for end in bootstrap_ci95(values, weights, clusters)]
+    return [round(end, 4) for end in bootstrap_ci95(values, weights, clusters, bounds=(-1.0, 1.0))]
 
 
 def _shorten(value: object) -> str:
@@ -250,7 +269,7 @@ def comparison_table(result: dict[str, Any]) -> Table:
         table.add_row(
             escape(name),
             f"{group['questions']:,}",
-            *(f"{100 * em:.1f}" for em in group["em"]),
+            *("–" if em is None else f"{100 * em:.1f}" for em in group["em"]),
             _percentage_points(group["difference"]),
             ", ".join(map(_percentage_points, group["ci95"])) if group["ci95"] else "–",
             *(f"{count:,}" for count in (group["won"], group["lost"], group["both"] + group["neither"])),

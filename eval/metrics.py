@@ -48,6 +48,7 @@ def episode_record(position: int, rollout: Rollout, tokenizer: Tokenizer) -> dic
     return {
         "episode": position,
         "task_id": rollout.task_id,
+        "task_digest": rollout.task_digest,
         "seed": rollout.seed,
         "steps": len(rollout.turns),
         "reward": rollout.reward,
@@ -55,7 +56,7 @@ def episode_record(position: int, rollout: Rollout, tokenizer: Tokenizer) -> dic
         "replies_truncated": sum(turn.reply.stop == "length" for turn in rollout.turns),
         "operations": dict(sorted(operations.items())),
         "faults": dict(sorted(faults.items())),
-        "tokens": {"prompt": sum(by_step["prompt_tokens"]), "completion": sum(by_step["completion_tokens"])},
+        "tokens": {kind: _total(by_step[f"{kind}_tokens"]) for kind in ("prompt", "completion")},
         "calls": sum(usage.calls for usage in usages),
         "retrievals": sum(turn.observation["query"] != "" for turn in rollout.turns),
         "dropped_tokens": sum(usage.dropped_tokens for usage in usages),
@@ -85,12 +86,22 @@ def episode_cost(position: int, rollout: Rollout, seconds: float) -> dict[str, A
     Args:
         seconds: wall time of the episode, which others are played in parallel with.
     """
-    cached = sum(turn.reply.usage.cached_tokens for turn in rollout.turns if turn.reply.usage)
+    cached = _total([turn.reply.usage.cached_tokens for turn in rollout.turns if turn.reply.usage])
     return {"episode": position, "seconds": round(seconds, 3), "cached_tokens": cached}
 
 
-def _tokens(turn: Turn, tokenizer: Tokenizer) -> tuple[int, int]:
-    """(prompt tokens, completion tokens) of a turn."""
+def _total(counts: Sequence[int | None]) -> int | None:
+    """The sum; None where one of them was not measured.
+
+    >>> _total([1, 2]), _total([1, None]), _total([])
+    (3, None, 0)
+    """
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
+
+
+def _tokens(turn: Turn, tokenizer: Tokenizer) -> tuple[int | None, int | None]:
+    """(prompt tokens, completion tokens) of a turn; None: the model's service does not say."""
     reply = turn.reply
     if reply.usage:
         return reply.usage.prompt_tokens, reply.usage.completion_tokens
@@ -134,23 +145,37 @@ def resampled_means(values: Sequence[float], weights: Sequence[float], clusters:
 
 
 def bootstrap_ci95(
-    values: Sequence[float], weights: Sequence[float], clusters: Sequence[str] | None = None
+    values: Sequence[float],
+    weights: Sequence[float],
+    clusters: Sequence[str] | None = None,
+    *,
+    bounds: tuple[float, float] = (0.0, 1.0),
 ) -> tuple[float, float]:
-    """The 95 % percentile interval of the weighted mean, by `resampled_means`.
+    """The 95 % interval of the weighted mean: percentiles of `resampled_means`.
+
+    Where all clusters agree, resampling always gives the same mean. There the interval is that of Clopper and Pearson (1934)
+    for n of n successes: with probability at least 95 % less than the share s = 1 − 0.025^(1/n) of all tasks is otherwise.
 
     Args:
         clusters: [E]; None: each episode has a different task.
+        bounds: of a value.
 
-    >>> bootstrap_ci95([1.0, 1.0, 1.0], [1, 1, 1])
-    (1.0, 1.0)
+    >>> [round(end, 3) for end in bootstrap_ci95([1.0, 1.0, 1.0], [1, 1, 1])]
+    [0.292, 1.0]
     """
     names = [str(index) for index in range(len(values))] if clusters is None else clusters
+    if len(set(values)) == 1:
+        value, (least, most) = values[0], bounds
+        share = 1 - 0.025 ** (1 / len(set(names)))
+        return value - share * (value - least), value + share * (most - value)
     low, high = np.percentile(resampled_means(values, weights, names), [2.5, 97.5])
     return float(low), float(high)
 
 
 def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The table's numbers over all episodes. Rates are in [0, 1]; counts are means per episode.
+    """The table's numbers over all episodes. Rates are in [0, 1]; counts are means per episode; None is not measured.
+
+    Questions without a gold are in no mean: `questions` counts the graded ones, `ungraded` the others.
 
     `by_kind` and `by_hops` split the questions by the dataset's own types and by their reasoning steps.
 
@@ -161,30 +186,32 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         raise DataError(
             f"Expected records of schema 2 or {SCHEMA_VERSION}, got older ones without by_step. Run the evaluation again."
         )
-    questions = [question for record in records for question in record["questions"]]
+    graded = [[one for one in record["questions"] if one["em"] is not None] for record in records]
+    questions = [question for some in graded for question in some]
 
     def mean(count: Callable[[dict[str, Any]], float]) -> float:
         return round(sum(map(count, records)) / len(records), 4)
 
-    def means(field: str) -> dict[str, float]:
-        total: Counter[str] = Counter()
-        for record in records:
-            total.update(record[field])
-        return {name: round(total[name] / len(records), 4) for name in sorted(total)}
+    def means(field: str) -> dict[str, float | None]:
+        names = sorted({name for record in records for name in record[field]})
+        totals = {name: _total([record[field].get(name, 0) for record in records]) for name in names}
+        return {name: None if total is None else round(total / len(records), 4) for name, total in totals.items()}
 
     def split(name: str) -> dict[str, dict[str, Any]]:
         values = sorted({question[name] for question in questions})
         return {str(value): _scores([one for one in questions if one[name] == value]) for value in values}
 
-    ems = [sum(question["em"] for question in record["questions"]) / len(record["questions"]) for record in records]
-    weights = [len(record["questions"]) for record in records]
+    scored = [(record["task_id"], some) for record, some in zip(records, graded, strict=True) if some]
+    ems = [sum(question["em"] for question in some) / len(some) for _, some in scored]
+    interval = bootstrap_ci95(ems, [len(some) for _, some in scored], [task for task, _ in scored]) if scored else None
     scores = _scores(questions)
     return {
         "episodes": len(records),
         "tasks": len({record["task_id"] for record in records}),
         "questions": scores["questions"],
+        "ungraded": sum(len(record["questions"]) for record in records) - len(questions),
         "em": scores["em"],
-        "em_ci95": [round(end, 4) for end in bootstrap_ci95(ems, weights, [record["task_id"] for record in records])],
+        "em_ci95": None if interval is None else [round(end, 4) for end in interval],
         "f1": scores["f1"],
         "reward": mean(lambda record: record["reward"]),
         "evidence_recall": scores["evidence_recall"],
@@ -211,9 +238,10 @@ def summarise_costs(costs: Sequence[dict[str, Any]], steps: int) -> dict[str, An
         steps: of all its episodes together.
     """
     seconds = max(cost["elapsed"] for cost in costs)
+    cached = _total([cost["cached_tokens"] for cost in costs])
     return {
         "seconds": round(seconds / len(costs), 4),
-        "cached_tokens": round(sum(cost["cached_tokens"] for cost in costs) / len(costs), 4),
+        "cached_tokens": None if cached is None else round(cached / len(costs), 4),
         "steps_per_second": round(steps / max(seconds, 1e-3), 2),  # `elapsed` is rounded to milliseconds
     }
 
@@ -229,10 +257,13 @@ def _scores(questions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     def share(count: int) -> float | None:
         return round(count / passages, 4) if passages else None
 
+    def mean(name: str) -> float | None:
+        return round(sum(question[name] for question in questions) / len(questions), 4) if questions else None
+
     return {
         "questions": len(questions),
-        "em": round(sum(question["em"] for question in questions) / len(questions), 4),
-        "f1": round(sum(question["f1"] for question in questions) / len(questions), 4),
+        "em": mean("em"),
+        "f1": mean("f1"),
         "evidence_recall": {
             "stored": share(sum(question["stored"] for question in questions)),
             "retrieved": share(sum(question["retrieved"] for question in questions)),

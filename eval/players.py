@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -11,22 +12,27 @@ from typing import Any, NamedTuple, Protocol
 
 import gymnasium as gym
 
-from agents.chat_policy import ChatModel, Sampling
-from agents.policy import Act, Policy
-from agents.prompting import Method
+from agents.chat_policy import ChatModel, ChatPolicy, Sampling
+from agents.policy import Act, FunctionPolicy, Policy
+from agents.prompting import Method, PromptedPolicy
 from agents.registry import load_policy
 from agents.rollout import Driver, EpisodeSpec, run_blocking
+from atommem_env.dialects import get_dialect
 from atommem_env.env import SETTING_NAMES, AtomMemEnv
-from atommem_env.errors import SettingError
-from atommem_env.prompts import Layout
+from atommem_env.errors import ReplyRefused, SettingError
+from atommem_env.prompts import Layout, get_layout
+from atommem_env.rewards import get_reward
 from atommem_env.store.memory_store import MemoryStore
+from atommem_env.tasks.digests import files_of
 from atommem_env.tokens import get_tokenizer
 from atommem_env.types import EpisodeSettings, Rollout
 from eval.metrics import SCHEMA_VERSION, episode_cost, episode_record
 from eval.options import EvalConfig, PlayConfig
 from eval.played_as import environment_record
+from eval.provenance import fingerprints
 from eval.run_folder import Record
 
+_log = logging.getLogger(__name__)
 Env = gym.Env[Any, Any]
 PolicyLike = str | Policy | Act | Method | ChatModel
 OnFinished = Callable[[Record, Record], None]
@@ -115,6 +121,9 @@ class LocalPlayer:
             number = numbers[position]
             finished(episode_record(number, rollout, tokenizer), episode_cost(number, rollout, seconds))
 
+        def refused(position: int, error: ReplyRefused) -> None:
+            _log.warning("Episode %d stays unscored: %s", numbers[position], error)
+
         await self._driver.run(
             list(specs.values()),
             self._policy,
@@ -122,6 +131,8 @@ class LocalPlayer:
             begun=begun,
             finished=ended,
             replied=lambda: replied(1),
+            refused=refused,
+            keep=False,
         )
 
 
@@ -160,9 +171,32 @@ def prepare(config: PlayConfig, parts: Parts) -> tuple[Driver, Policy, Record]:
         "episodes": config.episodes,
         "seed": config.seed,
         "sampling": dataclasses.asdict(sampling),
+        "data": files_of(env.source),
+        "fingerprints": fingerprints(
+            _parts_of(policy)
+            | {
+                "source": env.source,
+                "embedder": getattr(env.embedder, "inner", env.embedder),
+                "dialect": get_dialect(env.settings.dialect),
+                "reward": get_reward(env.settings.reward),
+                "layout": get_layout(layout),
+            }
+        ),
         "schema_version": SCHEMA_VERSION,
     }
     return driver, policy, resolved_config
+
+
+def _parts_of(policy: Policy) -> dict[str, object]:
+    """What a policy is made of, by name."""
+    match policy:
+        case ChatPolicy():
+            return {"model": policy.model}
+        case PromptedPolicy():
+            return {"method": policy.method, "model": policy.model}
+        case FunctionPolicy():
+            return {"policy": policy.act}
+    return {"policy": policy}
 
 
 def _env_options(env: AtomMemEnv) -> dict[str, Any]:

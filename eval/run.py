@@ -11,21 +11,25 @@ Many policies on many environments: `eval.recipe`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from agents.rollout import EpisodeSpec, episode_specs
+from atommem_env.errors import JobFailed
 from eval.metrics import SCHEMA_VERSION, summarise, summarise_costs
 from eval.options import EvalConfig
 from eval.players import LocalPlayer, Player, PreparedRun
 from eval.progress import episode_bar
-from eval.report.tables import results_table
-from eval.run_folder import Record, RunFolder
+from eval.provenance import add_session
+from eval.report.tables import answers_table, results_table
+from eval.run_folder import Record, RunFolder, read_records
 from eval.workers import Workers
 
 
@@ -78,22 +82,28 @@ def _evaluation(
     config: EvalConfig, prepared: PreparedRun, console: Console | None, progress: Progress | None
 ) -> Iterator[_Evaluation]:
     """Opens the run folder and a progress bar while the missing episodes are played; then writes the summary."""
-    folder = (RunFolder.resume if config.resume else RunFolder.begin)(config.out, prepared.resolved_config)
-    specs = dict(enumerate(episode_specs(prepared.tasks, config.episodes, config.seed)))
-    missing = {number: spec for number, spec in specs.items() if number not in folder.records}
-    rewards = [record["reward"] for record in folder.records.values()]
-    name = f"{prepared.resolved_config['label']} on {config.env_id}"
-    with folder.appending() as append, episode_bar(console, progress, name, len(missing), rewards) as bar:
+    with RunFolder.claimed(config.out, prepared.resolved_config, resume=config.resume) as folder:
+        add_session(config.out)
+        specs = dict(enumerate(episode_specs(prepared.tasks, config.episodes, config.seed)))
+        missing = {number: spec for number, spec in specs.items() if number not in folder.records}
+        rewards = [record["reward"] for record in folder.records.values()]
+        name = f"{prepared.resolved_config['label']} on {config.env_id}"
+        with folder.appending() as append, episode_bar(console, progress, name, len(missing), rewards) as bar:
 
-        def finished(record: Record, cost: Record) -> None:
-            append(record, cost)
-            bar.ended(record["reward"])
+            def finished(record: Record, cost: Record) -> None:
+                append(record, cost)
+                bar.ended(record["reward"])
 
-        run = _Evaluation(missing, finished, bar.replied, {})
-        yield run
-    records, costs = ([by_number[number] for number in specs] for by_number in (folder.records, folder.costs))
-    run.summary = _summary(config, prepared, records, costs)
-    folder.finish(list(specs), run.summary)
+            run = _Evaluation(missing, finished, bar.replied, {})
+            yield run
+        scored = [number for number in specs if number in folder.records]
+        if not scored:
+            raise JobFailed(
+                "No episode could be scored: a service refused a prompt of each; the warnings above say why."
+            )
+        records, costs = ([by_number[number] for number in scored] for by_number in (folder.records, folder.costs))
+        run.summary = _summary(config, prepared, records, costs)
+        folder.finish(scored, run.summary)
 
 
 def _summary(config: EvalConfig, prepared: PreparedRun, records: list[Record], costs: list[Record]) -> Record:
@@ -104,8 +114,11 @@ def _summary(config: EvalConfig, prepared: PreparedRun, records: list[Record], c
         "label": resolved["label"],
         "policy": resolved["policy"],
         "privileged": prepared.privileged,
+        "unscored": config.episodes - len(records),  # episodes with a prompt that a service refuses to answer
         **summarise(records),
         **summarise_costs(costs, sum(record["steps"] for record in records)),
+        "data": resolved["data"],
+        "fingerprints": resolved["fingerprints"],
         "settings": {
             **{name: resolved[name] for name in ("seed", "layout", "sampling")},
             **resolved["options"],
@@ -133,6 +146,19 @@ def main(config: EvalConfig) -> None:
     summary = evaluate(config)
     title = f"{config.env_id}, {summary['episodes']} episodes, {summary['questions']} questions"
     console = Console()
-    console.print(results_table([summary], title))
+    if summary["questions"]:
+        console.print(results_table([summary], title))
+    if summary["ungraded"]:
+        console.print(answers_table(read_records(config.out / "episodes.jsonl")))
     memory = "" if config.durability == "off" else ", memory/ (LanceDB)"
-    console.print(f"Written to [bold]{config.out}[/]: summary.json, episodes.jsonl, costs.jsonl, config.json{memory}.")
+    console.print(
+        f"Written to [bold]{escape(str(config.out))}[/]: summary.json, episodes.jsonl, costs.jsonl, config.json, "
+        f"provenance.json{memory}."
+    )
+    if summary["unscored"]:
+        print(
+            f"{summary['unscored']} of {config.episodes} episodes are unscored, since a service refused to answer one of their "
+            "prompts; --resume tries them again.",
+            file=sys.stderr,
+        )
+        sys.exit(3)

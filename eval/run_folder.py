@@ -7,8 +7,11 @@ service), `summary.json` (the numbers, once all episodes are played) and `memory
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,8 +23,12 @@ from atommem_env.errors import DataError, SettingError
 from atommem_env.types import EpisodeSettings
 from eval.metrics import SCHEMA_VERSION
 
+if sys.platform != "win32":
+    import fcntl
+
 Record = dict[str, Any]
 _ABSENT = object()
+_SINCE_3 = ("data", "fingerprints")  # fields of config.json that came with schema 3
 _RENAMED = {"replies_cut": "replies_truncated"}  # fields of records in schema 2
 
 
@@ -34,6 +41,18 @@ class RunFolder:
     costs: dict[int, Record]  # of the same episodes
 
     @classmethod
+    @contextmanager
+    def claimed(cls, path: Path, resolved_config: Record, *, resume: bool) -> Iterator[RunFolder]:
+        """The folder of a new or resumed run, which is this process's until the context ends.
+
+        Raises:
+            SettingError: another process plays in it; or as in `begin` and `resume`.
+        """
+        path.mkdir(parents=True, exist_ok=True)
+        with _claim(path):
+            yield (cls.resume if resume else cls.begin)(path, resolved_config)
+
+    @classmethod
     def begin(cls, path: Path, resolved_config: Record) -> RunFolder:
         """Writes the configuration of a new run.
 
@@ -43,7 +62,6 @@ class RunFolder:
         lines = path / "episodes.jsonl"
         if lines.exists() and lines.stat().st_size:
             raise SettingError(f"{path} already has a run. Resume it with --resume, or choose another --out.")
-        path.mkdir(parents=True, exist_ok=True)
         write_atomic(path / "costs.jsonl", "")  # left by a run that was stopped before its first episode ended
         write_atomic(path / "config.json", json.dumps(resolved_config, indent=2, ensure_ascii=False) + "\n")
         return cls(path, {}, {})
@@ -52,10 +70,16 @@ class RunFolder:
     def resume(cls, path: Path, resolved_config: Record) -> RunFolder:
         """The finished episodes of an interrupted run; removes the incomplete line that a kill may have left.
 
+        More episodes than before extend a run: the first ones are the same.
+
         Raises:
             SettingError: there is no run, or it has another configuration.
         """
-        require_same_config(path / "config.json", resolved_config)
+        config = path / "config.json"
+        require_same_config(config, resolved_config, may_grow="episodes")
+        if read_config(config).get("episodes") != resolved_config["episodes"]:
+            (path / "summary.json").unlink(missing_ok=True)  # it has too few
+            write_atomic(config, json.dumps(resolved_config, indent=2, ensure_ascii=False) + "\n")
         costs = {cost["episode"]: cost for cost in read_jsonl(path / "costs.jsonl")}
         records = {one["episode"]: one for one in read_records(path / "episodes.jsonl") if one["episode"] in costs}
         folder = cls(path, records, {number: costs[number] for number in records})
@@ -94,6 +118,39 @@ class RunFolder:
             write_atomic(self.path / name, "".join(to_jsonl(lines[number]) for number in numbers))
 
 
+@contextmanager
+def _claim(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of a run folder, by a lock that the system removes with this process.
+
+    Where the system has no file locks nobody is kept out.
+
+    Raises:
+        SettingError: another process plays in it.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    path = folder / ".lock"
+    while True:
+        with path.open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise SettingError(
+                    f"Another process plays in {folder}. Wait until it ends, or choose another --out."
+                ) from None
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                    raise
+            if not path.exists() or path.stat().st_ino != os.fstat(lock.fileno()).st_ino:
+                continue  # its last owner has just removed it
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
 def require_empty_dir(folder: Path, otherwise: str = "") -> None:
     """Checks that a run can begin in `folder`; `otherwise` is an alternative to choosing another, for the message.
 
@@ -104,8 +161,11 @@ def require_empty_dir(folder: Path, otherwise: str = "") -> None:
         raise SettingError(f"{folder} must be a new or empty folder, but it is not. Choose another --out{otherwise}.")
 
 
-def require_same_config(path: Path, resolved_config: dict[str, Any]) -> None:
+def require_same_config(path: Path, resolved_config: dict[str, Any], *, may_grow: str | None = None) -> None:
     """Checks that a run to resume has the configuration in the `config.json` at `path`.
+
+    Args:
+        may_grow: a number that may be larger than it was.
 
     Raises:
         SettingError: there is no such file, or the configuration differs; the message lists the differences.
@@ -113,6 +173,11 @@ def require_same_config(path: Path, resolved_config: dict[str, Any]) -> None:
     if not path.is_file():
         raise SettingError(f"Nothing to resume: {path} does not exist. Leave out --resume to start a new run.")
     before = read_config(path)
+    if may_grow and resolved_config[may_grow] > before.get(may_grow, math.inf):
+        before[may_grow] = resolved_config[may_grow]
+    for name in _SINCE_3:
+        if name not in before:  # an earlier version did not record it
+            resolved_config = {key: value for key, value in resolved_config.items() if key != name}
     differences = "; ".join(_differences({name: before.get(name) for name in resolved_config}, resolved_config))
     if differences:
         raise SettingError(f"{path.parent} has a run with another configuration: {differences}. Choose another --out.")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from agents.rollout import EpisodeSpec
-from atommem_env.errors import JobFailed, MissingDependency, SettingError
+from atommem_env.errors import JobFailed, MissingDependency, ReplyRefused, SettingError
 from atommem_env.packages import check_packages
 from atommem_env.tokens import get_tokenizer
 from eval.metrics import episode_cost, episode_record
@@ -181,6 +181,9 @@ class Workers:
                     free = [one for one in free if one != worker]
                     new = self._replace(worker)
                     self._opening[new.open.remote(self._config)] = new
+            except ReplyRefused as error:
+                _log.warning("Episode %d stays unscored: %s", number, error)
+                free += [worker] * (worker in self._workers)
             else:
                 replied(record["steps"])
                 finished(record, cost)

@@ -6,7 +6,6 @@ import atexit
 import itertools
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from agents.models.background import in_background, in_background_blocking

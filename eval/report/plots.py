@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import cycle
 from statistics import fmean
@@ -90,8 +91,9 @@ def _add_legend(axes: Axes) -> Any:
 
 def _em(row: Row) -> dict[str, float]:
     """Exact match and the ends of its interval, in %."""
-    low, high = row.numbers["em_ci95"]
-    return {"em": 100 * row.numbers["em"], "low": 100 * low, "high": 100 * high}
+    low, high = row.numbers["em_ci95"] or (math.nan, math.nan)  # which is not drawn
+    em = row.numbers["em"]
+    return {"em": math.nan if em is None else 100 * em, "low": 100 * low, "high": 100 * high}
 
 
 def _over_steps(row: Row, name: str, *, held: bool) -> list[float]:
@@ -184,13 +186,15 @@ def _cost(environment: Environment, styles: _Styles) -> Plot:
     data: _Data = []
     for row in environment.rows:
         em, low, high = _em(row).values()
+        if None in row.numbers["tokens"].values():
+            continue  # not measured
         tokens = sum(row.numbers["tokens"].values())
         error = [[em - low], [high - em]]
         axes.errorbar(
             tokens, em, error, label=row.display_name, linestyle="none", markersize=8, elinewidth=1, **styles[row.name]
         )
         data.append({"row": row.display_name, "tokens": tokens, **_em(row)})
-    spent = [line["tokens"] for line in data]
+    spent = [line["tokens"] for line in data] or [1]
     least, most = min(spent) / 1.4, max(spent) * 1.4  # with a margin, as all can be within a decade
     ticks = [tick for power in range(12) for tick in (10**power, 2 * 10**power, 5 * 10**power) if least <= tick <= most]
     axes.set(xscale="log", xlim=(least, most), ylim=(-3, 103))

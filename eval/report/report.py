@@ -92,19 +92,23 @@ def group(runs: Sequence[Run]) -> list[Environment]:
             Row(name, _unique_seeds(same), tuple(one for one in published if _is_same_method(same[0], one)))
             for name, same in zip(names, groups, strict=True)
         ]
-        rows.sort(key=lambda row: (row.numbers["privileged"], -row.numbers["em"], row.name))
+        rows.sort(key=lambda row: (row.numbers["privileged"], -(row.numbers["em"] or 0.0), row.name))
         environments.append(Environment(title, family, settings, tuple(rows), published))
     return sorted(environments, key=lambda one: (one.family, one.documents or 0, one.title))
 
 
 def _table_settings(run: Run) -> dict[str, Any]:
-    return {name: value for name, value in run.settings.items() if name not in _ROW_SETTINGS}
+    return {name: value for name, value in run.settings.items() if not _is_row_setting(name)}
+
+
+def _is_row_setting(name: str) -> bool:
+    return name in _ROW_SETTINGS or name.startswith("fingerprints.")
 
 
 def _row_settings(run: Run) -> dict[str, Any]:
     """Without those that its ablation implies."""
     implied = ABLATIONS.get(run.settings.get("ablation", ""), {})
-    own = {name: value for name, value in run.settings.items() if name in _ROW_SETTINGS and name not in implied}
+    own = {name: value for name, value in run.settings.items() if _is_row_setting(name) and name not in implied}
     return {"label": run.label, "policy": run.config["policy"], **own}
 
 

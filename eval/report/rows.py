@@ -55,7 +55,9 @@ class Row:
         """`summarise` of all episodes, and `privileged`, `seconds`, `cached_tokens` and `pass_rate` (None: not all judged)."""
         summaries = [run.summary or {} for run in self.runs]
         spent = {
-            name: sum(summary[name] * summary["episodes"] for summary in summaries) / len(self.records)
+            name: None
+            if any(summary[name] is None for summary in summaries)
+            else sum(summary[name] * summary["episodes"] for summary in summaries) / len(self.records)
             for name in ("seconds", "cached_tokens")
         }
         judged = [judgement(run) for run in self.runs]

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
-import atommem_env  # noqa: F401  (registers the environments)
+from atommem_env.terminal import printable
 from eval.metrics import SCHEMA_VERSION
 from eval.report.rows import Environment, judgement, plain, slug
 
@@ -25,9 +26,13 @@ def _percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f}"
 
 
+def _count(number: float | None) -> str:
+    return "–" if number is None else f"{number:,.0f}"
+
+
 _COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "EM": lambda of: _percent(of["em"]),
-    "95 % CI": lambda of: "–".join(map(_percent, of["em_ci95"])),
+    "95 % CI": lambda of: "–".join(map(_percent, of["em_ci95"] or [None])),
     "F1": lambda of: _percent(of["f1"]),
     "judge": lambda of: _percent(of["pass_rate"]),
     "stored": lambda of: _percent(of["evidence_recall"]["stored"]),
@@ -36,8 +41,8 @@ _COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "steps": lambda of: f"{of['steps']:.1f}",
     "calls": lambda of: f"{of['calls']:.1f}",
     "retrievals": lambda of: f"{of['retrievals']:.1f}",
-    "tokens in": lambda of: f"{of['tokens']['prompt']:,.0f}",
-    "out": lambda of: f"{of['tokens']['completion']:,.0f}",
+    "tokens in": lambda of: _count(of["tokens"]["prompt"]),
+    "out": lambda of: _count(of["tokens"]["completion"]),
     "seconds": lambda of: f"{of['seconds']:.2f}",
     "faults": lambda of: f"{sum(of['faults'].values()):.1f}",
     "n": lambda of: f"{of['questions']:,}",
@@ -277,15 +282,26 @@ def results_table(summaries: list[dict[str, Any]], title: str) -> Table:
     for heading in ("EM", "95 % CI", "stored", "in view", "steps", "creates", "faults"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in summaries:
-        low, high = row["em_ci95"]
         recall = row["evidence_recall"]
         table.add_row(
-            row["label"] + ("*" if row["privileged"] else ""),
-            f"{100 * row['em']:.1f}",
-            f"{100 * low:.1f}–{100 * high:.1f}",
-            *("–" if recall[stage] is None else f"{100 * recall[stage]:.1f}" for stage in ("stored", "retrieved")),
+            escape(printable(row["label"])) + ("*" if row["privileged"] else ""),
+            *(_COLUMNS[name](row) for name in ("EM", "95 % CI")),
+            *(_percent(recall[stage]) for stage in ("stored", "retrieved")),
             f"{row['steps']:.1f}",
             f"{row['operations'].get('create', 0):.1f}",
             f"{sum(row['faults'].values()):.1f}",
         )
+    return table
+
+
+def answers_table(records: Sequence[dict[str, Any]]) -> Table:
+    """The answers to questions without a gold, which are in no mean."""
+    table = Table(title="Answers that no gold grades", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for heading in ("episode", "question", "answer"):
+        table.add_column(heading, overflow="fold")
+    for record in records:
+        for question in record["questions"]:
+            if question["em"] is None:
+                answer = "–" if question["prediction"] is None else printable(question["prediction"])
+                table.add_row(str(record["episode"]), escape(printable(question["id"])), escape(answer))
     return table

@@ -248,12 +248,12 @@ def _summary(config: dict[str, Any], records: Sequence[dict[str, Any]]) -> list[
     def means(name: str) -> str:
         return ", ".join(f"{kind} {mean:.1f}" for kind, mean in figures[name].items()) or "none"
 
-    low, high = figures["em_ci95"]
+    interval = "–".join(f"{100 * end:.1f}" for end in figures["em_ci95"] or ())
     recall = figures["evidence_recall"]
     stats = [
         ("episodes", f"{figures['episodes']} of {config['episodes']}"),
         ("questions", str(figures["questions"])),
-        ("exact match", f"{percent(figures['em'])} (95 % CI {100 * low:.1f}–{100 * high:.1f})"),
+        ("exact match", f"{percent(figures['em'])} (95 % CI {interval or '–'})"),
         ("F1", percent(figures["f1"])),
         ("evidence stored", percent(recall["stored"])),
         ("evidence in view", percent(recall["retrieved"])),
