@@ -85,7 +85,7 @@ def episode_cost(position: int, rollout: Rollout, seconds: float) -> dict[str, A
     Args:
         seconds: wall time of the episode, which others are played in parallel with.
     """
-    cached = sum(turn.reply.usage.cached_tokens for turn in rollout.turns if turn.reply.usage)
+    cached = sum(turn.reply.usage.cached_tokens or 0 for turn in rollout.turns if turn.reply.usage)
     return {"episode": position, "seconds": round(seconds, 3), "cached_tokens": cached}
 
 
@@ -93,7 +93,7 @@ def _tokens(turn: Turn, tokenizer: Tokenizer) -> tuple[int, int]:
     """(prompt tokens, completion tokens) of a turn."""
     reply = turn.reply
     if reply.usage:
-        return reply.usage.prompt_tokens, reply.usage.completion_tokens
+        return reply.usage.prompt_tokens or 0, reply.usage.completion_tokens or 0
     if reply.prompt_ids:
         return len(reply.prompt_ids), len(reply.completion_ids)
     prompt = sum(tokenizer.count(value) for value in turn.observation.values() if isinstance(value, str))
