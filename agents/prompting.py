@@ -91,7 +91,12 @@ class PromptedPolicy:
 def _usage(call: Reply) -> Usage:
     if call.usage:
         return call.usage
-    return Usage(calls=1, prompt_tokens=len(call.prompt_ids), completion_tokens=len(call.completion_ids))
+    return Usage(
+        calls=1,
+        prompt_tokens=len(call.prompt_ids) or None,  # there is at least one: none means that they are not reported
+        completion_tokens=len(call.completion_ids) or None,
+        cached_tokens=None,
+    )
 
 
 def render_reply(settings: EpisodeSettings, *operations: Operation) -> str:

@@ -7,6 +7,8 @@ a prompt, `T_out` the tokens of a completion.
 from __future__ import annotations
 
 import math
+import operator
+import reprlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
@@ -16,11 +18,13 @@ from typing import Any, Literal, Protocol, Self, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from atommem_env.errors import SettingError
+from atommem_env.errors import PolicyError, SettingError
 from atommem_env.plugins import name_of
 
 Vector = NDArray[np.float32]
 EmbeddingKind = Literal["document", "query"]
+_END_OF_COUNTS = 2**63  # of what the columns of a table hold
+_END_OF_IDS = 2**31
 UNGRADED = "ungraded"  # the kind of a question without a gold
 
 # ---------------------------------------------------------------------------------------------------------------- tasks
@@ -454,21 +458,48 @@ Reward = Callable[[EpisodeSummary], float]
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """The cost of a reply, summed over its model calls."""
+    """The cost of a reply, summed over its model calls.
+
+    A count is None where the service did not report it; so is a sum with such a part.
+
+    >>> Usage(calls=1, prompt_tokens=70, cached_tokens=64) + Usage(calls=1, prompt_tokens=30, cached_tokens=None)
+    Usage(calls=2, prompt_tokens=100, completion_tokens=0, cached_tokens=None, dropped_tokens=0)
+
+    Raises:
+        PolicyError: a count is no whole number of at least 0, nor None where it may be.
+    """
 
     calls: int = 0  # model calls
-    prompt_tokens: int = 0
-    completion_tokens: int = 0  # reasoning before the reply included
-    cached_tokens: int = 0  # prompt tokens served from a prefix cache, as far as the service reports them
+    prompt_tokens: int | None = 0
+    completion_tokens: int | None = 0  # reasoning before the reply included
+    cached_tokens: int | None = 0  # prompt tokens served from a prefix cache
     dropped_tokens: int = 0  # of the document, left out to fit the model's context window; in the environment's tokens
 
+    def __post_init__(self) -> None:
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            if value is None and name in ("prompt_tokens", "completion_tokens", "cached_tokens"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value < _END_OF_COUNTS:
+                expected = "a whole number from 0 to 2**63 - 1" + (
+                    "" if name in ("calls", "dropped_tokens") else ", or None"
+                )
+                raise PolicyError(f"{name} of a Usage must be {expected}, got {value!r}.")
+            object.__setattr__(self, name, int(value))
+
     def __add__(self, other: Usage) -> Usage:
-        return Usage(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+        pairs = [(getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__]
+        sums: list[Any] = [None if None in pair else sum(pair) for pair in pairs]
+        return Usage(*sums)
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A policy's reply, as sampled. Policies that are not language models set `text` only."""
+    """A policy's reply, as sampled. Policies that are not language models set `text` only.
+
+    Raises:
+        PolicyError: a field has another form; there is neither one log-probability for each token of the completion nor none.
+    """
 
     text: str
     prompt_ids: tuple[int, ...] = ()  # [T_in]
@@ -476,6 +507,38 @@ class Reply:
     logprobs: tuple[float, ...] = ()  # [T_out], natural logarithm, at the sampling temperature
     stop: Literal["stop", "length"] = "stop"  # "length": truncated at the token limit
     usage: Usage | None = None  # None: not reported
+
+    def __post_init__(self) -> None:
+        def check(name: str, ok: bool, expected: str) -> None:
+            if not ok:
+                raise PolicyError(f"{name} of a Reply must be {expected}, got {reprlib.repr(getattr(self, name))}.")
+
+        check("text", isinstance(self.text, str), "a str")
+        check("stop", self.stop in ("stop", "length"), "'stop' or 'length'")
+        check("usage", self.usage is None or isinstance(self.usage, Usage), "a Usage or None")
+        # Copies: what is done to a list later does not change the reply.
+        object.__setattr__(self, "text", str.__str__(self.text))
+        for name, convert in (("prompt_ids", operator.index), ("completion_ids", operator.index), ("logprobs", float)):
+            values = _as_tuple(getattr(self, name), convert)
+            if name == "logprobs":
+                check(name, values is not None and all(map(math.isfinite, values)), "finite numbers")
+            else:
+                within = values is not None and (not values or 0 <= min(values) <= max(values) < _END_OF_IDS)
+                check(name, within, "whole numbers from 0 to 2**31 - 1")
+            object.__setattr__(self, name, values)
+        check(
+            "logprobs",
+            len(self.logprobs) in (0, len(self.completion_ids)),
+            f"one for each of the {len(self.completion_ids)} completion_ids, or none",
+        )
+
+
+def _as_tuple(values: Any, convert: Callable[[Any], Any]) -> tuple[Any, ...] | None:
+    """The values, converted; None where they are no sequence of what can be."""
+    try:
+        return tuple(map(convert, values))
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 @dataclass(frozen=True, slots=True)

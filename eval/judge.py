@@ -26,8 +26,9 @@ from rich.table import Table
 
 import atommem_env  # noqa: F401  (registers the environments)
 from agents.chat_policy import ChatModel
+from agents.event_loop import run_blocking
 from agents.models.load import load_model
-from agents.rollout import episode_specs, run_blocking
+from agents.rollout import episode_specs
 from atommem_env.errors import SettingError
 from atommem_env.make import make_env
 from atommem_env.types import Message, Question

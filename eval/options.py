@@ -112,6 +112,8 @@ class PlayConfig(EnvConfig):
     """Number of episodes."""
     seed: int = 0
     """Seed of the tasks, their documents and the policy's random choices."""
+    reply_timeout: float | None = None
+    """Seconds within which the policy must reply each time, or the run ends with an error; no limit unless given."""
     thinking: bool = False
     """Let a language model think before it replies, if it can; max_new_tokens then includes the thinking."""
 

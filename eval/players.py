@@ -13,10 +13,11 @@ from typing import Any, NamedTuple, Protocol
 import gymnasium as gym
 
 from agents.chat_policy import ChatModel, ChatPolicy, Sampling
+from agents.event_loop import run_blocking
 from agents.policy import Act, FunctionPolicy, Policy
 from agents.prompting import Method, PromptedPolicy
 from agents.registry import load_policy
-from agents.rollout import Driver, EpisodeSpec, run_blocking
+from agents.rollout import Driver, EpisodeSpec
 from atommem_env.dialects import get_dialect
 from atommem_env.env import SETTING_NAMES, AtomMemEnv
 from atommem_env.errors import ReplyRefused, SettingError
@@ -160,6 +161,7 @@ def prepare(config: PlayConfig, parts: Parts) -> tuple[Driver, Policy, Record]:
         env = parts.env.unwrapped  # type: ignore[assignment]  # or `Driver.of` would have said so
         options = _env_options(env)
         driver = dataclasses.replace(driver, store=MemoryStore(folder, env.store.durability))
+    driver = dataclasses.replace(driver, reply_timeout=config.reply_timeout)
     sampling = Sampling(config.temperature, config.max_new_tokens, config.thinking)
     layout = parts.layout or config.layout
     policy = load_policy(

@@ -22,7 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from agents.rollout import episode_specs, run_blocking
+from agents.event_loop import run_blocking
+from agents.rollout import episode_specs
 from atommem_env.episode import legal_text
 from atommem_env.errors import SettingError
 from atommem_env.prompts import get_layout

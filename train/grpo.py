@@ -28,10 +28,11 @@ import numpy as np
 from rich.console import Console
 
 from agents.chat_policy import ChatPolicy, Sampling
+from agents.event_loop import run_blocking
 from agents.models.chat_tokenizer import ChatTokenizer
 from agents.models.find import find_model
 from agents.models.transformers_model import TransformersModel
-from agents.rollout import Driver, EpisodeSpec, episode_specs, run_blocking
+from agents.rollout import Driver, EpisodeSpec, episode_specs
 from atommem_env.errors import CheckpointError, DataError, MissingDependency, SettingError
 from atommem_env.tokens import get_tokenizer
 from atommem_env.types import Rollout

@@ -23,10 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 import atommem_env  # noqa: F401  registers the environments
+from agents.event_loop import run_blocking
 from agents.models.chat_tokenizer import ChatTokenizer
 from agents.models.find import find_model
 from agents.registry import load_policy
-from agents.rollout import Driver, EpisodeSpec, run_blocking
+from agents.rollout import Driver, EpisodeSpec
 from atommem_env.prompts import Layout, shared_prefix
 from atommem_env.types import EpisodeSettings, Message, Observation, Rollout
 from eval.benchmarks import write_figures
