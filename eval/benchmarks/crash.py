@@ -19,8 +19,9 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ from atommem_env.embedders import embed, get_embedder
 from atommem_env.episode import Episode
 from atommem_env.errors import StoreError
 from atommem_env.store.memory_store import MemoryStore
-from atommem_env.store.recorder import INTERRUPTED, Recorder
+from atommem_env.store.recorder import INTERRUPTED, EpisodeRecord, Recorder
 from atommem_env.store.replay import initial_episode, replay
 from atommem_env.store.tables import TABLES
 from atommem_env.tasks import make_source
@@ -63,8 +64,12 @@ class Result:
     too_many_files: int  # tables
 
 
-def play_until_killed(folder: str, durability: str, seed: str) -> None:
-    """Plays for ever and prints a line for each commit: of each acknowledged episode its id, replies and whether it ended."""
+def play(folder: str, durability: str, seed: str, commits: str) -> None:
+    """Plays, and prints a line for each commit: of each acknowledged episode its id, replies and whether it ended.
+
+    Args:
+        commits: how many; the store is compacted after every fourth of them and closed at the end. "0": without an end.
+    """
     import lancedb  # noqa: F401  # takes a second, in which nothing could go wrong
 
     store, source = MemoryStore(folder, durability), make_source("synthetic")
@@ -85,7 +90,7 @@ def play_until_killed(folder: str, durability: str, seed: str) -> None:
 
     playing = [begin() for _ in range(_IN_FLIGHT)]
     os.write(1, b"{}\n")  # from now on it may be killed
-    while True:
+    for commit in count(1):
         for one in playing:
             _step(*one)
         store.write([recorder for _, recorder, _ in playing])
@@ -96,6 +101,11 @@ def play_until_killed(folder: str, durability: str, seed: str) -> None:
         }
         os.write(1, json.dumps(said).encode() + b"\n")  # at once: never half a line
         playing = [begin() if one[0].stop_reason is not None else one for one in playing]
+        if int(commits) and commit % 4 == 0:
+            store.optimize()
+        if commit == int(commits):
+            break
+    store.close()
 
 
 def _step(episode: Episode, recorder: Recorder, act: Act) -> None:
@@ -107,30 +117,58 @@ def _step(episode: Episode, recorder: Recorder, act: Act) -> None:
         recorder.end(episode.stop_reason, episode.reward, episode.memory)
 
 
+def start_player(
+    folder: Path, durability: str, seed: int, commits: int = 0, before: Sequence[str] = ()
+) -> subprocess.Popen[bytes]:
+    """A process that does what `play` says; `before` are words of a program that starts it."""
+    code = "import sys; from eval.benchmarks.crash import play; play(*sys.argv[1:])"
+    words = [str(folder), durability, str(seed), str(commits)]
+    command = [*before, sys.executable, "-c", code, *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
+
+
+def acknowledged_by(
+    child: subprocess.Popen[bytes], began: Callable[[], object] = lambda: None
+) -> dict[str, tuple[int, bool]]:
+    """The replies that a player acknowledged of each episode, and whether its end was; returns when the player has ended.
+
+    Args:
+        began: called when it has begun to play.
+    """
+    assert child.stdout is not None
+    acknowledged: dict[str, tuple[int, bool]] = {}
+    with child.stdout as lines:
+        for number, line in enumerate(lines):
+            if number == 0:
+                began()
+            acknowledged |= {episode: (steps, over) for episode, (steps, over) in json.loads(line).items()}
+    return acknowledged
+
+
 def killed(folder: Path, durability: str, seed: int, delay: float) -> dict[str, tuple[int, bool]]:
     """Lets a process write for `delay` seconds and kills it: the replies acknowledged of each episode, and whether its end was.
 
     Raises:
         RuntimeError: the process ended by itself.
     """
-    code = "import sys; from eval.benchmarks.crash import play_until_killed; play_until_killed(*sys.argv[1:])"
-    command = [sys.executable, "-c", code, str(folder), durability, str(seed)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as child:
-        assert child.stdout is not None
+    with start_player(folder, durability, seed) as child:
         timer = threading.Timer(delay, child.send_signal, (signal.SIGKILL,))
-        acknowledged: dict[str, tuple[int, bool]] = {}
-        for line in child.stdout:
-            if timer.ident is None:
-                timer.start()
-            acknowledged |= {episode: (steps, over) for episode, (steps, over) in json.loads(line).items()}
+        acknowledged = acknowledged_by(child, timer.start)
     timer.cancel()
     if child.returncode != -signal.SIGKILL:
         raise RuntimeError(f"The process that was to be killed ended with status {child.returncode}.")
     return acknowledged
 
 
-def inspect(folder: Path, acknowledged: dict[str, tuple[int, bool]], after: float) -> Iterator[str]:
-    """What became of a store, by the names of `Result`'s counts. Played again are episodes committed `after` a time."""
+def inspect(
+    folder: Path, acknowledged: dict[str, tuple[int, bool]], after: float, resume: bool = True
+) -> Iterator[str]:
+    """What became of a store, by the names of `Result`'s counts.
+
+    Args:
+        after: when the first of the episodes that are played again was committed.
+        resume: plays interrupted episodes to their end.
+    """
     import lancedb
 
     store, source = MemoryStore(folder, "step"), make_source("synthetic")
@@ -165,25 +203,30 @@ def inspect(folder: Path, acknowledged: dict[str, tuple[int, bool]], after: floa
         ):
             yield f"inconsistent: {record}, played again {episode.steps} replies, {status}"
             continue
-        if record.status == INTERRUPTED:
-            recorder = store.resume(record.episode_id)
-            act = Random(_SETTINGS).begin(record.episode_seed, None)
-            if episode.stop_reason is not None:  # its last reply was written, its end was not
-                recorder.end(episode.stop_reason, episode.reward, episode.memory)
-            while episode.stop_reason is None:
-                _step(episode, recorder, act)
-                store.write([recorder])
-            store.write([recorder])
-            again = store.episode(record.episode_id)
-            last = store.memory_at(record.episode_id, episode.steps).entries()
-            right = (again.status, again.steps, last) == (episode.stop_reason, episode.steps, episode.memory.entries())
-            yield "resumed" if right else f"not_resumed: {again}"
+        if record.status == INTERRUPTED and resume:
+            yield _resume(store, record, episode)
     store.optimize()
     store.close()
     for name in TABLES if records else ():
         files = sum(path.is_file() for path in (folder / f"{name}.lance").rglob("*"))
         if files > _MOST_FILES:
             yield f"too_many_files: {files} of {name}"
+
+
+def _resume(store: MemoryStore, record: EpisodeRecord, episode: Episode) -> str:
+    """Plays an interrupted episode to its end: "resumed", or what is wrong afterwards."""
+    recorder = store.resume(record.episode_id)
+    act = Random(_SETTINGS).begin(record.episode_seed, None)
+    if episode.stop_reason is not None:  # its last reply was written, its end was not
+        recorder.end(episode.stop_reason, episode.reward, episode.memory)
+    while episode.stop_reason is None:
+        _step(episode, recorder, act)
+        store.write([recorder])
+    store.write([recorder])
+    again = store.episode(record.episode_id)
+    last = store.memory_at(record.episode_id, episode.steps).entries()
+    right = (again.status, again.steps, last) == (episode.stop_reason, episode.steps, episode.memory.entries())
+    return "resumed" if right else f"not_resumed: {again}"
 
 
 def measure(durability: str, trials: int, seed: int, console: Console, longest: float = 3.0) -> Result:
