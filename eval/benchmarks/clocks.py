@@ -1,12 +1,13 @@
 """A store shared with a process whose clock is wrong: `python -m eval.benchmarks.clocks [--trials 2] [--out FILE]`.
 
-Two processes write episodes of `AtomMem-Synthetic` to one folder at the same time and compact it after every few commits; the
+Two processes write episodes of `AtomMem-Synthetic` to one folder at the same time and compact it after each commit; the
 clock of one is wrong by some days (by the program `faketime`, a package of most Linux distributions). When both have closed
 the store, all that was acknowledged must be there, and be what the same replies lead to (`eval.benchmarks.crash`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 import sys
@@ -20,7 +21,7 @@ from rich.table import Table
 
 from atommem_env.errors import MissingDependency
 from eval.benchmarks import write_figures
-from eval.benchmarks.crash import acknowledged_by, inspect, start_player
+from eval.benchmarks.crash import inspect, read_acknowledged, start_player
 
 DAYS = (3.0, 8.0, 400.0, -8.0)
 
@@ -48,27 +49,29 @@ def measure(days: float, trials: int, commits: int, console: Console, seed: int 
         raise MissingDependency("This program shifts the clock by `faketime`: install the package of that name.")
     counts = dict.fromkeys(("failed", "unreadable", "lost", "inconsistent"), 0)
     replies = 0
+    shift = ("faketime", "--exclude-monotonic", "-f", f"{days:+g}d")
     for trial in range(trials):
-        with tempfile.TemporaryDirectory() as work:
-            shift = ("faketime", "--exclude-monotonic", "-f", f"{days:+g}d")
+        with tempfile.TemporaryDirectory() as work, contextlib.ExitStack() as stack:
             players = [
-                start_player(Path(work), "step", seed + 2 * trial + number, commits, before)
-                for number, before in enumerate(((), shift))
+                stack.enter_context(start_player(Path(work), "step", seed + 2 * trial + number, commits, prefix))
+                for number, prefix in enumerate(((), shift))
             ]
-            acknowledged: dict[str, tuple[int, bool]] = {}
             for player in players:
-                acknowledged |= acknowledged_by(player)
+                assert player.stdin is not None
+                player.stdin.write(b"\n")
+                player.stdin.close()
+            acknowledged = {episode: last for player in players for episode, last in read_acknowledged(player).items()}
             counts["failed"] += sum(player.wait() != 0 for player in players)
             replies += sum(steps for steps, _ in acknowledged.values())
             for line in inspect(Path(work), acknowledged, 0, resume=False):
-                name, _, detail = line.partition(": ")
+                name = line.partition(": ")[0]
                 if name in counts:
                     counts[name] += 1
                     console.print(f"{days:+g} days, trial {trial}: {line}", markup=False)
     return Result(days=days, trials=trials, acknowledged_replies=replies, **counts)
 
 
-def main(*, out: Path | None = None, trials: int = 2, commits: int = 64, seed: int = 0) -> None:
+def main(*, out: Path | None = None, trials: int = 2, commits: int = 32, seed: int = 0) -> None:
     """Share a store with a process whose clock is wrong, and print a table; the status is 1 if anything was lost.
 
     Args:

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -68,7 +68,8 @@ def play(folder: str, durability: str, seed: str, commits: str) -> None:
     """Plays, and prints a line for each commit: of each acknowledged episode its id, replies and whether it ended.
 
     Args:
-        commits: how many; the store is compacted after every fourth of them and closed at the end. "0": without an end.
+        commits: how many, from the moment that a line can be read from the standard input; the store is compacted after each
+            of them, and closed at the end. "0": at once and without an end.
     """
     import lancedb  # noqa: F401  # takes a second, in which nothing could go wrong
 
@@ -90,6 +91,8 @@ def play(folder: str, durability: str, seed: str, commits: str) -> None:
 
     playing = [begin() for _ in range(_IN_FLIGHT)]
     os.write(1, b"{}\n")  # from now on it may be killed
+    if int(commits):
+        sys.stdin.readline()
     for commit in count(1):
         for one in playing:
             _step(*one)
@@ -101,7 +104,7 @@ def play(folder: str, durability: str, seed: str, commits: str) -> None:
         }
         os.write(1, json.dumps(said).encode() + b"\n")  # at once: never half a line
         playing = [begin() if one[0].stop_reason is not None else one for one in playing]
-        if int(commits) and commit % 4 == 0:
+        if int(commits):
             store.optimize()
         if commit == int(commits):
             break
@@ -118,30 +121,25 @@ def _step(episode: Episode, recorder: Recorder, act: Act) -> None:
 
 
 def start_player(
-    folder: Path, durability: str, seed: int, commits: int = 0, before: Sequence[str] = ()
+    folder: Path, durability: str, seed: int, commits: int = 0, prefix: Sequence[str] = ()
 ) -> subprocess.Popen[bytes]:
-    """A process that does what `play` says; `before` are words of a program that starts it."""
+    """A process that is about to `play`; `prefix` are words of a program that starts it."""
     code = "import sys; from eval.benchmarks.crash import play; play(*sys.argv[1:])"
     words = [str(folder), durability, str(seed), str(commits)]
-    command = [*before, sys.executable, "-c", code, *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
+    command = [*prefix, sys.executable, "-c", code, *words]
+    root = Path(__file__).parents[2]
+    player = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root)
+    assert player.stdout is not None
+    player.stdout.readline()
+    return player
 
 
-def acknowledged_by(
-    child: subprocess.Popen[bytes], began: Callable[[], object] = lambda: None
-) -> dict[str, tuple[int, bool]]:
-    """The replies that a player acknowledged of each episode, and whether its end was; returns when the player has ended.
-
-    Args:
-        began: called when it has begun to play.
-    """
-    assert child.stdout is not None
+def read_acknowledged(player: subprocess.Popen[bytes]) -> dict[str, tuple[int, bool]]:
+    """The replies that a player acknowledged of each episode, and whether its end was; returns when the player has ended."""
+    assert player.stdout is not None
     acknowledged: dict[str, tuple[int, bool]] = {}
-    with child.stdout as lines:
-        for number, line in enumerate(lines):
-            if number == 0:
-                began()
-            acknowledged |= {episode: (steps, over) for episode, (steps, over) in json.loads(line).items()}
+    for line in player.stdout:
+        acknowledged |= {episode: (steps, over) for episode, (steps, over) in json.loads(line).items()}
     return acknowledged
 
 
@@ -153,7 +151,8 @@ def killed(folder: Path, durability: str, seed: int, delay: float) -> dict[str, 
     """
     with start_player(folder, durability, seed) as child:
         timer = threading.Timer(delay, child.send_signal, (signal.SIGKILL,))
-        acknowledged = acknowledged_by(child, timer.start)
+        timer.start()
+        acknowledged = read_acknowledged(child)
     timer.cancel()
     if child.returncode != -signal.SIGKILL:
         raise RuntimeError(f"The process that was to be killed ended with status {child.returncode}.")
