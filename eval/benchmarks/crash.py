@@ -19,8 +19,9 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ from atommem_env.embedders import embed, get_embedder
 from atommem_env.episode import Episode
 from atommem_env.errors import StoreError
 from atommem_env.store.memory_store import MemoryStore
-from atommem_env.store.recorder import INTERRUPTED, Recorder
+from atommem_env.store.recorder import INTERRUPTED, EpisodeRecord, Recorder
 from atommem_env.store.replay import initial_episode, replay
 from atommem_env.store.tables import TABLES
 from atommem_env.tasks import make_source
@@ -63,8 +64,13 @@ class Result:
     too_many_files: int  # tables
 
 
-def play_until_killed(folder: str, durability: str, seed: str) -> None:
-    """Plays for ever and prints a line for each commit: for each acknowledged episode its id, replies and whether it ended."""
+def play(folder: str, durability: str, seed: str, commits: str) -> None:
+    """Plays, and prints a line for each commit: of each acknowledged episode its id, replies and whether it ended.
+
+    Args:
+        commits: how many, from the moment that a line can be read from the standard input; the store is compacted after each
+            of them, and closed at the end. "0": at once and without an end.
+    """
     import lancedb  # noqa: F401  # takes a second, during which a kill would test nothing
 
     store, source = MemoryStore(folder, durability), make_source("synthetic")
@@ -85,7 +91,9 @@ def play_until_killed(folder: str, durability: str, seed: str) -> None:
 
     playing = [begin() for _ in range(_IN_FLIGHT)]
     os.write(1, b"{}\n")  # from now on it may be killed
-    while True:
+    if int(commits):
+        sys.stdin.readline()
+    for commit in count(1):
         for one in playing:
             _step(*one)
         store.write([recorder for _, recorder, _ in playing])
@@ -96,6 +104,11 @@ def play_until_killed(folder: str, durability: str, seed: str) -> None:
         }
         os.write(1, json.dumps(acknowledged).encode() + b"\n")  # one call: never an incomplete line
         playing = [begin() if one[0].stop_reason is not None else one for one in playing]
+        if int(commits):
+            store.optimize()
+        if commit == int(commits):
+            break
+    store.close()
 
 
 def _step(episode: Episode, recorder: Recorder, act: Act) -> None:
@@ -107,6 +120,33 @@ def _step(episode: Episode, recorder: Recorder, act: Act) -> None:
         recorder.end(episode.stop_reason, episode.reward, episode.memory)
 
 
+def start_player(
+    folder: Path, durability: str, seed: int, commits: int = 0, prefix: Sequence[str] = ()
+) -> subprocess.Popen[bytes]:
+    """A process that is about to `play`; `prefix` are words of a program that starts it."""
+    code = "import sys; from eval.benchmarks.crash import play; play(*sys.argv[1:])"
+    words = [str(folder), durability, str(seed), str(commits)]
+    command = [*prefix, sys.executable, "-c", code, *words]
+    root = Path(__file__).parents[2]
+    player = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root)
+    assert player.stdout is not None
+    player.stdout.readline()
+    return player
+
+
+def read_acknowledged(player: subprocess.Popen[bytes]) -> dict[str, tuple[int, bool]]:
+    """Waits for the end of a player.
+
+    Returns:
+        Episode id → (acknowledged replies, whether its end was acknowledged).
+    """
+    assert player.stdout is not None
+    acknowledged: dict[str, tuple[int, bool]] = {}
+    for line in player.stdout:
+        acknowledged |= {episode: (steps, over) for episode, (steps, over) in json.loads(line).items()}
+    return acknowledged
+
+
 def write_and_kill(folder: Path, durability: str, seed: int, delay: float) -> dict[str, tuple[int, bool]]:
     """Lets a process write for `delay` seconds and kills it.
 
@@ -116,24 +156,25 @@ def write_and_kill(folder: Path, durability: str, seed: int, delay: float) -> di
     Raises:
         RuntimeError: the process ended by itself.
     """
-    code = "import sys; from eval.benchmarks.crash import play_until_killed; play_until_killed(*sys.argv[1:])"
-    command = [sys.executable, "-c", code, str(folder), durability, str(seed)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as child:
-        assert child.stdout is not None
+    with start_player(folder, durability, seed) as child:
         timer = threading.Timer(delay, child.send_signal, (signal.SIGKILL,))
-        acknowledged: dict[str, tuple[int, bool]] = {}
-        for line in child.stdout:
-            if timer.ident is None:
-                timer.start()
-            acknowledged |= {episode: (steps, over) for episode, (steps, over) in json.loads(line).items()}
+        timer.start()
+        acknowledged = read_acknowledged(child)
     timer.cancel()
     if child.returncode != -signal.SIGKILL:
         raise RuntimeError(f"Expected the process to be killed, but it ended with status {child.returncode}.")
     return acknowledged
 
 
-def inspect(folder: Path, acknowledged: dict[str, tuple[int, bool]], after: float) -> Iterator[str]:
-    """Inspects a store; yields lines that begin with a field of `Result` to count. Replays episodes committed `after` a time."""
+def inspect(
+    folder: Path, acknowledged: dict[str, tuple[int, bool]], after: float, resume: bool = True
+) -> Iterator[str]:
+    """Inspects a store; yields lines that begin with a field of `Result` to count.
+
+    Args:
+        after: when the first of the episodes that are played again was committed.
+        resume: plays interrupted episodes to their end.
+    """
     import lancedb
 
     store, source = MemoryStore(folder, "step"), make_source("synthetic")
@@ -168,25 +209,30 @@ def inspect(folder: Path, acknowledged: dict[str, tuple[int, bool]], after: floa
         ):
             yield f"inconsistent: {record}, played again {episode.steps} replies, {status}"
             continue
-        if record.status == INTERRUPTED:
-            recorder = store.resume(record.episode_id)
-            act = Random(_SETTINGS).begin(record.episode_seed, None)
-            if episode.stop_reason is not None:  # its last reply was written, its end was not
-                recorder.end(episode.stop_reason, episode.reward, episode.memory)
-            while episode.stop_reason is None:
-                _step(episode, recorder, act)
-                store.write([recorder])
-            store.write([recorder])
-            final = store.episode(record.episode_id)
-            last = store.memory_at(record.episode_id, episode.steps).entries()
-            right = (final.status, final.steps, last) == (episode.stop_reason, episode.steps, episode.memory.entries())
-            yield "resumed" if right else f"not_resumed: {final}"
+        if record.status == INTERRUPTED and resume:
+            yield _resume(store, record, episode)
     store.optimize()
     store.close()
     for name in TABLES if records else ():
         files = sum(path.is_file() for path in (folder / f"{name}.lance").rglob("*"))
         if files > _MOST_FILES:
             yield f"too_many_files: {files} of {name}"
+
+
+def _resume(store: MemoryStore, record: EpisodeRecord, episode: Episode) -> str:
+    """Plays an interrupted episode to its end: "resumed", or what is wrong afterwards."""
+    recorder = store.resume(record.episode_id)
+    act = Random(_SETTINGS).begin(record.episode_seed, None)
+    if episode.stop_reason is not None:  # its last reply was written, its end was not
+        recorder.end(episode.stop_reason, episode.reward, episode.memory)
+    while episode.stop_reason is None:
+        _step(episode, recorder, act)
+        store.write([recorder])
+    store.write([recorder])
+    final = store.episode(record.episode_id)
+    last = store.memory_at(record.episode_id, episode.steps).entries()
+    right = (final.status, final.steps, last) == (episode.stop_reason, episode.steps, episode.memory.entries())
+    return "resumed" if right else f"not_resumed: {final}"
 
 
 def measure(durability: str, trials: int, seed: int, console: Console, longest: float = 3.0) -> Result:
