@@ -201,7 +201,7 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
         return self.episode.submit(action)
 
     def resolve(self, action: str, vectors: ArrayLike) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """The second half: carries out the `action` that was submitted, given the vectors asked for, and keeps it."""
+        """The second half: carries out the `action` that was submitted, given the requested vectors, and records it."""
         assert self._session is not None
         result = self._session.resolve(action, vectors)
         episode = self._session.episode
@@ -259,7 +259,7 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
         self.episode = self._session.episode
 
     def _leave(self) -> None:
-        """Stores what an episode that nobody will finish has in memory."""
+        """Stores the memory of an episode that is abandoned."""
         if self.episode is not None and self._session is not None:
             if self._session.leave():
                 self._write(self._session.recorder)

@@ -334,7 +334,9 @@ class Episode:
             raise EmbeddingError(f"Expected {expected} vectors as an array [{expected}, D], got shape {matrix.shape}.")
         known = self.memory.dimension if self._query_vector is None else len(self._query_vector)
         if known is not None and matrix.shape[1] != known:
-            raise EmbeddingError(f"This memory holds {known}-dimensional vectors, got {matrix.shape[1]}.")
+            raise EmbeddingError(
+                f"Expected {known}-dimensional vectors, as in this memory, got {matrix.shape[1]}; use one embedder."
+            )
         return matrix
 
     def _carry_out(

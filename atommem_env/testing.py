@@ -301,7 +301,7 @@ def check_embedder(embedder: Embedder, *, tolerance: float = 0.0) -> None:
                 nearest == index,
                 f"Vectors must come in the order of the texts; in a batch, {text!r} got that of {texts[nearest]!r} ({kind}).",
             )
-        _check_equal(alone, expected, texts, tolerance, f"alone as beside {len(texts) - 1} others ({kind})")
+        _check_equal(alone, expected, texts, tolerance, f"alone as with {len(texts) - 1} others ({kind})")
         order = random.Random(0).sample(range(len(texts)), len(texts))
         reordered = _embed(embedder, [texts[index] for index in order], kind)
         _check_equal(reordered, expected[order], [texts[index] for index in order], tolerance, f"in any order ({kind})")

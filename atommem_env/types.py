@@ -37,7 +37,7 @@ class Document:
 class Evidence:
     """A passage that supports an answer: a sentence (HotpotQA, 2WikiMultiHopQA, synthetic) or a paragraph (MuSiQue)."""
 
-    title: str  # of the document that holds it
+    title: str  # of the document that contains it
     text: str  # verbatim substring of that document's text
 
 
@@ -275,7 +275,7 @@ class Message(TypedDict):
 
 
 class Phase(StrEnum):
-    """Where an episode stands."""
+    """The phase of an episode."""
 
     READ = "read"  # a chunk is shown with each observation
     ANSWER = "answer"  # the questions are asked, one at a time

@@ -14,16 +14,16 @@ from atommem_env.errors import DataError
 from atommem_env.tokens import Tokenizer
 from atommem_env.types import OperationKind, Rollout, Turn, Usage
 
-SCHEMA_VERSION = 3  # of a run's folder; 2 is read as well
+SCHEMA_VERSION = 3  # of a run folder; 2 can be read as well
 _RESAMPLES = 10_000
 
 
 def episode_record(position: int, rollout: Rollout, tokenizer: Tokenizer) -> dict[str, Any]:
-    """One episode as a line of `episodes.jsonl`; everything that `summarise` needs, and nothing that the clock decides.
+    """One episode as a line of `episodes.jsonl`: everything that `summarise` needs, and nothing that depends on timing.
 
-    Tokens are those that a model reported, else counted by the environment's tokenizer over observations and replies.
-    `retrievals` are the turns with a query in force: each of them searches the memory. In `by_step` each list has an item
-    a reply; `entries` is how many the memory held after it, the other numbers count what that reply did.
+    Tokens are as reported by a model, else counted by the environment's tokenizer over observations and replies.
+    `retrievals` are the turns with an active query, each of which searches the memory. In `by_step` each list has one item
+    per reply; `entries` is the size of the memory after it, the other numbers count what that reply did.
     """
     usages = [turn.reply.usage or Usage() for turn in rollout.turns]
     by_step: dict[str, list[Any]] = {}
@@ -78,58 +78,58 @@ def episode_record(position: int, rollout: Rollout, tokenizer: Tokenizer) -> dic
 
 
 def episode_cost(position: int, rollout: Rollout, seconds: float) -> dict[str, Any]:
-    """One episode as a line of `costs.jsonl`: what the clock and a model's service decide.
+    """One episode as a line of `costs.jsonl`: what depends on timing and on a model's service.
 
-    A run adds `elapsed`, its wall time until the episode ended, interruptions left out.
+    A run adds `elapsed`, its wall time until the episode ended, without interruptions.
 
     Args:
-        seconds: wall time of the episode, others being played meanwhile.
+        seconds: wall time of the episode, which others are played in parallel with.
     """
     cached = sum(turn.reply.usage.cached_tokens for turn in rollout.turns if turn.reply.usage)
     return {"episode": position, "seconds": round(seconds, 3), "cached_tokens": cached}
 
 
 def _tokens(turn: Turn, tokenizer: Tokenizer) -> tuple[int, int]:
-    """Of the prompt and of the reply."""
+    """(prompt tokens, completion tokens) of a turn."""
     reply = turn.reply
     if reply.usage:
         return reply.usage.prompt_tokens, reply.usage.completion_tokens
     if reply.prompt_ids:
         return len(reply.prompt_ids), len(reply.completion_ids)
-    shown = sum(tokenizer.count(value) for value in turn.observation.values() if isinstance(value, str))
-    return shown, tokenizer.count(reply.text)
+    prompt = sum(tokenizer.count(value) for value in turn.observation.values() if isinstance(value, str))
+    return prompt, tokenizer.count(reply.text)
 
 
 def resampled_means(values: Sequence[float], weights: Sequence[float], clusters: Sequence[str]) -> NDArray[np.float64]:
-    """The weighted mean in each of 10,000 resamples: whole clusters, drawn with replacement by a fixed seed.
+    """The weighted mean in each of 10,000 resamples of whole clusters, drawn with replacement from a fixed seed.
 
-    Episodes of one task are one cluster: their outcomes hang together, and to count them as independent would make an
-    interval look narrower than it is.
+    Episodes of one task are one cluster: their outcomes are correlated, and treating them as independent would make the
+    interval too narrow.
 
     Args:
-        values: [E] a mean for each episode.
-        weights: [E] how many questions it has.
-        clusters: [E] the task that it is about.
+        values: [E] the mean of each episode.
+        weights: [E] its number of questions.
+        clusters: [E] its task.
 
     Returns:
-        [10000]; their spread is that of the mean.
+        [10000]; their spread estimates that of the mean.
 
     Task "a" has two episodes, one of them right, and task "b" one that is wrong. A resample is a and a (mean 1/2), a and b
-    (1/3) or b and b (0); no resample has half of a task:
+    (1/3) or b and b (0); none has half of a task:
 
     >>> means = resampled_means([1.0, 0.0, 0.0], [1, 1, 1], ["a", "a", "b"])
     >>> sorted(set(means.round(2).tolist()))
     [0.0, 0.33, 0.5]
     """
     value, weight = np.asarray(values, dtype=float), np.asarray(weights, dtype=float)
-    place = {name: number for number, name in enumerate(dict.fromkeys(clusters))}  # in order of appearance
-    index = [place[name] for name in clusters]
-    # [C] of each cluster: what it adds to the mean's numerator and to its denominator
+    index_of = {name: number for number, name in enumerate(dict.fromkeys(clusters))}  # in order of appearance
+    index = [index_of[name] for name in clusters]
+    # [C] each cluster's contribution to the mean's numerator and to its denominator
     total, weight = np.bincount(index, value * weight), np.bincount(index, weight)
     rng = np.random.default_rng(0)
-    share = np.full(len(place), 1 / len(place))
+    share = np.full(len(index_of), 1 / len(index_of))
     # [1000, C] how often each cluster is in each resample; in ten parts, because C can be thousands
-    parts = (rng.multinomial(len(place), share, size=_RESAMPLES // 10) for _ in range(10))
+    parts = (rng.multinomial(len(index_of), share, size=_RESAMPLES // 10) for _ in range(10))
     return np.concatenate([(counts @ total) / (counts @ weight) for counts in parts])
 
 
@@ -139,26 +139,28 @@ def bootstrap_ci95(
     """The 95 % percentile interval of the weighted mean, by `resampled_means`.
 
     Args:
-        clusters: [E]; None: each episode is about a task of its own.
+        clusters: [E]; None: each episode has a different task.
 
     >>> bootstrap_ci95([1.0, 1.0, 1.0], [1, 1, 1])
     (1.0, 1.0)
     """
-    names = [str(place) for place in range(len(values))] if clusters is None else clusters
+    names = [str(index) for index in range(len(values))] if clusters is None else clusters
     low, high = np.percentile(resampled_means(values, weights, names), [2.5, 97.5])
     return float(low), float(high)
 
 
 def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The table's numbers over all episodes. Rates are in [0, 1]; what is counted is given as the mean of an episode.
+    """The table's numbers over all episodes. Rates are in [0, 1]; counts are means per episode.
 
-    `by_kind` and `by_hops` are the dataset's own types of questions and the steps of reasoning that they take.
+    `by_kind` and `by_hops` split the questions by the dataset's own types and by their reasoning steps.
 
     Raises:
         DataError: the episodes were recorded by an earlier version.
     """
     if any("by_step" not in record for record in records):
-        raise DataError(f"These episodes are of a version before {SCHEMA_VERSION}, with fewer numbers. Run it again.")
+        raise DataError(
+            f"Expected records of schema 2 or {SCHEMA_VERSION}, got older ones without by_step. Run the evaluation again."
+        )
     questions = [question for record in records for question in record["questions"]]
 
     def mean(count: Callable[[dict[str, Any]], float]) -> float:
@@ -202,7 +204,7 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def summarise_costs(costs: Sequence[dict[str, Any]], steps: int) -> dict[str, Any]:
-    """What a run took: `seconds` is its wall time divided by its episodes, `cached_tokens` the mean of an episode.
+    """The cost of a run: `seconds` is its wall time divided by its episodes, `cached_tokens` the mean per episode.
 
     Args:
         costs: of all its episodes.
@@ -212,20 +214,20 @@ def summarise_costs(costs: Sequence[dict[str, Any]], steps: int) -> dict[str, An
     return {
         "seconds": round(seconds / len(costs), 4),
         "cached_tokens": round(sum(cost["cached_tokens"] for cost in costs) / len(costs), 4),
-        "steps_per_second": round(steps / max(seconds, 1e-3), 2),  # no clock of ours is finer
+        "steps_per_second": round(steps / max(seconds, 1e-3), 2),  # `elapsed` is rounded to milliseconds
     }
 
 
 def _scores(questions: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of some questions: how many, and their means.
+    """The number of some questions, and their means.
 
-    `evidence_recall` says where evidence was lost: the share of passages that stood in the memory or scratchpad when their
-    question was settled (`stored`), that the policy had in view (`retrieved`), and whose question it got right (`answered`).
+    `evidence_recall` shows where evidence was lost: the share of passages that were in the memory or scratchpad when their
+    question was resolved (`stored`), that the policy had in view (`retrieved`), and whose question it got right (`answered`).
     """
     passages = sum(question["evidence"] for question in questions)
 
-    def share(found: int) -> float | None:
-        return round(found / passages, 4) if passages else None
+    def share(count: int) -> float | None:
+        return round(count / passages, 4) if passages else None
 
     return {
         "questions": len(questions),

@@ -1,4 +1,4 @@
-"""Who plays the episodes of an evaluation: this process, or workers of Ray's (`eval.workers`)."""
+"""Players of an evaluation's episodes: this process, or Ray workers (`eval.workers`)."""
 
 from __future__ import annotations
 
@@ -28,90 +28,90 @@ from eval.played_as import environment_record
 from eval.run_folder import Record
 
 Env = gym.Env[Any, Any]
-AnyPolicy = str | Policy | Act | Method | ChatModel
-Finished = Callable[[Record, Record], None]
-"""Is told of each episode, in the order in which they end: its record, and its cost."""
+PolicyLike = str | Policy | Act | Method | ChatModel
+OnFinished = Callable[[Record, Record], None]
+"""Called with each episode's record and cost, in the order in which the episodes end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """Objects in the place of what a configuration names."""
+    """Objects that replace what a configuration names."""
 
-    policy: AnyPolicy | None = None
-    model: str | ChatModel | None = None  # what a method of prompting asks
+    policy: PolicyLike | None = None
+    model: str | ChatModel | None = None  # for a prompting method
     layout: Layout | None = None
-    env: Env | None = None  # its own store stays as it is
+    env: Env | None = None  # its own store is not used
 
 
-class Opened(NamedTuple):
+class PreparedRun(NamedTuple):
     """A run that a player is ready to play."""
 
-    resolved_config: Record  # what `config.json` says; tells the run from every other
-    privileged: bool  # of the policy
-    tasks: int  # how many there are
+    resolved_config: Record  # the contents of `config.json`, which identify the run
+    privileged: bool  # whether the policy is given the golds
+    tasks: int  # of the task source
 
 
 class Player(Protocol):
     """Plays one run at a time."""
 
-    def open(self, config: EvalConfig) -> AbstractContextManager[Opened]:
-        """A run, ready to be played until the context ends; nothing is written.
+    def open(self, config: EvalConfig) -> AbstractContextManager[PreparedRun]:
+        """Prepares a run, which can be played until the context ends; writes nothing.
 
         Raises:
-            AtomMemError: the environment or the policy cannot be had as asked.
+            AtomMemError: the environment or the policy cannot be made.
         """
         ...
 
     def play(
-        self, specs: Mapping[int, EpisodeSpec], in_flight: int, finished: Finished, replied: Callable[[int], None]
+        self, specs: Mapping[int, EpisodeSpec], in_flight: int, finished: OnFinished, replied: Callable[[int], None]
     ) -> None:
         """Plays episodes of the open run, at most `in_flight` at a time.
 
         Args:
             specs: by number in the run.
-            replied: is called with a number of further replies, for a progress bar.
+            replied: called with a number of further replies, for a progress bar.
 
         Raises:
-            Exception: whatever policy, embedder or store raised first; the other episodes are stopped.
+            Exception: the first one of the policy, the embedder or the store; the other episodes are stopped.
         """
         ...
 
 
 class LocalPlayer:
-    """This process.
+    """Plays in this process.
 
     Args:
-        parts: objects in the place of what the configuration names.
+        parts: objects that replace what the configuration names.
     """
 
     def __init__(self, parts: Parts | None = None) -> None:
         self._parts = parts or Parts()
 
     @contextmanager
-    def open(self, config: EvalConfig) -> Iterator[Opened]:
+    def open(self, config: EvalConfig) -> Iterator[PreparedRun]:
         """See `Player`."""
-        self._driver, self._policy, opened = prepare_evaluation(config, self._parts)
+        self._driver, self._policy, prepared = prepare_evaluation(config, self._parts)
         with closing(self._driver.store):
-            yield opened
+            yield prepared
 
     def play(
-        self, specs: Mapping[int, EpisodeSpec], in_flight: int, finished: Finished, replied: Callable[[int], None]
+        self, specs: Mapping[int, EpisodeSpec], in_flight: int, finished: OnFinished, replied: Callable[[int], None]
     ) -> None:
         """See `Player`."""
         run_blocking(self.play_async(specs, in_flight, finished, replied))
 
     async def play_async(
-        self, specs: Mapping[int, EpisodeSpec], in_flight: int, finished: Finished, replied: Callable[[int], None]
+        self, specs: Mapping[int, EpisodeSpec], in_flight: int, finished: OnFinished, replied: Callable[[int], None]
     ) -> None:
         """`play` in the caller's event loop."""
-        numbers, began = list(specs), dict[int, float]()
+        numbers, started = list(specs), dict[int, float]()
         tokenizer = get_tokenizer(self._driver.settings.tokenizer)
 
         def begun(position: int) -> None:
-            began[position] = time.perf_counter()
+            started[position] = time.perf_counter()
 
         def ended(position: int, rollout: Rollout) -> None:
-            seconds = time.perf_counter() - began[position]
+            seconds = time.perf_counter() - started[position]
             number = numbers[position]
             finished(episode_record(number, rollout, tokenizer), episode_cost(number, rollout, seconds))
 
@@ -125,18 +125,18 @@ class LocalPlayer:
         )
 
 
-def prepare_evaluation(config: EvalConfig, parts: Parts | None = None) -> tuple[Driver, Policy, Opened]:
-    """`prepare`, and what a player says of the run."""
+def prepare_evaluation(config: EvalConfig, parts: Parts | None = None) -> tuple[Driver, Policy, PreparedRun]:
+    """`prepare` for an evaluation, with its label."""
     driver, policy, resolved_config = prepare(config, parts or Parts())
     resolved_config["label"] = config.label or policy.name
-    return driver, policy, Opened(resolved_config, policy.privileged, len(driver.source))
+    return driver, policy, PreparedRun(resolved_config, policy.privileged, len(driver.source))
 
 
 def prepare(config: PlayConfig, parts: Parts) -> tuple[Driver, Policy, Record]:
-    """What plays, the policy, and what tells the run from every other, as `config.json` says it; nothing is written.
+    """The driver, the policy and the resolved configuration (the contents of `config.json`) of a run; writes nothing.
 
     Raises:
-        AtomMemError: the environment or the policy cannot be had as asked.
+        AtomMemError: the environment or the policy cannot be made.
     """
     if config.episodes < 1:
         raise SettingError(f"episodes must be at least 1, got {config.episodes}.")
@@ -147,7 +147,7 @@ def prepare(config: PlayConfig, parts: Parts) -> tuple[Driver, Policy, Record]:
     else:
         driver = Driver.of(parts.env)
         env = parts.env.unwrapped  # type: ignore[assignment]  # or `Driver.of` would have said so
-        options = _options_of(env)
+        options = _env_options(env)
         driver = dataclasses.replace(driver, store=MemoryStore(folder, env.store.durability))
     sampling = Sampling(config.temperature, config.max_new_tokens, config.thinking)
     layout = parts.layout or config.layout
@@ -165,8 +165,8 @@ def prepare(config: PlayConfig, parts: Parts) -> tuple[Driver, Policy, Record]:
     return driver, policy, resolved_config
 
 
-def _options_of(env: AtomMemEnv) -> dict[str, Any]:
-    """What `gym.make` would have to be given beside the id and the source's options, as plain data."""
+def _env_options(env: AtomMemEnv) -> dict[str, Any]:
+    """The arguments of `gym.make` that make this environment, without the id and the source's options, as plain data."""
     registered = gym.spec(env.spec.id).kwargs if env.spec else {}
     defaults = EpisodeSettings(**{name: value for name, value in registered.items() if name in SETTING_NAMES}).record()
     changed = {name: value for name, value in env.settings.record().items() if value != defaults[name]}

@@ -427,7 +427,7 @@ class MemoryStore:
         latest: dict[str, EpisodeRecord] = {}
         for row in self._rows("episodes", where, list(EpisodeRecord.__dataclass_fields__)):
             record = EpisodeRecord(**row | {"settings": json.loads(row["settings"]), "writers": tuple(row["writers"])})
-            # A crash can leave an episode's old row beside the new one.
+            # A crash can leave an episode's old row next to the new one.
             rival = latest.get(record.episode_id)
             if rival is None or (len(rival.writers), rival.committed_at) < (len(record.writers), record.committed_at):
                 latest[record.episode_id] = record

@@ -119,9 +119,9 @@ def test_what_the_runs_differ_in_is_said(runs: tuple[Path, Path], tmp_path: Path
 @pytest.mark.parametrize("change", [{"seed": 1}, {"questions": 2}, {"split": "train"}])
 def test_other_tasks_or_questions_are_refused(change: dict[str, Any], runs: tuple[Path, Path], tmp_path: Path) -> None:
     other = run(tmp_path / "other", "oracle", **change)
-    with pytest.raises(SettingError, match=r"same episodes.*number 0 is") as told:
+    with pytest.raises(SettingError, match=r"same episodes.*number 0 is") as raised:
         compare(read_run(runs[0]), read_run(other))
-    assert ("seed" if "seed" in change else next(iter(change))) in str(told.value)
+    assert ("seed" if "seed" in change else next(iter(change))) in str(raised.value)
 
 
 def test_an_unfinished_run_is_compared_as_far_as_it_is(

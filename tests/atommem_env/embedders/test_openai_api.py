@@ -293,9 +293,9 @@ def test_an_answer_that_is_not_one_unit_vector_a_text_is_an_error(
         embedder.embed(TEXTS[:3], "document")
 
 
-def test_an_environment_takes_it_by_name_and_keeps_its_memories(service: Service, own_data_folder: Path) -> None:
+def test_an_environment_takes_it_by_name_and_keeps_its_memories(service: Service, tmp_path: Path) -> None:
     get_embedder.cache_clear()
-    env = gym.make("AtomMem-Synthetic", embedder="openai:org/m")
+    env = gym.make("AtomMem-Synthetic", embedder="openai:org/m", store=tmp_path)
     observation, _ = env.reset(seed=0)
     env.step(
         f"<create_memory>{observation['chunk']}</create_memory><read_memory>{observation['questions']}</read_memory>"
@@ -304,7 +304,7 @@ def test_an_environment_takes_it_by_name_and_keeps_its_memories(service: Service
     get_embedder.cache_clear()
     asked = [text for request in service.asked for text in request["input"]]
     assert observation["chunk"].strip() in asked
-    assert (own_data_folder / "memory" / "openai:org" / "m" / "journal.lance").is_dir()
+    assert (tmp_path / "journal.lance").is_dir()
 
 
 def test_the_embedding_service_can_have_an_address_of_its_own(
