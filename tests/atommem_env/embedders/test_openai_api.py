@@ -99,7 +99,7 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
         monkeypatch.setenv("OPENAI_BASE_URL", service.url)
         monkeypatch.delenv("OPENAI_API_KEY", raising=False)
         monkeypatch.setattr(openai_api, "_PATIENCE", 1.0)
-        monkeypatch.setattr(openai_api, "_LAST_TRY", 0.5)
+        monkeypatch.setattr(openai_client, "_LAST_TRY", 0.5)
         yield service
         service.over.set()
         service.shutdown()
