@@ -313,6 +313,8 @@ def _rollout(episode: Episode, turns: list[Turn], reward: float) -> Rollout:
 def episode_specs(length: int, episodes: int, seed: int) -> list[EpisodeSpec]:
     """Which episodes an evaluation plays: tasks in a random order without repetition, and again once all were played.
 
+    Fewer episodes of the same seed are the first of these.
+
     >>> [spec.index for spec in episode_specs(3, 5, seed=0)]
     [2, 0, 1, 2, 0]
     """
@@ -320,6 +322,9 @@ def episode_specs(length: int, episodes: int, seed: int) -> list[EpisodeSpec]:
     if length <= 100_000:
         order = rng.permutation(length).tolist()
     else:  # an endless source: drawn, each once
-        order = list(dict.fromkeys(rng.integers(length, size=2 * episodes + 100).tolist()))
+        drawn: dict[int, None] = {}
+        while len(drawn) < min(episodes, length):
+            drawn |= dict.fromkeys(rng.integers(length, size=2 * episodes + 100).tolist())
+        order = list(drawn)
     seeds = np.random.default_rng([seed, 1]).integers(2**31, size=(episodes, 2)).tolist()
     return [EpisodeSpec(order[i % len(order)], *seeds[i]) for i in range(episodes)]

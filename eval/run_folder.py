@@ -101,8 +101,11 @@ def require_empty_dir(folder: Path, otherwise: str = "") -> None:
         raise SettingError(f"{folder} must be a new or empty folder, and is not. Choose another --out{otherwise}.")
 
 
-def require_same_config(path: Path, resolved_config: dict[str, Any]) -> None:
+def require_same_config(path: Path, resolved_config: dict[str, Any], *, extendable: str | None = None) -> None:
     """Whether the run that is to be resumed is the one that `config.json` at `path` describes.
+
+    Args:
+        extendable: a setting that may be greater than it was: how long the run is.
 
     Raises:
         SettingError: there is none, or it is another; the message names what differs.
@@ -110,6 +113,8 @@ def require_same_config(path: Path, resolved_config: dict[str, Any]) -> None:
     if not path.is_file():
         raise SettingError(f"Nothing to resume: {path} does not exist. Leave --resume out to start.")
     before = read_config(path)
+    if extendable and resolved_config[extendable] >= before.get(extendable, 0):
+        before[extendable] = resolved_config[extendable]
     differences = "; ".join(_differences({name: before.get(name) for name in resolved_config}, resolved_config))
     if differences:
         raise SettingError(f"{path.parent} holds a run of another configuration: {differences}.")

@@ -8,7 +8,8 @@ was sampled is what is trained: the token ids, once each, and a rollout that the
 
 The folder `--out` then holds `model/` (Hugging Face; the best of the evaluations, in each of which the same held-out episodes
 are played greedily), `metrics.jsonl` and `tensorboard/` (every step), `curve.png`, `config.json`, and `checkpoint.pt`, from which
-`--resume` continues as if the run had never been stopped. What is left out: more than one process (that is `train/cluster`).
+`--resume` continues as if the run had never been stopped; with more `--steps` a finished run is extended, and only its last
+evaluation and checkpoint are additional. What is left out: more than one process (that is `train/cluster`).
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Trainer:
             clip_low=run.clip_low, clip_high=run.clip_high, kl_coef=run.kl_coef, importance_cap=run.importance_cap
         )
         check_memory(run)
-        resolved_config = open_run(run)
+        resolved_config = open_run(run, extendable=True)
         self.environment = record_of(run)  # for the model's folder
         self.driver = Driver.of(make_env(run, run.split))
         self.held_out = Driver.of(make_env(run, run.eval_split)) if run.eval_every else None
@@ -104,7 +105,7 @@ class Trainer:
             self._resume()
         else:
             _check_disk(run.out, 4 * sum(weight.numel() * 4 for weight in trained))  # weights, two moments, the best
-            write_atomic(run.out / "config.json", resolved_config)
+        write_atomic(run.out / "config.json", resolved_config)  # resumed too: it may have more steps now
         self.tensorboard = SummaryWriter(str(run.out / "tensorboard"), purge_step=self.step + 1)
 
     # ------------------------------------------------------------------------------------------------------------ the loop

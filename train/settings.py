@@ -14,7 +14,7 @@ import tyro
 from atommem_env.env import AtomMemEnv
 from atommem_env.errors import SettingError
 from eval.options import EnvConfig, has_splits
-from eval.run_folder import require_empty_dir, require_same_config
+from eval.run_folder import read_config, require_empty_dir, require_same_config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +26,7 @@ class GRPOConfig(EnvConfig):
     out: Path = Path("runs/grpo")
     """Folder of the run; new or empty, unless --resume."""
     resume: bool = False
-    """Go on with an interrupted run in the same folder."""
+    """Resume an interrupted run in the same folder."""
     split: str | None = "train"
     """Split of the dataset to train on."""
     eval_split: str = "dev"
@@ -112,8 +112,11 @@ def make_env(run: GRPOConfig, split: str | None) -> AtomMemEnv:
     return run.make_env(store=str(run.out / "memory"), split=split)
 
 
-def open_run(run: GRPOConfig) -> str:
+def open_run(run: GRPOConfig, *, extendable: bool = False) -> str:
     """Checks that the run's folder fits; returns the text of its `config.json`.
+
+    Args:
+        extendable: whether the run may be resumed with more steps than it was begun with.
 
     Raises:
         SettingError: a new run in a folder that is not empty, or what is to be resumed is another run.
@@ -123,7 +126,14 @@ def open_run(run: GRPOConfig) -> str:
     if run.resume:
         # The same settings may come from another recipe, or from none.
         settings = {name: value for name, value in resolved_config.items() if name != "recipe"}
-        require_same_config(run.out / "config.json", settings)
+        path = run.out / "config.json"
+        require_same_config(path, settings, extendable="steps" if extendable else None)
+        before = read_config(path).get("steps", run.steps)
+        if before != run.steps and run.schedule != "constant":
+            raise SettingError(
+                f"{run.out} holds a run of {before} steps, and with --schedule {run.schedule} the learning rate of each depends "
+                f"on how many there are: resume it with --steps {before}. Only a run with --schedule constant can be extended."
+            )
     else:
         require_empty_dir(run.out, ", or --resume")
     run.out.mkdir(parents=True, exist_ok=True)
@@ -134,6 +144,8 @@ def open_run(run: GRPOConfig) -> str:
 class LocalGRPOConfig(GRPOConfig):
     """A training run on one machine."""
 
+    resume: bool = False
+    """Resume an interrupted run in the same folder; with more --steps, and a constant --schedule, a finished one is extended."""
     lora_rank: int = 0
     """Train adapters of this rank in every linear layer, merged in the end; 0 trains all weights."""
     dtype: Literal["float32", "bfloat16"] = "float32"
