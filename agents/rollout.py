@@ -108,6 +108,19 @@ class Driver:
         rollouts = await self._each(specs, policy, in_flight, finished, replied, retries=None, begun=begun)
         return [rollout for rollout in rollouts if rollout is not None]  # all of them: a failure was raised
 
+    async def stream(
+        self,
+        specs: Sequence[EpisodeSpec],
+        policy: Policy | Act,
+        *,
+        in_flight: int = 64,
+        begun: Callable[[int], None] = lambda position: None,
+        finished: Callable[[int, Rollout], None],
+        replied: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`run` that keeps no rollout: memory is that of the episodes in flight, however many there are."""
+        await self._each(specs, policy, in_flight, finished, replied, retries=None, begun=begun, keep=False)
+
     async def run_with_retries(
         self,
         specs: Sequence[EpisodeSpec],
@@ -140,8 +153,9 @@ class Driver:
         replied: Callable[[], None],
         retries: int | None,
         begun: Callable[[int], None] = lambda position: None,
+        keep: bool = True,
     ) -> list[Rollout | None]:
-        """Plays all; `retries` None raises the first failure."""
+        """Plays all; `retries` None raises the first failure, and without `keep` each is None in the end."""
         policy = as_policy(policy)
         gate = asyncio.Semaphore(in_flight)
 
@@ -156,7 +170,7 @@ class Driver:
                 if isinstance(played, Exception):
                     return None
                 finished(position, played)
-                return played
+                return played if keep else None
 
         tasks = [asyncio.ensure_future(one(position, spec)) for position, spec in enumerate(specs)]
         try:

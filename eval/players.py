@@ -115,7 +115,7 @@ class LocalPlayer:
             number = numbers[position]
             finished(episode_record(number, rollout, tokenizer), episode_cost(number, rollout, seconds))
 
-        await self._driver.run(
+        await self._driver.stream(
             list(specs.values()),
             self._policy,
             in_flight=in_flight,
