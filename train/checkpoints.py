@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from atommem_env.errors import CheckpointError
+from atommem_env.errors import CheckpointError, SettingError
 
 _FORMAT = 2  # 1 held NumPy arrays, which have to be unpickled
 
@@ -61,6 +61,20 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Whether a run's folder has room for its checkpoints, of `needed` bytes each.
+
+    Raises:
+        SettingError: it has not.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < 2 * needed:  # the checkpoint before stays until the next is complete
+        raise SettingError(
+            f"Checkpoints need about {2 * needed / 1e9:.1f} GB (two of {needed / 1e9:.1f} GB at the moment of a change); "
+            f"{free / 1e9:.1f} GB are free in {folder}. Make room, or choose another --out."
+        )
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
