@@ -98,8 +98,6 @@ class Driver:
         begun: Callable[[int], None] = lambda position: None,
         finished: Callable[[int, Rollout], None] = lambda position, rollout: None,
         replied: Callable[[], None] = lambda: None,
-        refused: Callable[[int, ReplyRefused], None] | None = None,
-        keep: bool = True,
     ) -> list[Rollout]:
         """Plays all episodes, at most `in_flight` at a time.
 
@@ -107,21 +105,37 @@ class Driver:
             begun: called with the position in `specs` when an episode begins.
             finished: called with the position in `specs` and the rollout, in the order in which episodes end.
             replied: called after each reply of any episode; for a progress bar.
-            refused: called with the position and the error where a service will never answer one of an episode's prompts: the
-                others are played all the same. None: that is a failure as any other.
-            keep: whether the rollouts are returned; they hold every prompt.
 
         Returns:
-            The rollouts, in the order of `specs`; without `keep` none.
+            The rollouts, in the order of `specs`.
 
         Raises:
             Exception: whatever policy, embedder or store raised first; the other episodes are stopped. A failure is never
                 scored, and calls of `finished` before it are valid.
         """
-        rollouts = await self._each(
-            specs, policy, in_flight, finished, replied, retries=None, begun=begun, refused=refused, keep=keep
-        )
+        rollouts = await self._each(specs, policy, in_flight, finished, replied, retries=None, begun=begun)
         return [rollout for rollout in rollouts if rollout is not None]  # all of them: a failure was raised
+
+    async def stream(
+        self,
+        specs: Sequence[EpisodeSpec],
+        policy: Policy | Act,
+        *,
+        in_flight: int = 64,
+        begun: Callable[[int], None] = lambda position: None,
+        finished: Callable[[int, Rollout], None],
+        replied: Callable[[], None] = lambda: None,
+        refused: Callable[[int, ReplyRefused], None] | None = None,
+    ) -> None:
+        """`run` that keeps no rollout: memory is that of the episodes in flight, however many there are.
+
+        Args:
+            refused: called with the position and the error where a service will never answer one of an episode's prompts: the
+                others are played all the same. None: that is a failure as any other.
+        """
+        await self._each(
+            specs, policy, in_flight, finished, replied, retries=None, begun=begun, refused=refused, keep=False
+        )
 
     async def run_with_retries(
         self,
@@ -158,7 +172,7 @@ class Driver:
         refused: Callable[[int, ReplyRefused], None] | None = None,
         keep: bool = True,
     ) -> list[Rollout | None]:
-        """Plays all; `retries` None raises the first failure."""
+        """Plays all; `retries` None raises the first failure, and without `keep` each is None in the end."""
         policy = as_policy(policy)
         gate = asyncio.Semaphore(in_flight)
 
@@ -338,6 +352,8 @@ def _rollout(episode: Episode, turns: list[Turn], reward: float) -> Rollout:
 def episode_specs(length: int, episodes: int, seed: int) -> list[EpisodeSpec]:
     """Which episodes an evaluation plays: tasks in a random order without repetition, and again once all were played.
 
+    Fewer episodes of the same seed are the first of these.
+
     >>> [spec.index for spec in episode_specs(3, 5, seed=0)]
     [2, 0, 1, 2, 0]
     """
@@ -345,6 +361,9 @@ def episode_specs(length: int, episodes: int, seed: int) -> list[EpisodeSpec]:
     if length <= 100_000:
         order = rng.permutation(length).tolist()
     else:  # an endless source: drawn, each once
-        order = list(dict.fromkeys(rng.integers(length, size=2 * episodes + 100).tolist()))
+        drawn: dict[int, None] = {}
+        while len(drawn) < min(episodes, length):
+            drawn |= dict.fromkeys(rng.integers(length, size=2 * episodes + 100).tolist())
+        order = list(drawn)
     seeds = np.random.default_rng([seed, 1]).integers(2**31, size=(episodes, 2)).tolist()
     return [EpisodeSpec(order[i % len(order)], *seeds[i]) for i in range(episodes)]

@@ -125,7 +125,7 @@ class LocalPlayer:
         def refused(position: int, error: ReplyRefused) -> None:
             _log.warning("Episode %d stays unscored: %s", numbers[position], error)
 
-        await self._driver.run(
+        await self._driver.stream(
             list(specs.values()),
             self._policy,
             in_flight=in_flight,
@@ -133,7 +133,6 @@ class LocalPlayer:
             finished=ended,
             replied=lambda: replied(1),
             refused=refused,
-            keep=False,
         )
 
 

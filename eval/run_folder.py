@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import sys
 import time
@@ -76,7 +75,7 @@ class RunFolder:
             SettingError: there is no run, or it has another configuration.
         """
         config = path / "config.json"
-        require_same_config(config, resolved_config, may_grow="episodes")
+        require_same_config(config, resolved_config, extendable="episodes")
         if read_config(config).get("episodes") != resolved_config["episodes"]:
             (path / "summary.json").unlink(missing_ok=True)  # it has too few
             write_atomic(config, json.dumps(resolved_config, indent=2, ensure_ascii=False) + "\n")
@@ -161,11 +160,11 @@ def require_empty_dir(folder: Path, otherwise: str = "") -> None:
         raise SettingError(f"{folder} must be a new or empty folder, but it is not. Choose another --out{otherwise}.")
 
 
-def require_same_config(path: Path, resolved_config: dict[str, Any], *, may_grow: str | None = None) -> None:
+def require_same_config(path: Path, resolved_config: dict[str, Any], *, extendable: str | None = None) -> None:
     """Checks that a run to resume has the configuration in the `config.json` at `path`.
 
     Args:
-        may_grow: a number that may be larger than it was.
+        extendable: a setting that may be greater than it was: how long the run is.
 
     Raises:
         SettingError: there is no such file, or the configuration differs; the message lists the differences.
@@ -173,8 +172,8 @@ def require_same_config(path: Path, resolved_config: dict[str, Any], *, may_grow
     if not path.is_file():
         raise SettingError(f"Nothing to resume: {path} does not exist. Leave out --resume to start a new run.")
     before = read_config(path)
-    if may_grow and resolved_config[may_grow] > before.get(may_grow, math.inf):
-        before[may_grow] = resolved_config[may_grow]
+    if extendable and resolved_config[extendable] >= before.get(extendable, 0):
+        before[extendable] = resolved_config[extendable]
     for name in _SINCE_3:
         if name not in before:  # an earlier version did not record it
             resolved_config = {key: value for key, value in resolved_config.items() if key != name}

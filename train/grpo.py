@@ -8,7 +8,8 @@ was sampled is what is trained: the token ids, once each, and a rollout that the
 
 The folder `--out` then holds `model/` (Hugging Face; the best of the evaluations, in each of which the same held-out episodes
 are played greedily), `metrics.jsonl` and `tensorboard/` (every step), `curve.png`, `config.json`, and `checkpoint.pt`, from which
-`--resume` continues as if the run had never been stopped. What is left out: more than one process (that is `train/cluster`).
+`--resume` continues as if the run had never been stopped; with more `--steps` a finished run is extended, and only its last
+evaluation and checkpoint are additional. What is left out: more than one process (that is `train/cluster`).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from atommem_env.types import Rollout
 from eval.metrics import episode_record, summarise
 from eval.played_as import eval_command, record_of, write_card
 from eval.progress import step_progress
-from eval.run_folder import read_jsonl, to_jsonl, write_atomic
+from eval.run_folder import read_config, read_jsonl, to_jsonl, write_atomic
 from train.advantages import group_advantages
 from train.estimate import check_memory
 from train.metrics import policy_metrics, training_rewards
@@ -64,6 +65,7 @@ class Trainer:
             from transformers.utils.logging import disable_progress_bar
         except ImportError as error:
             raise MissingDependency(f"Training needs {error.name!r}: pip install 'atommem[train]'.") from error
+        from train.checkpoints import check_disk
         from train.losses import LossConfig
         from train.packing import use_packed_attention
 
@@ -77,7 +79,8 @@ class Trainer:
             clip_low=run.clip_low, clip_high=run.clip_high, kl_coef=run.kl_coef, importance_cap=run.importance_cap
         )
         check_memory(run)
-        resolved_config = open_run(run)
+        resolved_config = open_run(run, extendable="steps")
+        _check_extension(run)
         self.environment = record_of(run)  # for the model's folder
         self.driver = Driver.of(make_env(run, run.split))
         self.held_out = Driver.of(make_env(run, run.eval_split)) if run.eval_every else None
@@ -104,8 +107,8 @@ class Trainer:
         if run.resume:
             self._resume()
         else:
-            _check_disk(run.out, 4 * sum(weight.numel() * 4 for weight in trained))  # weights, two moments, the best
-            write_atomic(run.out / "config.json", resolved_config)
+            check_disk(run.out, 4 * sum(weight.numel() * 4 for weight in trained))  # weights, two moments, the best
+        write_atomic(run.out / "config.json", resolved_config)  # resumed too: it may have more steps now
         self.tensorboard = SummaryWriter(str(run.out / "tensorboard"), purge_step=self.step + 1)
 
     # ------------------------------------------------------------------------------------------------------------ the loop
@@ -393,12 +396,12 @@ class Trainer:
         return run.learning_rate * factors[run.schedule]
 
 
-def _check_disk(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < 2 * needed:  # the checkpoint before stays until the next is complete
+def _check_extension(run: LocalGRPOConfig) -> None:
+    before = read_config(run.out / "config.json").get("steps", run.steps) if run.resume else run.steps
+    if before != run.steps and run.schedule != "constant":
         raise SettingError(
-            f"Checkpoints need about {2 * needed / 1e9:.1f} GB (two of {needed / 1e9:.1f} GB at the moment of a change); "
-            f"{free / 1e9:.1f} GB are free in {folder}. Make room, or choose another --out."
+            f"{run.out} holds a run of {before} steps, and with --schedule {run.schedule} the learning rate of each depends on "
+            f"how many there are: resume it with --steps {before}. Only a run with --schedule constant can be extended."
         )
 
 

@@ -26,7 +26,7 @@ class GRPOConfig(EnvConfig):
     out: Path = Path("runs/grpo")
     """Folder of the run; new or empty, unless --resume."""
     resume: bool = False
-    """Go on with an interrupted run in the same folder."""
+    """Resume an interrupted run in the same folder."""
     split: str | None = "train"
     """Split of the dataset to train on."""
     eval_split: str = "dev"
@@ -112,18 +112,22 @@ def make_env(run: GRPOConfig, split: str | None) -> AtomMemEnv:
     return run.make_env(store=str(run.out / "memory"), split=split)
 
 
-def open_run(run: GRPOConfig) -> str:
+def open_run(run: GRPOConfig | SFTConfig, *, extendable: str | None = None, **recorded: str) -> str:
     """Checks that the run's folder fits; returns the text of its `config.json`.
+
+    Args:
+        extendable: a setting that may be greater now than the resumed run was begun with.
+        recorded: what tells the run from others beside its settings.
 
     Raises:
         SettingError: a new run in a folder that is not empty, or what is to be resumed is another run.
     """
     values = {name: value for name, value in dataclasses.asdict(run).items() if name not in ("out", "resume")}
-    resolved_config = json.loads(json.dumps(values, default=str))
+    resolved_config = json.loads(json.dumps(values | recorded, default=str))
     if run.resume:
         # The same settings may come from another recipe, or from none.
         settings = {name: value for name, value in resolved_config.items() if name != "recipe"}
-        require_same_config(run.out / "config.json", settings)
+        require_same_config(run.out / "config.json", settings, extendable=extendable)
     else:
         require_empty_dir(run.out, ", or --resume")
     run.out.mkdir(parents=True, exist_ok=True)
@@ -134,6 +138,8 @@ def open_run(run: GRPOConfig) -> str:
 class LocalGRPOConfig(GRPOConfig):
     """A training run on one machine."""
 
+    resume: bool = False
+    """Resume an interrupted run in the same folder; with more --steps, and a constant --schedule, a finished one is extended."""
     lora_rank: int = 0
     """Train adapters of this rank in every linear layer, merged in the end; 0 trains all weights."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -157,7 +163,9 @@ class SFTConfig:
     model: str = "smollm2"
     """The model to start from: smollm2, or the folder of a Hugging Face chat model."""
     out: Path = Path("runs/sft")
-    """Folder of the run; new or empty."""
+    """Folder of the run; new or empty, unless --resume."""
+    resume: bool = False
+    """Resume an interrupted run in the same folder."""
     epochs: float = 3.0
     """Passes over the samples."""
     batch_size: int = 16
@@ -172,7 +180,18 @@ class SFTConfig:
     """A longer sample, prompt and reply together, is an error: nothing is truncated."""
     dtype: Literal["bfloat16", "float32"] = "float32"
     """Of the weights while training; on a GPU float32 weights are computed with in bfloat16."""
+    save_every: int = 100
+    """Updates between checkpoints; the last one is kept until the run is finished."""
     seed: int = 0
-    """Of the order of the samples."""
+    """Of the order of the samples, and of new adapters."""
     recipe: tyro.conf.Suppress[str | None] = field(default=None, compare=False)
     """The recipe that the settings come from; for the record alone."""
+
+    def __post_init__(self) -> None:
+        for name in ("micro_batch_size", "save_every"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.batch_size < 1 or self.batch_size % self.micro_batch_size:
+            raise SettingError(
+                f"batch_size must be a multiple of micro_batch_size, got {self.batch_size} and {self.micro_batch_size}."
+            )

@@ -7,16 +7,19 @@
 
 The loss is on the replies alone. Prompts become ids by the function that also serves in sampling, so that training and
 evaluation see the same tokens. The folder `--out` then holds the model in the form of Hugging Face (`model/`, with
-`atommem.json`, which says how it is played: as the samples were collected), `config.json` and `metrics.jsonl`. What is left out:
-more than one process, and resuming an interrupted run.
+`atommem.json`, which says how it is played: as the samples were collected), `config.json` and `metrics.jsonl`; while it trains
+also `trainer/`, with the last checkpoint, from which `--resume` continues as if the run had never been stopped. What is left
+out: more than one process.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import pickle
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -24,12 +27,13 @@ from rich.console import Console
 
 from agents.models.chat_tokenizer import ChatTokenizer
 from agents.models.find import find_model
-from atommem_env.errors import DataError, MissingDependency, PromptTooLong, SettingError
+from atommem_env.errors import CheckpointError, DataError, MissingDependency, PromptTooLong
+from atommem_env.tasks.catalogue import sha256_of
 from eval.played_as import eval_command, read_record, write_card
 from eval.progress import step_progress
-from eval.run_folder import require_empty_dir, to_jsonl, write_atomic
+from eval.run_folder import read_jsonl, to_jsonl, write_atomic
 from train.estimate import check_memory
-from train.settings import SFTConfig
+from train.settings import SFTConfig, open_run
 
 _IGNORED = -100  # PyTorch's label of a token without loss
 
@@ -41,9 +45,7 @@ def read_samples(folder: Path, chat: ChatTokenizer, max_tokens: int) -> Iterator
         DataError: the folder holds no samples.
         PromptTooLong: a sample has more than `max_tokens` tokens.
     """
-    path = folder / "samples.parquet"
-    if not path.is_file():
-        raise DataError(f"{path} does not exist. Name a folder that `atommem collect --out` wrote.")
+    path = _samples_file(folder)
     for row in pq.read_table(path, columns=["prompt", "completion", "episode", "turn"]).to_pylist():
         prompt = chat.prompt_ids(row["prompt"])
         completion = chat.completion_ids(row["completion"][0]["content"])
@@ -55,28 +57,35 @@ def read_samples(folder: Path, chat: ChatTokenizer, max_tokens: int) -> Iterator
         yield {"input_ids": prompt + completion, "labels": [_IGNORED] * len(prompt) + completion}
 
 
-def write_samples_card(samples: Path, out: Path, *, command: str, recipe: str | None = None) -> None:
-    """Writes `atommem.json` into the folder `model/` of a run on these samples: it is played as they were collected.
+def _samples_file(folder: Path) -> Path:
+    path = folder / "samples.parquet"
+    if not path.is_file():
+        raise DataError(f"{path} does not exist. Name a folder of `atommem collect --out`, whose run is finished.")
+    return path
+
+
+def write_samples_card(samples: Path, model: Path, *, command: str, run: Path, recipe: str | None = None) -> None:
+    """Writes `atommem.json` into the folder of a model that was trained on these samples: it is played as they were collected.
 
     Nothing is written where the samples do not say how that was: where `atommem collect` did not write them.
     """
     collected = read_record(samples / "config.json")
     if collected:
-        write_card(out / "model", collected.values, collected.max_new_tokens, command=command, run=out, recipe=recipe)
+        write_card(model, collected.values, collected.max_new_tokens, command=command, run=run, recipe=recipe)
 
 
 def train(run: SFTConfig) -> dict[str, Any]:
     """Trains, writes the model, and returns the numbers of the last line of `metrics.jsonl`.
 
     Raises:
-        SettingError: the folder is not empty, or the batch cannot be split.
+        SettingError: the folder is not empty, or holds another run than that to resume.
+        CheckpointError: the checkpoint to resume from cannot be read without unpickling, which is not done.
         MissingDependency: the extra `train` is not installed.
     """
-    require_empty_dir(run.out)
-    if run.micro_batch_size < 1 or run.batch_size % run.micro_batch_size:
-        raise SettingError(
-            f"batch_size must be a multiple of micro_batch_size, got {run.batch_size} and {run.micro_batch_size}."
-        )
+    resolved_config = open_run(run, samples_sha256=sha256_of(_samples_file(run.samples)))
+    metrics = run.out / "metrics.jsonl"
+    if metrics.is_file():  # written last: nothing is left to do
+        return read_jsonl(metrics)[-1]
     try:
         import torch
         from datasets import Dataset
@@ -87,6 +96,8 @@ def train(run: SFTConfig) -> dict[str, Any]:
         from trl import SFTTrainer
     except ImportError as error:
         raise MissingDependency(f"Training needs {error.name!r}: pip install 'atommem[train]'.") from error
+    from train.checkpoints import check_disk
+
     check_memory(run)
     disable_progress_bar()  # of loading and saving: ours shows more
     folder = find_model(run.model)
@@ -94,8 +105,9 @@ def train(run: SFTConfig) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, run.dtype), local_files_only=True)
     window = model.config.get_text_config().max_position_embeddings
     samples = list(read_samples(run.samples, chat, min(run.max_tokens, window)))
+    checkpoints = run.out / "trainer"
     arguments = TRLConfig(
-        output_dir=str(run.out / "trainer"),
+        output_dir=str(checkpoints),
         num_train_epochs=run.epochs,
         per_device_train_batch_size=run.micro_batch_size,
         gradient_accumulation_steps=run.batch_size // run.micro_batch_size,
@@ -107,11 +119,13 @@ def train(run: SFTConfig) -> dict[str, Any]:
         dataloader_pin_memory=torch.cuda.is_available(),
         max_length=None,
         logging_steps=1,
-        save_strategy="no",
+        save_strategy="steps",
+        save_steps=run.save_every,
         report_to="none",
         seed=run.seed,
     )
     lora = LoraConfig(r=run.lora_rank, lora_alpha=2 * run.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    torch.manual_seed(run.seed)  # of the adapters, which are made before TRL seeds anything
     trainer = SFTTrainer(
         model=model,
         args=arguments,
@@ -119,24 +133,69 @@ def train(run: SFTConfig) -> dict[str, Any]:
         processing_class=chat.backend,
         peft_config=lora if run.lora_rank else None,
     )
+    trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+    check_disk(run.out, 3 * sum(weight.numel() * weight.element_size() for weight in trained))  # and two moments
+    write_atomic(run.out / "config.json", resolved_config)
     trainer.remove_callback(ProgressCallback)  # it prints a dictionary for each update
     with step_progress(Console(stderr=True)) as progress:
         bar = progress.add_task("SFT", total=None, status="")
 
-        class Bar(TrainerCallback):
+        class Callback(TrainerCallback):
+            def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                if state.log_history:  # TRL counts tokens from 0 when it resumes
+                    trainer._total_train_tokens = state.log_history[-1]["num_tokens"]
+
             def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
                 status = f"loss {logs['loss']:.3f}" if "loss" in logs else ""
                 progress.update(bar, total=state.max_steps, completed=state.global_step, status=status)
 
-        trainer.add_callback(Bar())
-        trainer.train()
+            def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                for path in checkpoints.glob("checkpoint-*"):
+                    if path.name != f"checkpoint-{state.global_step}":  # this one is complete now
+                        shutil.rmtree(path)
+
+        trainer.add_callback(Callback())
+        checkpoint = _last_checkpoint(checkpoints)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        except pickle.UnpicklingError as error:  # transformers reads what it resumes from with weights_only=True
+            raise CheckpointError(
+                f"{checkpoint} holds pickled objects that could run code, so it was not read. Start a new run with another --out."
+            ) from error
+    _write_model(run, trainer, chat)
+    *updates, last = trainer.state.log_history
+    losses = [line["loss"] for line in updates if "loss" in line]
+    last["train_loss"] = fmean(losses)  # transformers leaves out the updates before a resume
+    write_atomic(metrics, "".join(map(to_jsonl, [*updates, last])))
+    shutil.rmtree(checkpoints)
+    return dict(last)
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    """The last complete checkpoint that transformers wrote to a folder; one that a kill left incomplete is removed."""
+    complete: dict[int, Path] = {}
+    for path in folder.glob("checkpoint-*"):
+        try:
+            state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))  # which it writes last
+        except (OSError, ValueError):
+            shutil.rmtree(path)
+        else:
+            complete[state["global_step"]] = path
+    return complete[max(complete)] if complete else None
+
+
+def _write_model(run: SFTConfig, trainer: Any, chat: ChatTokenizer) -> None:
+    """Writes `model/` at once: a run that is killed meanwhile leaves none."""
+    import torch
+
     trained = trainer.model.merge_and_unload() if run.lora_rank else trainer.model
-    trained.to(getattr(torch, run.dtype)).save_pretrained(run.out / "model")
-    chat.backend.save_pretrained(run.out / "model")
-    write_samples_card(run.samples, run.out, command="atommem sft", recipe=run.recipe)
-    write_atomic(run.out / "config.json", json.dumps(dataclasses.asdict(run), indent=2, default=str) + "\n")
-    write_atomic(run.out / "metrics.jsonl", "".join(map(to_jsonl, trainer.state.log_history)))
-    return dict(trainer.state.log_history[-1])
+    partial = run.out / ".model.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    trained.to(getattr(torch, run.dtype)).save_pretrained(partial)
+    chat.backend.save_pretrained(partial)
+    write_samples_card(run.samples, partial, command="atommem sft", run=run.out, recipe=run.recipe)
+    shutil.rmtree(run.out / "model", ignore_errors=True)
+    partial.rename(run.out / "model")
 
 
 def main(run: SFTConfig) -> None:

@@ -17,7 +17,7 @@ from playing import SPECS, make_driver
 
 from agents import load_policy, play_episode, play_episode_async
 from agents.registry import POLICIES
-from agents.rollout import Driver, EpisodeSpec
+from agents.rollout import Driver, EpisodeSpec, episode_specs
 from atommem_env.embedders import get_embedder
 from atommem_env.env import AtomMemEnv
 from atommem_env.errors import (
@@ -435,3 +435,12 @@ def test_fault_11_episodes_that_wait_share_one_embedding_call_and_a_slow_one_hol
     assert sum(calls) == sum(len(rollout.turns) for rollout in rollouts)
     assert len(calls) < sum(calls) / 3
     assert ended[-1] == 0
+
+
+@pytest.mark.parametrize(
+    ("length", "fewer", "more"), [(3, 2, 8), (100_000, 7, 300), (10**6, 7, 300), (100_001, 60_000, 100_002)]
+)
+def test_a_longer_run_begins_with_the_episodes_of_a_shorter_one(length: int, fewer: int, more: int) -> None:
+    shorter, longer = (episode_specs(length, episodes, seed=5) for episodes in (fewer, more))
+    assert longer[:fewer] == shorter
+    assert len({spec.index for spec in longer}) == min(length, more)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,38 @@ def test_a_checkpoint_that_was_truncated_is_rejected(tmp_path: Path) -> None:
         path.write_bytes(whole[:length])
         with pytest.raises(CheckpointError, match="cannot be read"):
             checkpoints.load(path)
+
+
+class Malicious:
+    """Unpickled, it creates a file."""
+
+    def __init__(self, created: Path) -> None:
+        self.created = created
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.created,)
+
+
+def test_a_checkpoint_of_someone_else_cannot_run_code(tmp_path: Path) -> None:
+    path, created = tmp_path / "checkpoint.pt", tmp_path / "created"
+    for state in (Malicious(created), {"step": 1, "random": Malicious(created)}):
+        for write in (torch.save, lambda value, to: to.write_bytes(pickle.dumps(value))):
+            write(state, path)
+            with pytest.raises(CheckpointError, match=r"was not read|not a whole file"):
+                checkpoints.load(path)
+            assert not created.exists()
+    pickle.loads(path.read_bytes())
+    assert created.exists()  # it would have run
+
+
+def test_a_checkpoint_of_an_earlier_version_says_how_to_continue(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"step": 1, "random": {"numpy": np.random.get_state()}}, path)  # noqa: NPY002
+    with pytest.raises(CheckpointError, match=r"with the version that began it, or start a new"):
+        checkpoints.load(path)
+    torch.save({"step": 1}, path)
+    with pytest.raises(CheckpointError, match="is no checkpoint of format 2"):
+        checkpoints.load(path)
 
 
 @pytest.mark.parametrize("limit", [1000, 70_000])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import gymnasium as gym
 import pyarrow.parquet as pq
 import pytest
 
+from agents import rollout
 from agents.rollout import episode_specs, play_episode
 from atommem_env.errors import SettingError
+from atommem_env.types import Rollout
 from eval.options import EvalConfig
 from eval.run import evaluate
-from eval.run_folder import read_jsonl
+from eval.run_folder import read_jsonl, to_jsonl
 from train.collect import SCHEMA, CollectConfig, collect
 
 POLICIES = '''
@@ -37,9 +40,17 @@ def always_faulty(observation):
     return "<create_memory>"
 
 
+def nan(summary):
+    return float("nan")
+
+
+def inf(summary):
+    return float("inf")
+
+
 half = Half()
 '''
-FILES = ("samples.parquet", "samples.jsonl", "config.json", "summary.json")
+FILES = ("samples.parquet", "samples.jsonl", "rewards.jsonl", "config.json", "summary.json")
 
 
 @pytest.fixture(autouse=True)
@@ -135,7 +146,7 @@ def test_parquet_and_json_lines_hold_the_same_rows(tmp_path: Path) -> None:
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
     for name, changes in (("a", {}), ("b", {"in_flight": 1}), ("c", {"seed": 1})):
         collect(config(tmp_path / name, policy="oracle", episodes=6, **changes))
-    for file in FILES[:3]:
+    for file in FILES[:4]:
         a, b, c = ((tmp_path / name / file).read_bytes() for name in "abc")
         assert a == b != c
     assert (tmp_path / "a" / "summary.json").read_bytes() == (tmp_path / "b" / "summary.json").read_bytes()
@@ -167,12 +178,12 @@ def test_the_first_row_read_literally(tmp_path: Path) -> None:
 
 def test_nothing_to_keep_is_an_error_that_says_what_was_seen_and_what_to_do(tmp_path: Path) -> None:
     out = tmp_path / "samples"
-    with pytest.raises(SettingError, match=r"0 of 4 .*silent .*0\.5 \(mean 0, best 0\)\. Lower --min-reward"):
-        collect(config(out, policy="silent", episodes=4))
+    for resume in (False, True):
+        with pytest.raises(SettingError, match=r"0 of 4 .*silent .*0\.5 \(mean 0, best 0\)\. Lower --min-reward"):
+            collect(config(out, policy="silent", episodes=4, resume=resume))
     faulty = {"policy": "collect_policies:always_faulty", "min_reward": 0.0, "drop_faults": True, "episodes": 2}
     with pytest.raises(SettingError, match=r"2 of 2 .* turns had faults\. Leave --drop-faults out"):
-        collect(config(out, **faulty))
-    collect(config(out, policy="oracle", episodes=1))  # the folder is still empty, and can be used
+        collect(config(tmp_path / "faulty", **faulty))
 
 
 @pytest.mark.parametrize(
@@ -198,6 +209,84 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
         with pytest.raises(SettingError, match="new or empty folder"):
             collect(config(out))
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    """A folder that was never interrupted."""
+    collect(config(tmp_path / "whole"))
+    return tmp_path / "whole"
+
+
+def test_a_run_that_was_interrupted_is_resumed_as_if_it_never_had_been(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "samples"
+    out.mkdir()
+    (out / "config.json").write_bytes((whole / "config.json").read_bytes())
+    episodes, samples = (read_jsonl(whole / name) for name in ("rewards.jsonl", "samples.jsonl"))
+    good, bad = ([one["episode"] for one in episodes if one["kept"] is kept] for kept in (True, False))
+    *ended, cut = good[4], bad[1], good[0], bad[0], good[2]  # as they ended; the last has no line yet
+    rows = [row for number in (*ended, cut) for row in samples if row["episode"] == number]
+    lines = "".join(to_jsonl(episodes[number]) for number in ended)
+    (out / "rewards.jsonl").write_text(lines + f'{{"episode": {cut}, "rew')
+    (out / "samples.jsonl").write_text("".join(map(to_jsonl, rows)) + '{"prompt": [{"ro')
+    collect(config(out, resume=True))
+    assert contents(out) == contents(whole)
+    collect(config(out, resume=True))  # with nothing left to play
+    assert contents(out) == contents(whole)
+
+
+def test_a_finished_run_is_extended_as_if_it_had_been_longer_from_the_start(whole: Path, tmp_path: Path) -> None:
+    collect(config(tmp_path / "samples", episodes=10))
+    collect(config(tmp_path / "samples", episodes=24, resume=True))
+    assert contents(tmp_path / "samples") == contents(whole)
+
+
+def test_only_the_same_run_is_resumed(whole: Path, tmp_path: Path) -> None:
+    before = contents(whole)
+    for changes, message in (
+        ({"episodes": 23}, "episodes was 24, is 23"),
+        ({"min_reward": 0.25}, r"min_reward was 0\.5, is 0\.25"),
+        ({"policy": "oracle"}, "policy was 'half', is 'oracle'"),
+    ):
+        with pytest.raises(SettingError, match=f"another configuration: {message}"):
+            collect(config(whole, resume=True, **changes))
+    with pytest.raises(SettingError, match="Nothing to resume"):
+        collect(config(tmp_path / "nothing", resume=True))
+    with pytest.raises(SettingError, match=r"new or empty folder.* or --resume"):
+        collect(config(whole))
+    assert contents(whole) == before
+
+
+def test_no_rollout_is_in_memory_after_its_episode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: weakref.WeakSet[Rollout] = weakref.WeakSet()
+    counts = []
+
+    class Counted(Rollout):
+        """A rollout that can be referred to weakly."""
+
+        __hash__ = object.__hash__
+
+        def __init__(self, **values: Any) -> None:
+            super().__init__(**values)
+            made.add(self)
+            counts.append(len(made))
+
+    monkeypatch.setattr(rollout, "Rollout", Counted)
+    collect(config(tmp_path / "samples", in_flight=2))
+    assert len(counts) == 24
+    assert max(counts) <= 3
+
+
+@pytest.mark.parametrize("reward", ["nan", "inf"])
+def test_a_reward_that_is_no_number_ends_the_run_and_is_never_a_sample(reward: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=f"must be a finite number, got {reward}"):
+        collect(config(tmp_path / "samples", reward=f"collect_policies:{reward}", min_reward=0.0))
+    assert (tmp_path / "samples" / "rewards.jsonl").read_text() == ""
+    assert not (tmp_path / "samples" / "samples.parquet").exists()
 
 
 def test_options_reach_the_environment_and_the_configuration(tmp_path: Path) -> None:

@@ -537,6 +537,29 @@ def test_other_kinds_of_runs_resume_as_well(
     assert same_ends(halved, whole)
 
 
+def test_a_finished_run_is_extended_as_if_it_had_been_longer_from_the_start(
+    make_run: Callable[..., LocalGRPOConfig], never_killed: LocalGRPOConfig
+) -> None:
+    run = make_run(**RESUMABLE | {"steps": 4})
+    begin(run).train()
+    longer = dataclasses.replace(run, steps=5)
+    assert resumed(longer).train()["step"] == 5
+    assert same_ends(longer, never_killed)
+    assert json.loads((run.out / "config.json").read_text())["steps"] == 5
+    with pytest.raises(SettingError, match="another configuration: steps was 5, is 4"):
+        resumed(run)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_run_whose_learning_rate_depends_on_its_length_is_not_extended(
+    schedule: str, make_run: Callable[..., LocalGRPOConfig]
+) -> None:
+    run = make_run(steps=1, save_every=1, schedule=schedule)
+    begin(run)
+    with pytest.raises(SettingError, match=rf"--schedule {schedule} .* resume it with --steps 1\. Only .* constant"):
+        resumed(dataclasses.replace(run, steps=2))
+
+
 # --------------------------------------------------------------------------------------------------------------- bad input
 
 

@@ -7,7 +7,8 @@
 A recipe is one of `configs/cluster/`, or a TOML file; any of its settings can be given on the command line as well, and flags
 of OpenRLHF after a `--`. In order: preflight; the folder `--out`, which all machines must see under the same path, with
 `config.json` and the prompts; the embedding service, where the recipe has one; the job, followed to its end; the curve.
-However that ends, service and job are stopped. The folder then holds what `atommem grpo` leaves, and `job.log`, `embedding.log`.
+However that ends, service and job are stopped. The folder then holds what `atommem grpo` leaves, and `job.log`, `embedding.log`;
+`checkpoints/` is DeepSpeed's, which unpickles it: with `--resume` such a folder of someone else could run code of theirs.
 
 Two other ways to start the same job. By hand: `--prepare` writes the folder and prints the commands that it did not run. On
 Slurm: `sbatch --nodes=2 --gpus-per-node=8 train/cluster/slurm.sh RECIPE …`, with the same words (`--dry-run` prints it in full).

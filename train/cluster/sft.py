@@ -222,7 +222,7 @@ def train(run: ClusterSFTConfig, console: Console) -> dict[str, Any]:
                 progress.update(bar, completed=line["step"], status=f"loss {line['loss']:.3f}")
             if running:
                 time.sleep(_POLL)
-    write_samples_card(run.samples, run.out, command="atommem train cluster-sft")
+    write_samples_card(run.samples, run.out / "model", command="atommem train cluster-sft", run=run.out)
     return read_jsonl(run.out / _METRICS)[-1]
 
 
