@@ -51,17 +51,21 @@ def fingerprint(part: object) -> str | None:
     return _hash_source(part)
 
 
-@cache
 def hash_folder(folder: Path) -> str:
     """SHA-256 over the names and contents of a model's files: weights, configuration, tokenizer, chat template.
 
     Of a file above 256 MiB 64 blocks of 1 MiB count, at equal distances, and its size.
     """
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in WEIGHTS)
+    stats = ((path, path.stat()) for path in files if path.name != "atommem.json")  # which says how the model is played
+    return _hash_files(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats))
+
+
+@cache
+def _hash_files(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Of paths, sizes and times of change; the time decides only whether a file is hashed again."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in WEIGHTS):
-        if path.name == "atommem.json":  # says how the model is played
-            continue
-        size = path.stat().st_size
+    for path, size, _ in files:
         digest.update(f"{path.name}\0{size}\0".encode())
         with path.open("rb") as file:
             if size <= _WHOLE:

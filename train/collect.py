@@ -36,6 +36,7 @@ from atommem_env.types import Message, Observation, Rollout, Turn
 from eval.options import PlayConfig
 from eval.players import Parts, prepare
 from eval.progress import episode_bar
+from eval.provenance import add_session
 from eval.run_folder import Record, read_jsonl, require_empty_dir, require_same_config, to_jsonl, write_atomic
 
 _ROW_GROUP = 1000  # samples of `samples.parquet` that are in memory at the same time
@@ -197,6 +198,7 @@ class _Folder:
         for name in ("summary.json", "samples.parquet"):  # of a finished run
             (path / name).unlink(missing_ok=True)
         write_atomic(path / "config.json", json.dumps(resolved_config, indent=2, ensure_ascii=False) + "\n")
+        add_session(path)
         folder = cls(path, {episode["episode"]: episode for episode in read_jsonl(path / "rewards.jsonl")})
         folder._write(list(folder.episodes))
         return folder
