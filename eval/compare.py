@@ -20,11 +20,11 @@ import numpy as np
 import tyro
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from atommem_env.env import SETTING_NAMES, AtomMemEnv
 from atommem_env.errors import SettingError
+from atommem_env.terminal import escape
 from eval.metrics import SCHEMA_VERSION, bootstrap_ci95
 from eval.run_folder import read_config, read_records, write_atomic
 

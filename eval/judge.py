@@ -21,7 +21,6 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 import atommem_env  # noqa: F401  (registers the environments)
@@ -31,6 +30,7 @@ from agents.models.load import load_model
 from agents.rollout import episode_specs
 from atommem_env.errors import SettingError
 from atommem_env.make import make_env
+from atommem_env.terminal import escape
 from atommem_env.types import Message, Question
 from eval.compare import Run, read_run
 from eval.metrics import bootstrap_ci95

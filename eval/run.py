@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress
 
 from agents.rollout import EpisodeSpec, episode_specs
 from atommem_env.errors import JobFailed
+from atommem_env.terminal import escape
 from eval.metrics import SCHEMA_VERSION, summarise, summarise_costs
 from eval.options import EvalConfig
 from eval.players import LocalPlayer, Player, PreparedRun

@@ -18,7 +18,6 @@ from typing import Annotated, NamedTuple
 import tyro
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from agents.rollout import episode_specs
@@ -27,7 +26,7 @@ from atommem_env.make import make_env
 from atommem_env.store.memory_store import MemoryStore
 from atommem_env.store.recorder import INTERRUPTED
 from atommem_env.tasks.digests import files_of, task_digest
-from atommem_env.terminal import printable
+from atommem_env.terminal import escape
 from eval.compare import Run, read_run
 from eval.metrics import summarise
 from eval.options import EvalConfig
@@ -149,12 +148,12 @@ def _memory(run: Run) -> Check:
 def main(config: VerifyConfig) -> None:
     """Check whether a run's data, weights, sources, memory and summary are still those that it was played with."""
     checks = verify(config.run)
-    table = Table(title=escape(printable(str(config.run))), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = Table(title=escape(str(config.run)), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for heading in ("", "holds", "detail"):
         table.add_column(heading, overflow="fold")
     for check in checks:
         holds = {True: "yes", False: "NO", None: "–"}[check.holds]
-        table.add_row(check.name, holds, escape(printable(check.detail)))
+        table.add_row(check.name, holds, escape(check.detail))
     Console().print(table)
     if any(check.holds is False for check in checks):
         sys.exit(1)

@@ -24,10 +24,10 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.markup import escape
 
 from atommem_env import ENVIRONMENTS
 from atommem_env.errors import SettingError
+from atommem_env.terminal import escape
 from atommem_env.types import ABLATIONS, EpisodeSettings
 from eval.compare import Run, read_run
 from eval.report.plots import draw

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 
-from atommem_env.terminal import printable
+from atommem_env.terminal import escape, printable
 from eval.metrics import SCHEMA_VERSION
 from eval.report.rows import Environment, judgement, plain, slug
 
@@ -238,9 +237,19 @@ def csv_text(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _csv_cell(value: object) -> object:
+    """A value for a spreadsheet; a text that one would take for a formula is quoted by an apostrophe.
+
+    >>> _csv_cell("=HYPERLINK(1)"), _csv_cell(-0.5), _csv_cell("-"), _csv_cell([1])
+    ("'=HYPERLINK(1)", -0.5, '-', '[1]')
+    """
     if isinstance(value, float):
         return round(value, 4)
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value
+    if isinstance(value, list):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str):
+        text = printable(value)
+        return f"'{text}" if len(text) > 1 and text[0] in "=+-@\t\r" else text
+    return value
 
 
 def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -284,7 +293,7 @@ def results_table(summaries: list[dict[str, Any]], title: str) -> Table:
     for row in summaries:
         recall = row["evidence_recall"]
         table.add_row(
-            escape(printable(row["label"])) + ("*" if row["privileged"] else ""),
+            escape(row["label"]) + ("*" if row["privileged"] else ""),
             *(_COLUMNS[name](row) for name in ("EM", "95 % CI")),
             *(_percent(recall[stage]) for stage in ("stored", "retrieved")),
             f"{row['steps']:.1f}",
@@ -302,6 +311,6 @@ def answers_table(records: Sequence[dict[str, Any]]) -> Table:
     for record in records:
         for question in record["questions"]:
             if question["em"] is None:
-                answer = "–" if question["prediction"] is None else printable(question["prediction"])
-                table.add_row(str(record["episode"]), escape(printable(question["id"])), escape(answer))
+                answer = "–" if question["prediction"] is None else question["prediction"]
+                table.add_row(str(record["episode"]), escape(question["id"]), escape(answer))
     return table

@@ -250,3 +250,25 @@ def test_an_episode_whose_prompt_a_service_refuses_stays_unscored(
 
     with pytest.raises(JobFailed, match="No episode could be scored"):
         atommem_env.evaluate(refusing, episodes=2, num_docs=6, progress=False)
+
+
+# --------------------------------------------------------------------------------------------- what lets nothing out
+
+
+def test_labels_control_neither_terminal_nor_spreadsheet_nor_tex(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from eval.report.report import report
+
+    pytest.importorskip("matplotlib")
+    label = "=HYPERLINK(1)\x1b]0;title\x07[bold]\u202e\x00"
+    main(config(tmp_path / "run", label=label, episodes=1))
+    shown = capsys.readouterr().out
+    assert "\x1b]0;" not in shown
+    assert "\u202e" not in shown
+    assert "[bold]" in shown
+    report([tmp_path / "run"], tmp_path / "report")
+    table = (tmp_path / "report" / "results.csv").read_text(encoding="utf-8")
+    assert "'=HYPERLINK" in table
+    for text in (table, (tmp_path / "report" / "results.tex").read_text(encoding="utf-8")):
+        assert not {"\x00", "\x1b", "\u202e"} & set(text)
