@@ -24,7 +24,7 @@ from rich.table import Table
 
 from atommem_env.env import SETTING_NAMES, AtomMemEnv
 from atommem_env.errors import SettingError
-from atommem_env.terminal import escape
+from atommem_env.terminal import escape, printable
 from eval.metrics import SCHEMA_VERSION, bootstrap_ci95
 from eval.run_folder import read_config, read_records, write_atomic
 
@@ -56,12 +56,12 @@ class Run:
     @property
     def label(self) -> str:
         """The run's name in tables; the policy's name if the run is not finished."""
-        return str(self.summary["label"] if self.summary else self.config["policy"])
+        return printable(str(self.summary["label"] if self.summary else self.config["policy"]))
 
     @property
     def environment(self) -> str:
         """The environment's name in tables; its id if the run is not finished."""
-        return str((self.summary or {}).get("environment", self.config["env_id"]))
+        return printable(str((self.summary or {}).get("environment", self.config["env_id"])))
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -194,7 +194,7 @@ def _escape_tex(text: str) -> str:
     >>> print(_escape_tex("rag_2 (50 %)"))
     rag\\_2 (50 \\%)
     """
-    return text.translate(_TEX)
+    return printable(text).translate(_TEX)
 
 
 def latex(environments: Sequence[Environment]) -> str:
