@@ -81,7 +81,9 @@ def rule_of(task: Task) -> str | ScoringRule:
 
 
 def holds(text: str, passage: str) -> bool:
-    """Whether `text` contains `passage`; runs of whitespace in either count as one space, case matters.
+    """Whether `text` contains `passage`; runs of whitespace in either count as one space, after a `<` as none, case matters.
+
+    By a space after `<`, `agents.render_reply` stores a document that quotes the tags of a dialect.
 
     >>> holds("Ada was born in Turin.  She\\nmoved to Bern in 1907.", "She moved to Bern")
     True
@@ -90,7 +92,13 @@ def holds(text: str, passage: str) -> bool:
         return True
     words = passage.split()
     # Normalising copies the text: only do so where every word occurs, which is rare in a text without the passage.
-    return all(word in text for word in words) and " ".join(words) in " ".join(text.split())
+    if all(word in text for word in words) and " ".join(words) in " ".join(text.split()):
+        return True
+    return "<" in passage and _without_gaps(passage) in _without_gaps(text)
+
+
+def _without_gaps(text: str) -> str:
+    return re.sub(r"<\s+", "<", " ".join(text.split()))
 
 
 def _normalise(text: str) -> str:

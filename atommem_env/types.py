@@ -314,7 +314,7 @@ class Fault(StrEnum):
     UNKNOWN_ID = "unknown_id"  # no entry of that id exists
     FORBIDDEN = "forbidden"  # an ablation switched the operation off
     OUT_OF_PHASE = "out_of_phase"  # an answer before any question was asked
-    SUPERSEDED = "superseded"  # a later Read, or answer, of the same reply counts
+    SUPERSEDED = "superseded"  # a later Read, or answer, of the same reply was carried out instead
     TOO_MANY = "too_many"  # one more operation than a reply may have carried out
     FULL = "full"  # a Create when the memory holds as many entries as its capacity
     TRUNCATED = "truncated"  # carried out, but the text was too long and was truncated
