@@ -16,11 +16,11 @@ _KEPT = 100  # most connections; each waits for the next request
 _DECODED = "content-encoding", "content-length", "transfer-encoding"  # headers of a body as it was sent
 
 
-class OversizedBody(httpx.HTTPError):
+class OversizedBody(httpx.RequestError):
     """An answer is larger than `MAX_BYTES`."""
 
 
-class UnreadableBody(httpx.HTTPError):
+class UnreadableBody(httpx.RequestError):
     """An answer is compressed in a way that was not asked for, or its compressed data are damaged."""
 
 

@@ -253,10 +253,8 @@ class Service:
             redirect = response.headers.get("location", "")
             raise self.failure(response.status_code, response.text, redirect) from None
         except openai.APIConnectionError as error:  # no connection, or no complete answer
-            cause = error.__cause__
-            why = self.safe(
-                str(cause or "") or repr(cause or error)
-            )  # the package says no more than "Connection error."
+            cause = error.__cause__  # the package says no more than "Connection error."
+            why = self.safe(_describe_error(cause or error))
             if isinstance(cause, OversizedBody | UnreadableBody):
                 self.answered()
                 raise Rejected(200, f"its answer is {why}", "") from None
@@ -324,10 +322,10 @@ class Attempts:
         return pause
 
 
-def seen(answer: object) -> str:
+def describe_answer(answer: object) -> str:
     """What an answer is, for a message: its kind, its fields, its beginning.
 
-    >>> seen({"object": "list", "data": []}), seen([1])
+    >>> describe_answer({"object": "list", "data": []}), describe_answer([1])
     ("an object with the fields object, data: {'data': [], 'object': 'list'}", 'a list: [1]')
     """
     kind = "a list" if isinstance(answer, list) else "a value"
@@ -354,7 +352,7 @@ def sentence(clause: str) -> str:
     return clause if clause.endswith((".", "?", "!", "…")) else f"{clause}."
 
 
-def _described(error: BaseException) -> str:
+def _describe_error(error: BaseException) -> str:
     """An error of a connection, with what it came from: the outermost often names no more than its kind."""
     root = error
     while True:

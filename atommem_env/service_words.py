@@ -29,8 +29,7 @@ _ITEMS = 8  # most of a list
 _READ = 20_000  # characters of a text
 _TOO_LONG = re.compile(
     r"context[ _](?:length|size|window|limit)|context_length_exceeded|exceed_context|max_model_len|max_seq_len"
-    r"|(?:prompt|input|messages?|request|text|sequence|document)s?\b[^.;]{0,60}\b(?:is|are|was|were|be)? ?too (?:long|large)\b"
-    r"[^.;]{0,60}(?:model|token|maximum|\d)|(?:prompt|input) is too (?:long|large)|prompt too long"
+    r"|(?:prompt|input|message|text|sequence|document)s?\b[^.;:]{0,60}\btoo (?:long|large)\b|request too large for model"
     r"|(?:prompt|input)s? exceeds? (?:the )?max(?:imum)? length"
     r"|input token count|input tokens exceed|too many (?:input |prompt )?tokens|maximum (?:prompt|sequence|input) length"
     r"|`?inputs`? tokens \+ `?max_new_tokens`? must be|`?inputs`? must have less than \d+ tokens"
@@ -49,7 +48,7 @@ _REFUSED = re.compile(
     re.IGNORECASE,
 )
 _OVERLOADED = re.compile(
-    r"overloaded|at capacity|over capacity|temporarily unavailable|is (?:still )?loading", re.IGNORECASE
+    r"overloaded|at capacity|over capacity|temporarily unavailable|(?:still|currently|is) loading", re.IGNORECASE
 )
 _OUT_OF_QUOTA = re.compile(
     r"insufficient[ _](?:quota|balance|credit|funds)|exceeded your current quota|credit balance|billing_hard_limit",

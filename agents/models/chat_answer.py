@@ -9,7 +9,7 @@ from typing import Any
 
 from agents.models.thinking import without_thought
 from atommem_env.dialects.tool_calls import reply_of
-from atommem_env.openai_client import Malformed, Rejected, seen
+from atommem_env.openai_client import Malformed, Rejected, describe_answer
 from atommem_env.types import Reply, Usage
 
 _THOUGHTS = "reasoning", "reasoning_content", "thinking"  # fields of a message
@@ -50,17 +50,17 @@ def read_answer(answer: Any, temperature: float) -> Answer:
     """
     choices = answer.get("choices") if isinstance(answer, Mapping) else None
     if choices == []:
-        raise NoChoice(f"sent no reply but {seen(answer)}")
+        raise NoChoice(f"sent no reply but {describe_answer(answer)}")
     choice = choices[0] if isinstance(choices, list) else None
     message = choice.get("message") if isinstance(choice, Mapping) else None
     if not isinstance(choice, Mapping) or not isinstance(message, Mapping) or choice.get("error"):
-        raise Malformed(f"sent no reply but {seen(answer)}")
+        raise Malformed(f"sent no reply but {describe_answer(answer)}")
     ended = str(choice.get("finish_reason") or "").lower()
     if ended in _FILTERED:
         raise Rejected(200, f"it ended the reply with the reason {ended!r}.", "content_filter")
     text, thought = _content(message)
     if (text is None and not (thought or ended)) or ended == "error":
-        raise Malformed(f"sent no reply but {seen(answer)}")
+        raise Malformed(f"sent no reply but {describe_answer(answer)}")
     text = without_thought(text or "", opened=None)
     completion_ids = _ids(choice.get("token_ids"))
     logprobs = _logprobs(choice.get("logprobs"))

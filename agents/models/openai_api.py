@@ -41,7 +41,7 @@ class _Form:
     limit: str | None = "max_tokens"  # what the limit of the reply is called
     folded: bool = False  # whether a system message opens the user's
 
-    def rejected(self) -> str:
+    def unused(self) -> str:
         """What of the API is not used, for a message."""
         limits = _LIMITS[: _LIMITS.index(self.limit)]
         return ", ".join([*sorted(self.without), *map(str, limits), *(["a system message"] if self.folded else [])])
@@ -207,9 +207,9 @@ class OpenAIModel:
         if form != began:
             before, now = self._form, replace(form, without=form.without | self._form.without)
             self._form = replace(now, folded=form.folded or before.folded)
-            rejected = self._form.rejected()
+            unused = self._form.unused()
             self._service.note(
-                f"without {rejected}", f"does not accept {rejected}: requests are sent without, from now on."
+                f"without {unused}", f"does not accept {unused}: requests are sent without, from now on."
             )
         self._accepted.add(call.has_system)
 
@@ -254,8 +254,8 @@ class OpenAIModel:
         """Raises what a rejection means, unless another form of the request may help."""
         if is_too_long(rejection.said):
             raise PromptTooLong(
-                f"{self._who()} says: {sentence(rejection.reason)} Make chunk_tokens, memory_tokens or max_new_tokens smaller, or "
-                "serve the model with a larger window.",
+                f"{self._who()} says: {sentence(rejection.reason)} Make chunk_tokens, memory_tokens or max_new_tokens smaller, "
+                "or serve the model with a larger window.",
                 *prompt_lengths(rejection.said, call.max_new_tokens),
             ) from None
         if is_refused(rejection.said) and rejection.status not in (401, 404):

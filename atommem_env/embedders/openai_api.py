@@ -13,7 +13,15 @@ from numpy.typing import NDArray
 
 from atommem_env.background import in_background_blocking
 from atommem_env.errors import EmbeddingError, SettingError
-from atommem_env.openai_client import Malformed, Rejected, Service, Unavailable, import_openai, seen, sentence
+from atommem_env.openai_client import (
+    Malformed,
+    Rejected,
+    Service,
+    Unavailable,
+    describe_answer,
+    import_openai,
+    sentence,
+)
 from atommem_env.service_words import is_too_long, prompt_lengths
 from atommem_env.types import EmbeddingKind
 
@@ -214,7 +222,7 @@ def _unit_vectors(answer: Any, texts: Sequence[str]) -> NDArray[np.float32]:
     """The unit vectors [len(texts), D] in the parsed JSON of an answer; raises `Malformed`."""
     items = answer.get("data") if isinstance(answer, Mapping) else None
     if not isinstance(items, list) or not all(isinstance(item, Mapping) for item in items):
-        raise Malformed(f"sent no embeddings for {_described(texts)} but {seen(answer)}")
+        raise Malformed(f"sent no embeddings for {_described(texts)} but {describe_answer(answer)}")
     try:
         if any(item.get("index") is not None for item in items):  # else they are in the order of the texts
             items = sorted(items, key=lambda item: item["index"])
@@ -223,7 +231,7 @@ def _unit_vectors(answer: Any, texts: Sequence[str]) -> NDArray[np.float32]:
             indices = list(range(len(items)))
         vectors = np.array([_decode(item["embedding"]) for item in items])
     except (KeyError, TypeError, ValueError, OverflowError):
-        raise Malformed(f"sent no embeddings for {_described(texts)} but {seen(answer)}") from None
+        raise Malformed(f"sent no embeddings for {_described(texts)} but {describe_answer(answer)}") from None
     if indices != list(range(len(texts))) or vectors.ndim != 2 or not vectors.size:
         raise Malformed(f"sent an array of shape {vectors.shape} and the indices {indices[:9]} for {_described(texts)}")
     with np.errstate(over="ignore"):
