@@ -168,7 +168,8 @@ def train(run: SFTConfig) -> dict[str, Any]:
     *updates, last = trainer.state.log_history
     losses = [line["loss"] for line in updates if "loss" in line]
     last["train_loss"] = fmean(losses)  # transformers leaves out the updates before a resume
-    write_atomic(metrics, "".join(map(to_jsonl, [*updates, last])))
+    lines = (dict(sorted(line.items())) for line in [*updates, last])  # as transformers orders them when it resumes
+    write_atomic(metrics, "".join(map(to_jsonl, lines)))
     shutil.rmtree(checkpoints)
     return dict(last)
 

@@ -208,13 +208,13 @@ def make_run(model: Path, samples: Path, tmp_path: Path) -> Callable[..., SFTCon
     return make
 
 
-def ends(run: SFTConfig) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
+def ends(run: SFTConfig) -> tuple[list[str], dict[str, bytes]]:
     """What a finished run has logged, but for times, and its model."""
     lines = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
     times = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
     assert sorted(path.name for path in run.out.iterdir()) == ["config.json", "metrics.jsonl", "model"]
     model = {path.name: path.read_bytes() for path in (run.out / "model").iterdir() if path.name != "atommem.json"}
-    return [{name: value for name, value in line.items() if name not in times} for line in lines], model
+    return [str({name: value for name, value in line.items() if name not in times}) for line in lines], model
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
