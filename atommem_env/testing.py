@@ -29,7 +29,7 @@ from gymnasium.utils.env_checker import check_env as gymnasium_check_env
 from atommem_env.dialects import Dialect
 from atommem_env.embedders import Embedder
 from atommem_env.scoring import rule_of, score
-from atommem_env.tasks.files import UNGRADED
+from atommem_env.tasks.question_files import UNGRADED
 from atommem_env.types import (
     EmbeddingKind,
     Entry,
