@@ -36,7 +36,7 @@ from atommem_env.paths import data_folder
 from atommem_env.plugins import suggest
 from atommem_env.tasks import hotpotqa, musique, twowiki
 from atommem_env.tasks.jsonl import JsonLines, JsonLinesWriter, read_records
-from atommem_env.tasks.records import Record, required
+from atommem_env.tasks.records import Record, excerpt, required
 from atommem_env.types import Document
 
 PARSERS: dict[str, Callable[[Mapping[str, Any]], Record | None]] = {
@@ -240,7 +240,7 @@ def _build(
                     continue
                 question = record.question
                 if question.id in ids:
-                    raise DataError(f"field 'id' is {question.id!r}, as in {ids[question.id]}; ids must differ.")
+                    raise DataError(f"field 'id' is {excerpt(question.id)}, as in {ids[question.id]}; ids must differ.")
             ids[question.id] = location
             for repair in record.repairs:
                 repairs[repair] = repairs.get(repair, 0) + 1

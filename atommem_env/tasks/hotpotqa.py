@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from atommem_env.errors import DataError
-from atommem_env.tasks.records import Record, checked, present, required, required_rows, required_text
+from atommem_env.tasks.records import Record, checked, excerpt, present, required, required_rows, required_text
 from atommem_env.types import Document, Evidence, Question
 
 NO_ID = "no id; one was made from the content"
@@ -57,7 +57,7 @@ def parse(record: Mapping[str, Any]) -> Record:
         titled = [position for position, document in enumerate(documents) if document.title == title]
         if not titled:
             raise DataError(
-                f"field 'supporting_facts[{number}]' names the document {title!r}, which is not in 'context'; "
+                f"field 'supporting_facts[{number}]' names the document {excerpt(title)}, which is not in 'context'; "
                 "the file must be of the distractor setting, where all supporting documents are given."
             )
         exact = [at for at in titled if 0 <= index < len(sentences_of[at]) and sentences_of[at][index]]

@@ -6,7 +6,6 @@ import gzip
 import json
 import mmap
 import re
-import reprlib
 import zlib
 from array import array
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
@@ -19,6 +18,8 @@ from typing import IO, Any
 import numpy as np
 
 from atommem_env.errors import DataError, DatasetNotFound
+from atommem_env.tasks.file_types import zip_content
+from atommem_env.tasks.records import excerpt
 
 _PIECE = 1 << 20  # characters of a JSON list read at a time
 _LONGEST = 1 << 24  # characters; a longer record is damaged, and must not fill the memory
@@ -57,7 +58,8 @@ def read_records(path: Path, progress: Callable[[int], object] | None = None) ->
         with path.open("rb") as raw:
             start = raw.peek(4)
             if start[:4] == b"PK\x03\x04":
-                raise DataError("its beginning: a zip archive; unpack it, and give the file of questions inside.")
+                what = zip_content(path).replace("docx", "a Word document")
+                raise DataError(f"its beginning: {what}; questions and documents are read from JSON and parquet.")
             items = _parquet_rows(raw) if start[:4] == b"PAR1" else _json_items(raw, gzipped=start[:2] == b"\x1f\x8b")
             for number, (last, value) in enumerate(items):
                 if not isinstance(value, dict):
@@ -100,7 +102,7 @@ def _line_items(stream: IO[str]) -> Iterator[tuple[str, Any]]:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise DataError(
-                f"line {number}: not JSON ({error}); it begins {reprlib.repr(line)}; expected JSON lines or one JSON list."
+                f"line {number}: not JSON ({error}); it begins {excerpt(line)}; expected JSON lines or one JSON list."
             ) from error
         yield f"line {number}", value
 
@@ -206,7 +208,7 @@ def _plan(group: Any, location: str) -> tuple[list[str], int]:
         name, size, packed = column.path_in_schema, column.total_uncompressed_size, column.total_compressed_size
         if column.num_values > _MOST_VALUES or size > max(1 << 28, _MOST_EXPANSION * packed):
             raise DataError(
-                f"{location}: the column {reprlib.repr(name)} has {column.num_values:,} values and {size:,} bytes in one row "
+                f"{location}: the column {excerpt(name)} has {column.num_values:,} values and {size:,} bytes in one row "
                 f"group, from {packed:,} compressed, which no file of a dataset has; download the file again."
             )
         if column.physical_type == "BYTE_ARRAY" and column.has_dictionary_page:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from atommem_env.errors import DataError
-from atommem_env.tasks.records import Record, checked, required, required_rows, required_text
+from atommem_env.tasks.records import Record, checked, excerpt, required, required_rows, required_text
 from atommem_env.types import Document, Evidence, Question
 
 
@@ -31,7 +31,7 @@ def parse(record: Mapping[str, Any]) -> Record | None:
         return None
     identifier = required_text(record, "id")
     if "__" not in identifier:
-        raise DataError(f"field 'id' must look like '2hop__86689_728109', got {identifier!r}.")
+        raise DataError(f"field 'id' must look like '2hop__86689_728109', got {excerpt(identifier)}.")
     documents: list[Document] = []
     supporting: list[int] = []
     for number, value in enumerate(required_rows(record, "paragraphs")):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,6 +24,30 @@ class Record:
     documents: tuple[Document, ...]  # in the order of the file; blank ones are left out
     supporting: tuple[int, ...]  # indices of those that contain evidence, ascending
     repairs: tuple[str, ...] = ()  # problems of the row that were repaired, each once
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 60
+
+
+def excerpt(value: object) -> str:
+    """A value in an error message, shortened.
+
+    >>> len(excerpt("x" * 1000)), excerpt("Ada")
+    (60, "'Ada'")
+    """
+    return _SHORT.repr(value)
+
+
+def some(names: Iterable[object]) -> str:
+    """Names in an error message, at most 6 of them.
+
+    >>> some(["a", "b"]), some(range(10)), some([])
+    ('a, b', '0, 1, 2, 3, 4, 5 … (10 in all)', 'none')
+    """
+    every = [str(name) for name in names]
+    listed = ", ".join(name if len(name) <= 20 else f"{name[:19]}…" for name in every[:6])
+    return (listed or "none") + (f" … ({len(every)} in all)" if len(every) > 6 else "")
 
 
 def check_range(name: str, value: int, end: int | None = None) -> None:
@@ -55,7 +79,7 @@ def required(record: Mapping[str, Any], name: str, kind: type[T], where: str = "
 def present(record: Mapping[str, Any], name: str, where: str = "") -> Any:
     """The value of a field, of any type; raises `DataError` where it is missing."""
     if name not in record:
-        raise DataError(f"field '{where}{name}' is missing; the fields are {', '.join(map(str, record)) or 'none'}.")
+        raise DataError(f"field '{where}{name}' is missing; the fields are {some(record)}.")
     return record[name]
 
 
@@ -70,7 +94,7 @@ def required_text(record: Mapping[str, Any], name: str, where: str = "") -> str:
 def checked(value: Any, kind: type[T], name: str) -> T:
     """`value`, if it is of exactly the type `kind` (`True` is not an int); else raises `DataError` with the field's `name`."""
     if type(value) is not kind:
-        raise DataError(f"field '{name}' must be {_NAMES[kind]}, got {reprlib.repr(value)}.")
+        raise DataError(f"field '{name}' must be {_NAMES[kind]}, got {excerpt(value)}.")
     if isinstance(value, str):
         try:
             value.encode()
@@ -100,6 +124,6 @@ def required_rows(record: Mapping[str, Any], name: str) -> list[Any]:
         return checked(value, list, name)
     columns = {column: checked(values, list, f"{name}.{column}") for column, values in value.items()}
     if len({len(values) for values in columns.values()}) > 1:
-        lengths = ", ".join(f"{len(values)} of '{column}'" for column, values in columns.items())
+        lengths = some(f"{len(values)} of '{column}'" for column, values in columns.items())
         raise DataError(f"field '{name}' must have columns of one length, got {lengths}.")
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,13 @@ linux_memory = pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="reads Linux's own count of a process's memory"
 )
 RECORDS = [{"n": number, "text": 'x]}"\\, é\u2028 ' * (number % 7)} for number in range(50)]
+
+
+def zipped(name: str) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(name, "")
+    return file.getvalue()
 
 
 def values(path: Path) -> list[dict[str, Any]]:
@@ -86,7 +95,9 @@ def test_places_and_progress(tmp_path: Path) -> None:
         (gzip.compress(json.dumps(RECORDS).encode(), mtime=0)[:-40], "damaged or truncated gzip"),
         (gzip.compress(b'{"a": 1}\n' * 9, mtime=0)[:-6] + b"123456", "damaged or truncated gzip"),
         (b"PAR1 and no more", "damaged parquet"),
-        (b"PK\x03\x04 and more", "a zip archive; unpack it"),
+        (b"PK\x03\x04 and more", "a damaged or encrypted zip archive"),
+        (zipped("dev.json"), "a zip archive; unpack it"),
+        (zipped("xl/workbook.xml"), "an Excel workbook; save its sheets as CSV"),
     ],
 )
 def test_damage_is_named_with_file_and_place(tmp_path: Path, content: bytes, message: str) -> None:
