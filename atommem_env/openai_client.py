@@ -173,7 +173,7 @@ class Service:
             except Malformed as error:
                 malformed, why = malformed + 1, self.safe(str(error))
                 if malformed == self.tries:
-                    raise Malformed(why) from None
+                    raise type(error)(why) from None
                 pause = attempts.pause(Outage(why))
             else:
                 self.answered()
@@ -360,7 +360,7 @@ def _describe_error(error: BaseException) -> str:
         if inner is None:
             break
         root = inner
-    words = [str(one) or type(one).__name__ for one in (error, root)]
+    words = [str(error) or type(error).__name__, *([str(root)] if isinstance(root, OSError) else [])]
     return " — ".join(dict.fromkeys(words))
 
 

@@ -95,6 +95,7 @@ class OpenAIEmbedder:
         self._query_prefix = next((text for start, text in _QUERY_PREFIXES.items() if own_name.startswith(start)), "")
         self._options = _OPTIONS
         self._batch, self._blank = _BATCH, _BLANKS[0]
+        self._replaced = 0  # texts that were sent in another form
         self.dimension = in_background_blocking(self._first_vectors(["dimension"])).shape[1]
 
     def embed(self, texts: Sequence[str], kind: EmbeddingKind) -> NDArray[np.float32]:
@@ -160,9 +161,10 @@ class OpenAIEmbedder:
                 raise self._rejection_error(texts, rejection) from None
             if len(texts) == 1:
                 return await self._vectors_of_one(texts[0], rejection)
-            half = (len(texts) + 1) // 2
+            half, replaced = (len(texts) + 1) // 2, self._replaced
             halves = [await self._vectors(texts[:half]), await self._vectors(texts[half:])]
-            if not is_too_long(rejection.said) and half < self._batch:
+            # Where a text in it was rejected alone as well, the number of texts was not what it was rejected for.
+            if self._replaced == replaced and half < self._batch:
                 self._batch = half
                 self._service.note("batch", f"does not take {len(texts)} texts in a request: {rejection.reason}")
             return np.concatenate(halves)
@@ -172,6 +174,7 @@ class OpenAIEmbedder:
         if not text.strip():
             vectors = await self._request_or_error([_BLANKS[1]])
             self._blank = _BLANKS[1]
+            self._replaced += 1
             self._service.note("blank", "does not take blank texts: a full stop is sent for each.")
             return vectors
         while is_too_long(rejection.said) and len(text) > _SHORTEST:
@@ -183,6 +186,7 @@ class OpenAIEmbedder:
             except Rejected as again:
                 rejection = again
             else:
+                self._replaced += 1
                 self._service.note(
                     "shortened", f"rejects long texts; their beginnings are embedded: {rejection.reason}"
                 )

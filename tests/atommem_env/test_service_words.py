@@ -78,7 +78,7 @@ TOO_LONG = [  # words, tokens of the prompt, most that it could have had (of a r
     ("The input (9000 tokens) is longer than the model's context length (8192 tokens).", 9000, 8128),  # SGLang
     (
         (
-            "Requested token count exceeds the model's maximum context length of 8192 tokens. You requested a total of 9064 tokens: "
+            "Requested token count exceeds the model's maximum context length of 8192 tokens. You requested a total of 9064: "
             "9000 tokens from the input messages and 64 tokens for the completion."
         ),
         9000,
@@ -89,7 +89,7 @@ TOO_LONG = [  # words, tokens of the prompt, most that it could have had (of a r
     ("Please reduce the length of the messages or completion. context_length_exceeded", None, None),  # Groq
     (
         (
-            "Trying to keep the first 9000 tokens when context the overflows. However, the model is loaded with context length of "
+            "Trying to keep the first 9000 tokens when the context overflows. But the model is loaded with context length of "
             "only 4096 tokens, which is not enough."
         ),
         None,

@@ -75,6 +75,7 @@ def test_readable_files_are_recognised(tmp_path: Path, name: str, content: bytes
         (zipped(**{"a.txt": "text"}), "a zip archive; unpack it"),
         (DOCX[:40], "a damaged or encrypted zip archive or Office document"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "content",  # which holds the time
 )
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "a.docx", "unnamed"])
 def test_what_is_not_readable_is_called_by_its_name(tmp_path: Path, content: bytes, what: str, name: str) -> None:
