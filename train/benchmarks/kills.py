@@ -100,9 +100,9 @@ def run(command: str, work: Path, out: Path) -> None:
 
 def run_until_killed(command: str, work: str, out: str) -> None:
     """`run` in a process of its own, which prints a line when it may be killed."""
-    import peft  # noqa: F401  # these take seconds, in which nothing could go wrong
-    import trl  # noqa: F401
-
+    if command != "collect":
+        import peft  # noqa: F401  # these take seconds, in which nothing could go wrong
+        import trl  # noqa: F401
     os.write(1, b"\n")
     run(command, Path(work), Path(out))
 
