@@ -106,7 +106,10 @@ def main(
             console.print(
                 f"{question.text}  gold: [bold]{'; '.join(question.answers) or 'none'}[/]  yours: {outcome.prediction}"
             )
-        console.print(f"exact match: {rollout.reward:.2f}")
+        graded = any(outcome.em is not None for outcome in rollout.questions)
+        console.print(
+            f"reward: {rollout.reward:.2f}" if graded else "No question has a gold answer: nothing was graded."
+        )
     finally:
         env.close()
 

@@ -3,15 +3,24 @@
 The simplest is a function from observation to text; the most general is an object with a state for each episode.
 
     def policy(observation):
-        return f"<create_memory>{observation['chunk'][:200]}</create_memory>"
+        return render_reply(EpisodeSettings(), Operation(OperationKind.CREATE, observation["chunk"][:200]))
+
+`render_reply` (`agents.prompting`) writes operations as text, so that a document that spells one is stored, not carried out.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
+import copy
 import inspect
-from collections.abc import Awaitable, Callable
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from queue import Empty, SimpleQueue
+from typing import Any, Protocol, runtime_checkable
 
 from atommem_env.errors import PolicyError
 from atommem_env.packages import check_packages
@@ -110,17 +119,100 @@ def _accepts(function: Callable[..., object], count: int) -> bool:
     return True
 
 
-async def reply_to(act: Act, observation: Observation) -> Reply:
-    """The reply of `act`, awaited where needed, plain text wrapped.
+def begin_episode(policy: Policy, seed: int, task: Task) -> Act:
+    """The policy's player of one episode; only a privileged policy is given the task.
 
     Raises:
-        PolicyError: it gave something that is neither a `str` nor a `Reply`.
+        PolicyError: the policy called `sys.exit`, or returned no function.
     """
-    reply = act(observation)
-    if inspect.isawaitable(reply):
-        reply = await reply
+    with _exit_as_error():
+        act = policy.begin(seed, task if policy.privileged else None)
+    if not callable(act):
+        raise PolicyError(f"begin() must return a function observation -> reply, got {act!r}.")
+    return act
+
+
+async def reply_to(act: Act, observation: Observation, timeout: float | None = None) -> Reply:
+    """The reply of `act` to a copy of the observation, awaited where needed, plain text wrapped.
+
+    Args:
+        timeout: seconds until the reply must be there. With a limit, a function that is not asynchronous runs in a thread, still
+            one at a time; when it is late, it is left behind there. An asynchronous one is cancelled, which works unless it
+            blocks the event loop.
+
+    Raises:
+        PolicyError: the reply was late, the policy called `sys.exit` or cancelled itself, or it returned something that is
+            neither a `str` nor a `Reply`.
+    """
+    seen = copy.copy(observation)  # what the policy does to it must not change what is recorded
+    try:
+        reply = await (_call(act, seen) if timeout is None else _call_within(timeout, act, seen))
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise PolicyError("The policy gave no reply: what it waited for was cancelled.") from error
     if isinstance(reply, str):
         return Reply(reply)
     if isinstance(reply, Reply):
         return reply
     raise PolicyError(f"A policy must reply with a str or a Reply, got {type(reply).__name__}.")
+
+
+async def _call(act: Act, observation: Observation) -> Any:
+    with _exit_as_error():
+        reply = act(observation)
+        return await reply if inspect.isawaitable(reply) else reply
+
+
+async def _call_within(seconds: float, act: Act, observation: Observation) -> Any:
+    end = time.monotonic() + seconds
+    if inspect.iscoroutinefunction(act) or inspect.iscoroutinefunction(type(act).__call__):
+        reply: Any = act(observation)
+    else:
+        reply = _call_in_thread(seconds, act, observation)
+    if not inspect.isawaitable(reply):
+        return reply
+    call = asyncio.ensure_future(_call(lambda _: reply, observation))
+    try:
+        await asyncio.wait({call}, timeout=max(0.0, end - time.monotonic()))
+        if not call.done():
+            raise _late(seconds)
+        return call.result()
+    finally:
+        call.cancel()
+
+
+def _call_in_thread(seconds: float, act: Act, observation: Observation) -> Any:
+    outcome: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+
+    def call() -> None:
+        try:
+            outcome.put((act(observation), None))
+        except BaseException as error:
+            outcome.put((None, error))
+
+    # No executor: the program would wait for its threads at its end.
+    threading.Thread(target=contextvars.copy_context().run, args=(call,), name="policy", daemon=True).start()
+    try:
+        reply, error = outcome.get(timeout=min(seconds, threading.TIMEOUT_MAX))
+    except Empty:
+        raise _late(seconds) from None
+    with _exit_as_error():
+        if error is not None:
+            raise error
+    return reply
+
+
+def _late(seconds: float) -> PolicyError:
+    return PolicyError(f"The policy gave no reply within {seconds:g} s (reply_timeout).")
+
+
+@contextmanager
+def _exit_as_error() -> Iterator[None]:
+    """`SystemExit` as an error: a policy that calls `sys.exit` would end the whole program, with the code of success."""
+    try:
+        yield
+    except SystemExit as end:
+        code = "" if end.code is None else repr(end.code)
+        raise PolicyError(f"The policy called sys.exit({code}) instead of replying.") from end

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
-from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 
 import atommem_env  # noqa: F401  (registers the environments)
 from agents.batching import Batcher
-from agents.policy import Act, Policy, as_policy, reply_to
+from agents.event_loop import run_blocking
+from agents.policy import Act, Policy, as_policy, begin_episode, reply_to
 from atommem_env.embedders import Embedder, embed
 from atommem_env.env import AtomMemEnv
 from atommem_env.episode import Episode
-from atommem_env.errors import DataError, EngineDied, MissingDependency, PromptTooLong, SettingError
+from atommem_env.errors import DataError, EngineDied, MissingDependency, PromptTooLong, ReplyRefused, SettingError
 from atommem_env.store.memory_store import MemoryStore
 from atommem_env.store.recorder import Recorder
 from atommem_env.store.session import EpisodeSession
+from atommem_env.tasks.digests import task_digest
 from atommem_env.types import EmbeddingRequest, EpisodeSettings, Rollout, StopReason, TaskSource, Turn, Vector
 
-T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _PAUSE = 0.5  # seconds before an episode is played again, doubled each time
 # What `gym.make` itself adds; these check how an environment is used, and change nothing.
@@ -53,10 +56,15 @@ class Driver:
     # Whether embedding leaves the event loop free, as it should with a remote service. It is off because a local model has its
     # own thread: a race of two would change which texts share a batch, and so last bits.
     embed_in_thread: bool = False
+    reply_timeout: float | None = (
+        None  # seconds for each reply of a policy, see `agents.policy.reply_to`; None: no limit
+    )
     _batcher: Batcher[tuple[EmbeddingRequest, ...], list[Vector]] = field(init=False, repr=False, compare=False)
     _committer: Batcher[Recorder, None] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if self.reply_timeout is not None and not 0 < self.reply_timeout < math.inf:
+            raise SettingError(f"reply_timeout must be a number of seconds above 0, got {self.reply_timeout!r}.")
         object.__setattr__(self, "_batcher", Batcher(self._embed, max_batch=256, thread=self.embed_in_thread))
         # For the same reason a commit has its own thread only where embedding has one.
         object.__setattr__(self, "_committer", Batcher(self._commit, max_batch=512, thread=self.embed_in_thread))
@@ -117,9 +125,17 @@ class Driver:
         begun: Callable[[int], None] = lambda position: None,
         finished: Callable[[int, Rollout], None],
         replied: Callable[[], None] = lambda: None,
+        refused: Callable[[int, ReplyRefused], None] | None = None,
     ) -> None:
-        """`run` that keeps no rollout: memory is that of the episodes in flight, however many there are."""
-        await self._each(specs, policy, in_flight, finished, replied, retries=None, begun=begun, keep=False)
+        """`run` that keeps no rollout: memory is that of the episodes in flight, however many there are.
+
+        Args:
+            refused: called with the position and the error where a service will never answer one of an episode's prompts: the
+                others are played all the same. None: that is a failure as any other.
+        """
+        await self._each(
+            specs, policy, in_flight, finished, replied, retries=None, begun=begun, refused=refused, keep=False
+        )
 
     async def run_with_retries(
         self,
@@ -153,6 +169,7 @@ class Driver:
         replied: Callable[[], None],
         retries: int | None,
         begun: Callable[[int], None] = lambda position: None,
+        refused: Callable[[int, ReplyRefused], None] | None = None,
         keep: bool = True,
     ) -> list[Rollout | None]:
         """Plays all; `retries` None raises the first failure, and without `keep` each is None in the end."""
@@ -163,13 +180,22 @@ class Driver:
             async with gate:
                 begun(position)
                 played: Rollout | Exception
-                if retries is None:
-                    played = await self.play(spec, policy, replied=replied)
-                else:
-                    played = await self.play_with_retries(spec, policy, retries=retries, replied=replied)
-                if isinstance(played, Exception):
-                    return None
-                finished(position, played)
+                try:
+                    if retries is None:
+                        played = await self.play(spec, policy, replied=replied)
+                    else:
+                        played = await self.play_with_retries(spec, policy, retries=retries, replied=replied)
+                    if isinstance(played, Exception):
+                        return None
+                    finished(position, played)
+                except Exception as error:
+                    if isinstance(error, ReplyRefused) and refused:
+                        refused(position, error)
+                        return None
+                    for task in tasks:  # before another of them asks the policy, which may block as long again
+                        if task is not asyncio.current_task():
+                            task.cancel()
+                    raise
                 return played if keep else None
 
         tasks = [asyncio.ensure_future(one(position, spec)) for position, spec in enumerate(specs)]
@@ -210,21 +236,18 @@ class Driver:
             episode_seed=spec.seed,
         )
         episode = session.episode
-        act = policy.begin(spec.seed, episode.task if policy.privileged else None)
         turns: list[Turn] = []
-        try:
+        with _noting(episode, policy, spec):
+            act = begin_episode(policy, spec.seed, episode.task)
             while episode.stop_reason is None:
                 observation = episode.observe()
-                reply = await reply_to(act, observation)
+                reply = await reply_to(act, observation, self.reply_timeout)
                 requests = episode.submit(reply.text)
                 result = session.resolve(reply.text, await self._batcher(requests) if requests else [])
                 if session.recorder.due:
                     await self._committer(session.recorder)
                 turns.append(Turn(observation, reply, result.results))
                 replied()
-        except Exception as error:
-            error.add_note(f"in episode {spec} of {episode.task.id}, reply {episode.steps + 1}, policy {policy.name}")
-            raise
         return _rollout(episode, turns, episode.reward)
 
     def _embed(self, waiting: list[tuple[EmbeddingRequest, ...]]) -> list[list[Vector]]:
@@ -283,27 +306,28 @@ async def play_episode_async(
     observation, _ = env.reset(seed=seed, options=options)
     assert inner.episode is not None
     episode = inner.episode
-    act = policy.begin(episode.seed, episode.task if policy.privileged else None)
     turns: list[Turn] = []
     reward, ended = 0.0, False
-    while not ended:
-        reply = await reply_to(act, observation)
-        seen = observation
-        observation, step_reward, terminated, truncated, _ = env.step(reply.text)
-        turns.append(Turn(seen, reply, inner.results))
-        reward += float(step_reward)
-        ended = terminated or truncated
+    with _noting(episode, policy, f"with seed {seed}, options {options}"):
+        act = begin_episode(policy, episode.seed, episode.task)
+        while not ended:
+            seen = copy.deepcopy(observation)  # a wrapper may show, and change, the same object at every step
+            reply = await reply_to(act, observation)
+            observation, step_reward, terminated, truncated, _ = env.step(reply.text)
+            turns.append(Turn(seen, reply, inner.results))
+            reward += float(step_reward)
+            ended = terminated or truncated
     return _rollout(episode, turns, reward)
 
 
-def run_blocking(coroutine: Coroutine[Any, Any, T]) -> T:
-    """The result of a coroutine, also where an event loop is running already, as it is in a notebook."""
+@contextmanager
+def _noting(episode: Episode, policy: Policy, spec: EpisodeSpec | str) -> Iterator[None]:
+    """Adds to an error where it happened."""
     try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(coroutine)
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(asyncio.run, coroutine).result()
+        yield
+    except Exception as error:
+        error.add_note(f"in episode {spec} of {episode.task.id}, reply {episode.steps + 1}, policy {policy.name}")
+        raise
 
 
 def _unwrapped(env: gym.Env[Any, Any]) -> AtomMemEnv:
@@ -321,6 +345,7 @@ def _rollout(episode: Episode, turns: list[Turn], reward: float) -> Rollout:
         reward=reward,
         stop_reason=episode.stop_reason or StopReason.STEP_BUDGET,
         questions=episode.outcomes,
+        task_digest=task_digest(episode.task),
     )
 
 

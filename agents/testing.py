@@ -8,9 +8,9 @@ from typing import Any
 import gymnasium as gym
 
 from agents.chat_policy import GREEDY, Sampling
-from agents.policy import reply_to
+from agents.event_loop import run_blocking
+from agents.policy import begin_episode, reply_to
 from agents.registry import load_policy
-from agents.rollout import run_blocking
 from atommem_env.dialects import Dialect, get_dialect
 from atommem_env.embedders import embed
 from atommem_env.episode import Episode
@@ -30,7 +30,7 @@ def check_policy(
 ) -> None:
     """Checks a policy, all that `agents.load_policy` takes, by five episodes of an environment.
 
-    - It replies with a `str` or a `Reply` to every observation, in both phases, and leaves the observation as it is.
+    - It replies with a `str` or a `Reply` to every observation, in both phases.
     - It copes with observations that its own replies did not lead to: nothing stored or retrieved, and faults in every notice.
     - It plays several episodes at the same time. The same seed gives the same replies, whatever else it plays.
 
@@ -87,22 +87,13 @@ async def _play(player: Any, env: Any, seed: int, *, instead: str | None = None)
     task = env.source.task(seed % len(env.source), seed)
     episode = Episode(task, env.settings, seed)
     with describe_errors(f"begin({seed}, …)"):
-        act = player.begin(seed, task if player.privileged else None)
-    require(callable(act), f"begin() must return a function observation -> reply, got {act!r}.")
+        act = begin_episode(player, seed, task)
     replies = []
     while episode.stop_reason is None:
         observation = episode.observe()
-        given = observation.copy()
         where = f"the reply to step {observation['step']} (phase {observation['phase']!r}, seed {seed})"
         with describe_errors(f"Asking for {where}"):
-            reply = await reply_to(act, given)
-        require(given == observation, f"The policy changed the observation that it was given for {where}.")
-        require(isinstance(reply.text, str), f"Reply.text must be a text, for {where} it is {reply.text!r}.")
-        require(
-            len(reply.logprobs) in (0, len(reply.completion_ids)),
-            f"A Reply must have one of logprobs for each of completion_ids, or none; for {where} there are "
-            f"{len(reply.logprobs)} for {len(reply.completion_ids)}.",
-        )
+            reply = await reply_to(act, observation)
         replies.append(reply.text)
         episode.resolve(embed(env.embedder, episode.submit(reply.text if instead is None else instead)))
         await asyncio.sleep(0)  # another episode's turn

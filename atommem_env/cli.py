@@ -8,6 +8,8 @@ import importlib.metadata
 import io
 import os
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -17,6 +19,8 @@ from gymnasium.error import Error as GymnasiumError
 from atommem_env.errors import AtomMemError
 from atommem_env.packages import PACKAGES, check_packages
 from atommem_env.plugins import suggest
+
+_LAST_SECONDS = 3.0  # until an interrupted process ends, whatever still runs in it
 
 
 class Command(NamedTuple):
@@ -38,6 +42,11 @@ COMMANDS = {
         "eval.compare:main",
         "Compare two runs on the same episodes: which questions were won, and whether by chance.",
         "runs/oracle runs/store-all",
+    ),
+    "verify": Command(
+        "eval.verify:main",
+        "Check whether a run's data, weights, memory and numbers are still what they were.",
+        "runs/oracle",
     ),
     "judge": Command(
         "eval.judge:main",
@@ -205,10 +214,21 @@ def _run(words: Sequence[str]) -> None:
         raise
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
+        _exit_within(_LAST_SECONDS, 130)
         sys.exit(130)
     except (AtomMemError, GymnasiumError, OSError) as error:
         print(f"{name}: {_message(error)}", file=sys.stderr)
         sys.exit(1)
+
+
+def _exit_within(seconds: float, code: int) -> None:
+    """Ends the process after that time, if its own end still waits then for a thread that a policy or a client left behind."""
+
+    def end() -> None:
+        time.sleep(seconds)
+        os._exit(code)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def _command(words: Sequence[str]) -> str | None:

@@ -77,7 +77,8 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
     carried out is a fault: it is reported in `notice`, counted in `info`, and changes nothing else.
 
     ## Rewards
-    0 on every step but the last; there the mean exact match over the task's questions, by the dataset's own rule, in [0, 1].
+    0 on every step but the last; there the mean exact match over the task's graded questions, by the dataset's own rule, in
+    [0, 1]. A question without a gold is not graded; the reward of a task that has no other is 0.
     `reward_terms={name: weight}` adds weighted shares in [0, 1] to that: `faults` (replies with a fault), `reads` (replies with
     a Read), `steps` (of the step budget), `memory_size` (tokens stored, of the document's) and `evidence_stored`. The paper
     has none of them.
@@ -88,7 +89,8 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
     ## Information
     After `reset`: `task_id`, `task_index`, `task_seed`. After `step`: `entries` (in memory), `operations` (carried out, by
     kind) and `faults` (by kind) of this reply. At the end also `stop_reason`, `predictions`, `golds`, `supporting_facts`,
-    `em`, `f1` and `evidence` (passages, how many were stored, how many retrieved), each a tuple with one item per question.
+    `em`, `f1` and `evidence` (passages, how many were stored, how many retrieved), each a tuple with one item per question;
+    `em` and `f1` of a question without a gold are None.
 
     ## Arguments
     * `embedder` ("hashing"): "hashing", "minilm", "st:MODEL" (of sentence-transformers), "openai:MODEL" (a service, at
@@ -201,7 +203,7 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
         return self.episode.submit(action)
 
     def resolve(self, action: str, vectors: ArrayLike) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """The second half: carries out the `action` that was submitted, given the vectors asked for, and keeps it."""
+        """The second half: carries out the `action` that was submitted, given the requested vectors, and records it."""
         assert self._session is not None
         result = self._session.resolve(action, vectors)
         episode = self._session.episode
@@ -259,7 +261,7 @@ class AtomMemEnv(gym.Env[Observation, str], EzPickle):
         self.episode = self._session.episode
 
     def _leave(self) -> None:
-        """Stores what an episode that nobody will finish has in memory."""
+        """Stores the memory of an episode that is abandoned."""
         if self.episode is not None and self._session is not None:
             if self._session.leave():
                 self._write(self._session.recorder)

@@ -40,6 +40,7 @@ from atommem_env.types import (
     OperationResult,
     Phase,
     QuestionOutcome,
+    Score,
     StepResult,
     StopReason,
     Task,
@@ -109,7 +110,7 @@ class Episode:
 
     @property
     def reward(self) -> float:
-        """0 until the episode has ended, then the mean exact match over its questions and what `reward_terms` adds."""
+        """0 until the episode has ended, then the mean exact match over its graded questions and what `reward_terms` adds."""
         return 0.0 if self.stop_reason is None else final_reward(self.summary())
 
     def summary(self) -> EpisodeSummary:
@@ -241,24 +242,26 @@ class Episode:
 
     def _make_plan(self, reply: str) -> _Plan:
         results: list[OperationResult] = []
-        operations: list[Operation] = []
+        operations: dict[int, Operation] = {}  # to carry out, by the position of their result
+        counting: dict[OperationKind, int] = {}  # of the Read and the answer among them
+        full = False  # whether `operations_per_reply` ended the reply
         text, replaced = legal_text(reply)
         if replaced:
             results.append(
                 OperationResult(None, Fault.ILLEGAL_TEXT, f"{replaced} characters that cannot be stored became \ufffd.")
             )
         parsed = get_dialect(self.settings.dialect).parse(text)
-        last = {item.kind: index for index, item in enumerate(parsed) if isinstance(item, Operation) and item.text}
         alive = {entry.id for entry in self.memory.entries()}
         created = 0
-        for index, item in enumerate(parsed):
+        for item in parsed:
             if isinstance(item, OperationResult):
                 results.append(item)
                 continue
             item = self._resolve_target(item)
-            superseded = item.kind in (OperationKind.READ, OperationKind.ANSWER) and index < last.get(item.kind, -1)
-            fault, detail = self._fault(item, alive, len(alive) + created, superseded)
-            if fault is None and len(operations) == self.settings.operations_per_reply:
+            fault, detail = self._fault(item, alive, len(alive) + created)
+            earlier = counting.get(item.kind)  # its place is free for this one
+            full |= fault is None and earlier is None and len(operations) == self.settings.operations_per_reply
+            if fault is None and full:
                 fault = Fault.TOO_MANY
                 detail = (
                     f"Only the first {len(operations)} operations of a turn are carried out; the {item.kind} was not."
@@ -272,11 +275,18 @@ class Episode:
             known = item.target if fault is None else ""
             results.append(OperationResult(item.kind, fault, detail, known))
             if fault in (None, Fault.TRUNCATED):
-                operations.append(item)
+                if earlier is not None:
+                    del operations[earlier]
+                    detail = f"Only the last {item.kind} of a turn counts."
+                    results[earlier] = OperationResult(item.kind, Fault.SUPERSEDED, detail)
+                if item.kind in (OperationKind.READ, OperationKind.ANSWER):
+                    counting[item.kind] = len(results) - 1
+                operations[len(results) - 1] = item
                 created += item.kind is OperationKind.CREATE
                 if item.kind is OperationKind.DELETE:
                     alive.discard(item.target)
-        kinds = {operation.kind for operation in operations}
+        planned = tuple(operations.values())
+        kinds = {operation.kind for operation in planned}
         if self.phase is Phase.ANSWER and not kinds & {OperationKind.ANSWER, OperationKind.READ}:
             results.append(
                 OperationResult(
@@ -285,10 +295,10 @@ class Episode:
             )
         requests = tuple(
             EmbeddingRequest(operation.text, _EMBEDDED[operation.kind])
-            for operation in operations
+            for operation in planned
             if operation.kind in _EMBEDDED
         )
-        return _Plan(tuple(operations), tuple(results), requests)
+        return _Plan(planned, tuple(results), requests)
 
     def _resolve_target(self, operation: Operation) -> Operation:
         """The operation with its target as written replaced by the entry id that it refers to in this observation."""
@@ -297,13 +307,12 @@ class Episode:
         shown = [entry.id for entry in self._shown]
         return replace(operation, target=get_dialect(self.settings.dialect).entry_id(operation.target, shown))
 
-    def _fault(self, operation: Operation, alive: set[str], entries: int, superseded: bool) -> tuple[Fault | None, str]:
+    def _fault(self, operation: Operation, alive: set[str], entries: int) -> tuple[Fault | None, str]:
         """(fault, detail) of the operation, (None, "") if it can be carried out.
 
         Args:
             alive: the ids that it can refer to.
             entries: in the memory by then, those that earlier operations of the reply create included.
-            superseded: whether a later Read or answer of the reply counts instead.
         """
         kind = operation.kind
         optional = kind is OperationKind.SCRATCHPAD
@@ -316,8 +325,6 @@ class Episode:
             return Fault.OUT_OF_PHASE, "No question has been asked yet; the answer was ignored."
         if not operation.text and kind not in (OperationKind.DELETE, OperationKind.SCRATCHPAD):
             return Fault.EMPTY, f"The {kind} was empty."
-        if superseded:
-            return Fault.SUPERSEDED, f"Only the last {kind} of a turn counts."
         if kind in (OperationKind.UPDATE, OperationKind.DELETE) and operation.target not in alive:
             return Fault.UNKNOWN_ID, f"No entry is called {operation.target[:40]!r}; the {kind} was ignored."
         if kind is OperationKind.CREATE and self.settings.capacity is not None and entries >= self.settings.capacity:
@@ -334,7 +341,9 @@ class Episode:
             raise EmbeddingError(f"Expected {expected} vectors as an array [{expected}, D], got shape {matrix.shape}.")
         known = self.memory.dimension if self._query_vector is None else len(self._query_vector)
         if known is not None and matrix.shape[1] != known:
-            raise EmbeddingError(f"This memory holds {known}-dimensional vectors, got {matrix.shape[1]}.")
+            raise EmbeddingError(
+                f"Expected {known}-dimensional vectors, as in this memory, got {matrix.shape[1]}; use one embedder."
+            )
         return matrix
 
     def _carry_out(
@@ -396,9 +405,14 @@ class Episode:
                 self._resolve_question(None)
 
     def _resolve_question(self, answer: str | None) -> None:
-        """Scores the current question (None: unanswered) and moves to the next."""
+        """Grades the current question, where it has a gold (None: unanswered), and moves to the next."""
         question = self.task.questions[len(self.outcomes)]
-        graded = None if answer is None else score(answer, question.answers, rule_of(self.task))
+        if not question.answers:
+            graded = None
+        elif answer is None:
+            graded = Score.exact(0.0)
+        else:
+            graded = score(answer, question.answers, rule_of(self.task))
         stored = self.stored_text()
         # What the policy had in view when it replied, not what a later operation of the reply changed.
         view = _SEPARATOR.join([self._observation["scratchpad"], *(entry.text for entry in self._shown)])
@@ -407,8 +421,8 @@ class Episode:
             kind=question.kind,
             hops=question.hops,
             prediction=answer,
-            em=graded.em if graded else 0.0,
-            f1=graded.f1 if graded else 0.0,
+            em=graded.em if graded else None,
+            f1=graded.f1 if graded else None,
             evidence=len(question.evidence),
             stored=sum(holds(stored, passage.text) for passage in question.evidence),
             retrieved=sum(holds(view, passage.text) for passage in question.evidence),

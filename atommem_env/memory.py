@@ -121,7 +121,7 @@ class WorkingMemory:
             EpisodeStateError: the memory is full; check `full` first.
         """
         if self.full:
-            raise EpisodeStateError(f"The memory holds its {self.capacity} entries; check `full` before `create`.")
+            raise EpisodeStateError(f"The memory is full ({self.capacity} entries); check `full` before `create`.")
         unit_vector = self._check_vector(vector)
         row = len(self)
         if self._matrix is None:

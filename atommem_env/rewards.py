@@ -4,9 +4,11 @@ The setting `reward` names a function of the `EpisodeSummary`, whose value is pa
 and the Gymnasium environment all use it.
 
     def short(summary):
-        return sum(outcome.em for outcome in summary.outcomes) / summary.steps
+        return exact_match(summary) / summary.steps
 
     gym.make("AtomMem-Synthetic", reward=short)     # atommem eval … --reward my_module:short
+
+A question without a gold is not graded: its `em` and `f1` are None, and it is left out of every reward and term.
 
 The setting `reward_terms` gives weights to terms by name; other terms do not count. A term is a share in [0, 1], computed
 once, at the end, so that with exact match the reward lies between the sum of the negative weights and 1 + the sum of the
@@ -18,6 +20,7 @@ positive ones. The AtomMem paper (arXiv 2601.08323) uses no terms.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -30,13 +33,18 @@ from atommem_env.types import EpisodeSummary, Reward
 
 
 def exact_match(summary: EpisodeSummary) -> float:
-    """The mean exact match over the task's questions: the AtomMem paper's reward."""
-    return sum(outcome.em for outcome in summary.outcomes) / len(summary.outcomes)
+    """The mean exact match over the task's graded questions, the AtomMem paper's reward; 0 where none is graded."""
+    return _mean([outcome.em for outcome in summary.outcomes])
 
 
 def f1(summary: EpisodeSummary) -> float:
-    """The mean F1 over the task's questions."""
-    return sum(outcome.f1 for outcome in summary.outcomes) / len(summary.outcomes)
+    """The mean F1 over the task's graded questions; 0 where none is graded."""
+    return _mean([outcome.f1 for outcome in summary.outcomes])
+
+
+def _mean(grades: Sequence[float | None]) -> float:
+    graded = [grade for grade in grades if grade is not None]
+    return sum(graded) / len(graded) if graded else 0.0
 
 
 REWARDS: dict[str, Reward] = {"exact_match": exact_match, "f1": f1}
@@ -96,8 +104,9 @@ def _memory_size(summary: EpisodeSummary) -> float:
 
 
 def _evidence_stored(summary: EpisodeSummary) -> float:
-    passages = sum(outcome.evidence for outcome in summary.outcomes)
-    return sum(outcome.stored for outcome in summary.outcomes) / passages if passages else 1.0
+    graded = [outcome for outcome in summary.outcomes if outcome.em is not None]
+    passages = sum(outcome.evidence for outcome in graded)
+    return sum(outcome.stored for outcome in graded) / passages if passages else 1.0
 
 
 # `types.REWARD_TERMS`, where settings are checked, says what each is a share of.

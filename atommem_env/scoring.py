@@ -29,7 +29,7 @@ _VERDICTS = frozenset(("yes", "no", "noanswer"))
 def score(prediction: str, golds: Sequence[str], rule: str | ScoringRule) -> Score:
     """The score of an answer to one question: each metric is its maximum over that question's golds.
 
-    Answers of "synthetic" and "files" are scored as HotpotQA's. A question of "files" may have no gold; it scores 0.
+    Answers of "synthetic" and "files" are scored as HotpotQA's.
 
     Args:
         rule: a name of `RULES`, `module:attribute` of your own function, or the function.
@@ -39,10 +39,8 @@ def score(prediction: str, golds: Sequence[str], rule: str | ScoringRule) -> Sco
 
     Raises:
         SettingError: there is no such rule, or a user-defined one does not return a `Score`.
-        DataError: `golds` is empty, and the rule is not "files".
+        DataError: `golds` is empty, or a single text; a question without a gold is not graded.
     """
-    if rule == "files" and not golds:
-        return Score.exact(0.0)
     if isinstance(golds, str) or not golds:
         raise DataError(f"golds must be a sequence of at least one answer, got {golds!r}; give gold and aliases.")
     result = get_rule(rule)(prediction, golds)
@@ -83,7 +81,9 @@ def rule_of(task: Task) -> str | ScoringRule:
 
 
 def holds(text: str, passage: str) -> bool:
-    """Whether `text` contains `passage`; runs of whitespace in either count as one space, case matters.
+    """Whether `text` contains `passage`; runs of whitespace in either count as one space, after a `<` as none, case matters.
+
+    By a space after `<`, `agents.render_reply` stores a document that quotes the tags of a dialect.
 
     >>> holds("Ada was born in Turin.  She\\nmoved to Bern in 1907.", "She moved to Bern")
     True
@@ -92,7 +92,13 @@ def holds(text: str, passage: str) -> bool:
         return True
     words = passage.split()
     # Normalising copies the text: only do so where every word occurs, which is rare in a text without the passage.
-    return all(word in text for word in words) and " ".join(words) in " ".join(text.split())
+    if all(word in text for word in words) and " ".join(words) in " ".join(text.split()):
+        return True
+    return "<" in passage and _without_gaps(passage) in _without_gaps(text)
+
+
+def _without_gaps(text: str) -> str:
+    return re.sub(r"<\s+", "<", " ".join(text.split()))
 
 
 def _normalise(text: str) -> str:

@@ -18,12 +18,12 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from atommem_env.env import AtomMemEnv
 from atommem_env.make import find_spec
 from atommem_env.tasks import SOURCES, source_options
+from atommem_env.terminal import escape
 from atommem_env.types import EpisodeSettings
 
 

@@ -29,8 +29,8 @@ from gymnasium.utils.env_checker import check_env as gymnasium_check_env
 from atommem_env.dialects import Dialect
 from atommem_env.embedders import Embedder
 from atommem_env.scoring import rule_of, score
-from atommem_env.tasks.files import UNGRADED
 from atommem_env.types import (
+    UNGRADED,
     EmbeddingKind,
     Entry,
     EpisodeSettings,
@@ -301,7 +301,7 @@ def check_embedder(embedder: Embedder, *, tolerance: float = 0.0) -> None:
                 nearest == index,
                 f"Vectors must come in the order of the texts; in a batch, {text!r} got that of {texts[nearest]!r} ({kind}).",
             )
-        _check_equal(alone, expected, texts, tolerance, f"alone as beside {len(texts) - 1} others ({kind})")
+        _check_equal(alone, expected, texts, tolerance, f"alone as with {len(texts) - 1} others ({kind})")
         order = random.Random(0).sample(range(len(texts)), len(texts))
         reordered = _embed(embedder, [texts[index] for index in order], kind)
         _check_equal(reordered, expected[order], [texts[index] for index in order], tolerance, f"in any order ({kind})")

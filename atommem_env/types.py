@@ -7,6 +7,8 @@ a prompt, `T_out` the tokens of a completion.
 from __future__ import annotations
 
 import math
+import operator
+import reprlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
@@ -16,11 +18,14 @@ from typing import Any, Literal, Protocol, Self, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from atommem_env.errors import SettingError
+from atommem_env.errors import PolicyError, SettingError
 from atommem_env.plugins import name_of
 
 Vector = NDArray[np.float32]
 EmbeddingKind = Literal["document", "query"]
+_END_OF_COUNTS = 2**63  # of what the columns of a table hold
+_END_OF_IDS = 2**31
+UNGRADED = "ungraded"  # the kind of a question without a gold
 
 # ---------------------------------------------------------------------------------------------------------------- tasks
 
@@ -37,7 +42,7 @@ class Document:
 class Evidence:
     """A passage that supports an answer: a sentence (HotpotQA, 2WikiMultiHopQA, synthetic) or a paragraph (MuSiQue)."""
 
-    title: str  # of the document that holds it
+    title: str  # of the document that contains it
     text: str  # verbatim substring of that document's text
 
 
@@ -47,7 +52,7 @@ class Question:
 
     id: str
     text: str
-    answers: tuple[str, ...]  # the gold answer first, then its aliases; may be empty only in "files"
+    answers: tuple[str, ...]  # the gold answer first, then its aliases; empty: the question is asked, but not graded
     evidence: tuple[Evidence, ...] = ()  # in the order of the dataset
     kind: str = ""  # the dataset's own question type, e.g. "bridge", "comparison", "2hop"
     hops: int = 1  # reasoning steps; for HotpotQA the number of supporting documents
@@ -88,7 +93,7 @@ class Task:
     def of(
         cls,
         documents: Sequence[str | tuple[str, str] | Document],
-        questions: Sequence[tuple[str, str | Sequence[str]] | Question],
+        questions: Sequence[str | tuple[str, str | Sequence[str]] | Question],
         *,
         id: str | None = None,
         dataset: str = "custom",
@@ -98,7 +103,8 @@ class Task:
 
         Args:
             documents: each a text, (title, text) or a `Document`; a bare text is titled "Document N".
-            questions: each (text, answer), (text, answers) or a `Question`.
+            questions: each (text, answer), (text, answers) or a `Question`; a bare text, or one with an empty list of answers,
+                has no gold: it is asked, and its answer recorded, but it is not graded.
             id: of the task in records; by default a hash of the texts, so that equal tasks have equal ids.
             dataset: the dataset's name in records.
             scoring: as the field `scoring`.
@@ -110,6 +116,9 @@ class Task:
         Raises:
             SettingError: a document or a question has another form.
         """
+        for name, value in (("documents", documents), ("questions", questions)):
+            if isinstance(value, str):  # or each of its characters would be one
+                raise SettingError(f"{name} must be a list, got the text {value[:40]!r}.")
         parsed_documents = tuple(_parse_document(number, value) for number, value in enumerate(documents, 1))
         parsed_questions = tuple(_parse_question(number, value) for number, value in enumerate(questions, 1))
         content = repr((parsed_documents, parsed_questions))
@@ -132,12 +141,14 @@ def _parse_question(number: int, value: object) -> Question:
     match value:
         case Question():
             return value
+        case str():
+            return Question(f"q{number}", value, (), kind=UNGRADED)
         case (str() as text, str() as answer):
             return Question(f"q{number}", text, (answer,))
         case (str() as text, [*answers]) if all(isinstance(answer, str) for answer in answers):
-            return Question(f"q{number}", text, tuple(map(str, answers)))
+            return Question(f"q{number}", text, tuple(map(str, answers)), kind="" if answers else UNGRADED)
     raise SettingError(
-        f"A question must be (text, answer), (text, answers) or a Question, got {value!r} as number {number}."
+        f"A question must be a text, (text, answer), (text, answers) or a Question, got {value!r} as number {number}."
     )
 
 
@@ -164,7 +175,7 @@ REWARD_TERMS = {
     "reads": "replies with a Read that was carried out, of all replies",
     "steps": "replies, of the step budget",
     "memory_size": "tokens stored at the end in entries and scratchpad, of the document's tokens; at most 1",
-    "evidence_stored": "evidence passages stored when their question was resolved, of all; 1 where a task has none",
+    "evidence_stored": "evidence passages of graded questions stored when these were resolved, of all; 1 where there are none",
 }
 
 # The AtomMem paper's ablations: name -> the settings that it changes
@@ -275,7 +286,7 @@ class Message(TypedDict):
 
 
 class Phase(StrEnum):
-    """Where an episode stands."""
+    """The phase of an episode."""
 
     READ = "read"  # a chunk is shown with each observation
     ANSWER = "answer"  # the questions are asked, one at a time
@@ -303,7 +314,7 @@ class Fault(StrEnum):
     UNKNOWN_ID = "unknown_id"  # no entry of that id exists
     FORBIDDEN = "forbidden"  # an ablation switched the operation off
     OUT_OF_PHASE = "out_of_phase"  # an answer before any question was asked
-    SUPERSEDED = "superseded"  # a later Read, or answer, of the same reply counts
+    SUPERSEDED = "superseded"  # a later Read, or answer, of the same reply was carried out instead
     TOO_MANY = "too_many"  # one more operation than a reply may have carried out
     FULL = "full"  # a Create when the memory holds as many entries as its capacity
     TRUNCATED = "truncated"  # carried out, but the text was too long and was truncated
@@ -399,7 +410,7 @@ class StepResult:
     """The outcome of one reply."""
 
     observation: Observation
-    reward: float  # 0 until the end, then the mean exact match over the task's questions, and `reward_terms`
+    reward: float  # 0 until the end, then the mean exact match over the task's graded questions, and `reward_terms`
     terminated: bool
     truncated: bool
     results: tuple[OperationResult, ...]  # in the order written
@@ -414,8 +425,8 @@ class QuestionOutcome:
     kind: str  # the dataset's own type
     hops: int
     prediction: str | None  # None: unanswered
-    em: float
-    f1: float
+    em: float | None  # None: not graded, because the question has no gold
+    f1: float | None  # None: not graded
     evidence: int  # passages that support the answer
     stored: int  # of these, in some entry or the scratchpad when the question was resolved
     retrieved: int  # of these, in view (entries shown, or scratchpad) when the question was resolved
@@ -447,21 +458,48 @@ Reward = Callable[[EpisodeSummary], float]
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """The cost of a reply, summed over its model calls."""
+    """The cost of a reply, summed over its model calls.
+
+    A count is None where the service did not report it; so is a sum with such a part.
+
+    >>> Usage(calls=1, prompt_tokens=70, cached_tokens=64) + Usage(calls=1, prompt_tokens=30, cached_tokens=None)
+    Usage(calls=2, prompt_tokens=100, completion_tokens=0, cached_tokens=None, dropped_tokens=0)
+
+    Raises:
+        PolicyError: a count is no whole number of at least 0, nor None where it may be.
+    """
 
     calls: int = 0  # model calls
-    prompt_tokens: int = 0
-    completion_tokens: int = 0  # reasoning before the reply included
-    cached_tokens: int = 0  # prompt tokens served from a prefix cache, as far as the service reports them
+    prompt_tokens: int | None = 0
+    completion_tokens: int | None = 0  # reasoning before the reply included
+    cached_tokens: int | None = 0  # prompt tokens served from a prefix cache
     dropped_tokens: int = 0  # of the document, left out to fit the model's context window; in the environment's tokens
 
+    def __post_init__(self) -> None:
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            if value is None and name in ("prompt_tokens", "completion_tokens", "cached_tokens"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value < _END_OF_COUNTS:
+                expected = "a whole number from 0 to 2**63 - 1" + (
+                    "" if name in ("calls", "dropped_tokens") else ", or None"
+                )
+                raise PolicyError(f"{name} of a Usage must be {expected}, got {value!r}.")
+            object.__setattr__(self, name, int(value))
+
     def __add__(self, other: Usage) -> Usage:
-        return Usage(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+        pairs = [(getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__]
+        sums: list[Any] = [None if None in pair else sum(pair) for pair in pairs]
+        return Usage(*sums)
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A policy's reply, as sampled. Policies that are not language models set `text` only."""
+    """A policy's reply, as sampled. Policies that are not language models set `text` only.
+
+    Raises:
+        PolicyError: a field has another form; there is neither one log-probability for each token of the completion nor none.
+    """
 
     text: str
     prompt_ids: tuple[int, ...] = ()  # [T_in]
@@ -469,6 +507,38 @@ class Reply:
     logprobs: tuple[float, ...] = ()  # [T_out], natural logarithm, at the sampling temperature
     stop: Literal["stop", "length"] = "stop"  # "length": truncated at the token limit
     usage: Usage | None = None  # None: not reported
+
+    def __post_init__(self) -> None:
+        def check(name: str, ok: bool, expected: str) -> None:
+            if not ok:
+                raise PolicyError(f"{name} of a Reply must be {expected}, got {reprlib.repr(getattr(self, name))}.")
+
+        check("text", isinstance(self.text, str), "a str")
+        check("stop", self.stop in ("stop", "length"), "'stop' or 'length'")
+        check("usage", self.usage is None or isinstance(self.usage, Usage), "a Usage or None")
+        # Copies: what is done to a list later does not change the reply.
+        object.__setattr__(self, "text", str.__str__(self.text))
+        for name, convert in (("prompt_ids", operator.index), ("completion_ids", operator.index), ("logprobs", float)):
+            values = _as_tuple(getattr(self, name), convert)
+            if name == "logprobs":
+                check(name, values is not None and all(map(math.isfinite, values)), "finite numbers")
+            else:
+                within = values is not None and (not values or 0 <= min(values) <= max(values) < _END_OF_IDS)
+                check(name, within, "whole numbers from 0 to 2**31 - 1")
+            object.__setattr__(self, name, values)
+        check(
+            "logprobs",
+            len(self.logprobs) in (0, len(self.completion_ids)),
+            f"one for each of the {len(self.completion_ids)} completion_ids, or none",
+        )
+
+
+def _as_tuple(values: Any, convert: Callable[[Any], Any]) -> tuple[Any, ...] | None:
+    """The values, converted; None where they are no sequence of what can be."""
+    try:
+        return tuple(map(convert, values))
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -490,3 +560,4 @@ class Rollout:
     reward: float
     stop_reason: StopReason
     questions: tuple[QuestionOutcome, ...] = field(default=())
+    task_digest: str = ""  # SHA-256 of what the task asked and showed, see `atommem_env.tasks.digests`

@@ -1,4 +1,4 @@
-"""Evaluation: policies on environments, as tables that others can reproduce."""
+"""Evaluation of policies on environments, as tables that others can reproduce."""
 
 from atommem_env.packages import check_packages
 

@@ -1,4 +1,4 @@
-"""Evaluation from Python: `atommem_env.evaluate(policy, env, episodes=…)`, what `atommem eval` is on the command line.
+"""Evaluation from Python: `atommem_env.evaluate(policy, env, episodes=…)`, the equivalent of `atommem eval`.
 
 import atommem_env
 
@@ -35,15 +35,15 @@ from eval.command_line import default_fields
 from eval.compare import compare, read_run
 from eval.options import EnvConfig, EvalConfig, PlayConfig
 from eval.played_as import read_card
-from eval.players import AnyPolicy, LocalPlayer, Parts
+from eval.players import LocalPlayer, Parts, PolicyLike
 from eval.run import evaluate as evaluate_config
 from eval.run import evaluate_async as evaluate_config_async
 from eval.run_folder import read_records, require_empty_dir
 
-AnyEnv = str | gym.Env[Any, Any] | Task | Sequence[Task] | TaskSource
+EnvLike = str | gym.Env[Any, Any] | Task | Sequence[Task] | TaskSource
 _Config = TypeVar("_Config", bound=PlayConfig)
-# fields of a configuration that are options of the environment
-_OF_ENV = {field.name for field in dataclasses.fields(EnvConfig)} - {
+# Fields of a configuration that are options of the environment.
+_ENV_FIELDS = {field.name for field in dataclasses.fields(EnvConfig)} - {
     "layout",
     "temperature",
     "max_new_tokens",
@@ -52,10 +52,10 @@ _OF_ENV = {field.name for field in dataclasses.fields(EnvConfig)} - {
 
 
 class Result:
-    """What came of an evaluation: the folder of its run, read when asked.
+    """The result of an evaluation, read from its run folder on access.
 
     Args:
-        folder: of a finished run, as `atommem eval --out` or `save` wrote it.
+        folder: of a finished run, written by `atommem eval --out` or `save`.
 
     Raises:
         SettingError: there is no finished run.
@@ -65,58 +65,61 @@ class Result:
         self.folder = Path(folder)
         path = self.folder / "summary.json"
         if not path.is_file():
-            raise SettingError(f"{self.folder} holds no finished run: expected summary.json in it.")
+            raise SettingError(
+                f"{self.folder} has no finished run: expected summary.json in it; resume the run with "
+                "`atommem eval --resume`, or name another folder."
+            )
         self.summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
 
     @property
-    def em(self) -> float:
-        """Exact match: the share of questions that were answered right."""
-        return float(self.summary["em"])
+    def em(self) -> float | None:
+        """Exact match: the share of questions answered correctly."""
+        em: float | None = self.summary["em"]
+        return em
 
     @property
-    def ci95(self) -> tuple[float, float]:
-        """The 95 % interval of `em`, from resampling whole tasks."""
-        low, high = self.summary["em_ci95"]
-        return low, high
+    def ci95(self) -> tuple[float, float] | None:
+        """The 95 % interval of `em`, by resampling whole tasks."""
+        interval = self.summary["em_ci95"]
+        return None if interval is None else (interval[0], interval[1])
 
     @property
     def episodes(self) -> list[dict[str, Any]]:
-        """A record an episode, as `eval.metrics.episode_record` makes it."""
+        """A record for each episode, see `eval.metrics.episode_record`."""
         return read_records(self.folder / "episodes.jsonl")
 
     def table(self) -> pa.Table:
-        """The episodes as a table of Arrow, a row each; `.to_pandas()` makes a data frame of it."""
+        """The episodes as an Arrow table, one row each; `.to_pandas()` converts it into a data frame."""
         return pa.Table.from_pylist(self.episodes)
 
     def save(self, folder: str | Path) -> Path:
-        """Copies the run, memory and all, into a new or empty folder, for `atommem compare`, `report` and `trace`.
+        """Copies the run folder, memory included, to a new or empty folder, for `atommem compare`, `report` and `trace`.
 
         Raises:
-            SettingError: the folder holds something.
+            SettingError: the folder is not empty.
         """
         require_empty_dir(Path(folder))
         return Path(shutil.copytree(self.folder, folder, dirs_exist_ok=True))
 
     def compare(self, other: Result) -> dict[str, Any]:
-        """This run's numbers beside those of `other` on the same episodes, see `eval.compare.compare`; differences are
-        `other` − this.
+        """Compares `other` with this run on the same episodes, see `eval.compare.compare`; differences are `other` − this.
 
         Raises:
-            SettingError: they are not of the same episodes.
+            SettingError: the runs have different episodes.
         """
         return compare(read_run(self.folder), read_run(other.folder))
 
     def __repr__(self) -> str:
-        low, high = self.ci95
-        return (
-            f"Result({self.summary['label']} on {self.summary['environment']}: EM {100 * self.em:.1f} % "
-            f"[{100 * low:.1f}, {100 * high:.1f}], {self.summary['episodes']} episodes)"
-        )
+        em = "no graded question"
+        if self.em is not None and self.ci95 is not None:
+            low, high = self.ci95
+            em = f"EM {100 * self.em:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+        return f"Result({self.summary['label']} on {self.summary['environment']}: {em}, {self.summary['episodes']} episodes)"
 
 
 def evaluate(
-    policy: AnyPolicy,
-    env: AnyEnv | None = None,
+    policy: PolicyLike,
+    env: EnvLike | None = None,
     *,
     episodes: int = 50,
     seed: int = 0,
@@ -125,24 +128,24 @@ def evaluate(
     progress: bool = True,
     **options: Any,
 ) -> Result:
-    """Plays `episodes` of an environment, many at the same time, and returns what came of them.
+    """Plays `episodes` episodes of an environment, many at the same time, and returns the result.
 
     Args:
         policy: a name from `atommem policies`, `module:attribute`, a function from observation to reply, a `Policy`, a chat
-            model as an AtomMem agent, or, with `model`, a method of prompting.
-        env: an id; an environment of `gym.make`, whose own store and episode stay as they are; or tasks of your own: one or
-            more `Task`, or a `TaskSource`. Left out: the one that a trained model's folder names, else AtomMem-Synthetic.
-        seed: draws the tasks, their documents and whatever a policy draws.
-        out: folder of the run; left out, it is temporary and goes with the result, unless it is saved.
-        model: what a method of prompting asks: a name, or an object.
-        progress: whether a bar is drawn on stderr.
+            model as an AtomMem agent, or, with `model`, a prompting method.
+        env: an id; an environment of `gym.make`, whose own store and episode are not touched; or your own tasks: one or more
+            `Task`, or a `TaskSource`. By default the one that a trained model's folder names, else AtomMem-Synthetic.
+        seed: of the tasks, their documents and the policy's random choices.
+        out: run folder; by default a temporary one, removed with the result unless it is saved.
+        model: for a prompting method: a name, or an object.
+        progress: whether to draw a progress bar on stderr.
         options: of `atommem eval`, with underscores (`layout`, `temperature`, `max_new_tokens`, `label`, `in_flight`, …), and of
             the environment.
 
     Raises:
-        SettingError: an option cannot work.
-        AtomMemError: environment, policy or model cannot be had.
-        Exception: what the policy, the embedder or the store raised.
+        SettingError: an option is invalid.
+        AtomMemError: the environment, the policy or the model cannot be made.
+        Exception: raised by the policy, the embedder or the store.
     """
     folder = temporary_folder("run") if out is None else Path(out)
     config, parts = configure(
@@ -150,14 +153,16 @@ def evaluate(
     )
     player = None if config.workers and parts == Parts() else LocalPlayer(parts)
     if config.workers and player:
-        raise SettingError("workers are other processes: name policy, model, layout and environment as texts for them.")
+        raise SettingError(
+            "workers are other processes: give policy, model, layout and environment by name, not as objects."
+        )
     evaluate_config(config, console_for(progress), player=player)
     return _result(folder, temporary=out is None)
 
 
 async def evaluate_async(
-    policy: AnyPolicy,
-    env: AnyEnv | None = None,
+    policy: PolicyLike,
+    env: EnvLike | None = None,
     *,
     episodes: int = 50,
     seed: int = 0,
@@ -172,22 +177,22 @@ async def evaluate_async(
         EvalConfig, policy, env, model, options | {"out": folder, "episodes": episodes, "seed": seed}
     )
     if config.workers:
-        raise SettingError("workers are other processes, which have no event loop of the caller's; use evaluate.")
+        raise SettingError("workers are other processes, without the caller's event loop; use evaluate.")
     await evaluate_config_async(config, LocalPlayer(parts), console_for(progress))
     return _result(folder, temporary=out is None)
 
 
 def configure(
-    kind: type[_Config], policy: AnyPolicy, env: AnyEnv | None, model: str | ChatModel | None, options: dict[str, Any]
+    kind: type[_Config], policy: PolicyLike, env: EnvLike | None, model: str | ChatModel | None, options: dict[str, Any]
 ) -> tuple[_Config, Parts]:
-    """A command's configuration from Python's arguments, and the objects that it cannot hold.
+    """A command's configuration from Python arguments, and the objects that it cannot contain.
 
     Args:
-        kind: of configuration.
+        kind: class of the configuration.
         options: fields of `kind`, and options of the environment.
 
     Raises:
-        SettingError: an option that cannot be given beside an environment that is made already.
+        SettingError: an option of the environment is given together with an environment object.
     """
     recorded: tuple[str, ...] = ()
     if issubclass(kind, EvalConfig) and isinstance(policy, str) and (card := read_card(policy)):
@@ -201,14 +206,14 @@ def configure(
     options = dict(options)
     layout = None if isinstance(options.get("layout", ""), str) else options.pop("layout")
     own = {field.name for field in dataclasses.fields(kind)}
-    of_env = {name: options.pop(name) for name in list(options) if name not in own or name in _OF_ENV}
+    of_env = {name: options.pop(name) for name in list(options) if name not in own or name in _ENV_FIELDS}
     name = policy if isinstance(policy, str) else name_of(policy)
     made: gym.Env[Any, Any] | None = None
     if isinstance(env, gym.Env):
         made = env
         if of_env:
             raise SettingError(
-                f"The environment is made already: give {', '.join(sorted(of_env))} to gym.make, or name it by its id."
+                f"The environment exists already: give {', '.join(sorted(of_env))} to gym.make, or give its id as env."
             )
         inner = env.unwrapped
         env_id = inner.env_id if isinstance(inner, AtomMemEnv) else type(inner).__name__
@@ -230,7 +235,7 @@ def configure(
 
 
 def _is_plain(value: object) -> bool:
-    """Whether the command line could say it."""
+    """Whether the value can be given on the command line."""
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
     if isinstance(value, dict):

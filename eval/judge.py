@@ -1,10 +1,9 @@
-"""`atommem judge`: a language model passes or fails the answers of a run, beside exact match.
+"""`atommem judge`: a language model passes or fails the answers of a run, in addition to exact match.
 
     atommem judge runs/rag --model openai:Qwen/Qwen3-8B
 
-Writes `judge.json` (the numbers, and every answer on which judge and exact match disagree) and `judgements.jsonl` (each judgement
-and the replies it was read from) into the run's folder. The same command asks nothing twice, and after an interruption only what
-is missing.
+Writes `judge.json` (the numbers, and every answer on which judge and exact match disagree) and `judgements.jsonl` (each
+judgement with the judge's replies) into the run folder. The same command, run again, asks only for missing judgements.
 """
 
 from __future__ import annotations
@@ -22,22 +21,23 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 import atommem_env  # noqa: F401  (registers the environments)
 from agents.chat_policy import ChatModel
+from agents.event_loop import run_blocking
 from agents.models.load import load_model
-from agents.rollout import episode_specs, run_blocking
+from agents.rollout import episode_specs
 from atommem_env.errors import SettingError
 from atommem_env.make import make_env
+from atommem_env.terminal import escape
 from atommem_env.types import Message, Question
 from eval.compare import Run, read_run
 from eval.metrics import bootstrap_ci95
 from eval.progress import step_progress
 from eval.run_folder import read_jsonl, to_jsonl, write_atomic
 
-PROMPT_VERSION = 1  # goes up with any change of _PROMPT: judgements of another prompt are not those of this one
+PROMPT_VERSION = 1  # incremented with any change of _PROMPT: judgements of different prompts are not comparable
 _PROMPT = """\
 You grade an answer to a question. The correct answers are given; any one of them is enough.
 
@@ -49,8 +49,8 @@ Correct answers: {golds}
 Given answer: {prediction}
 
 Reply with one word: PASS or FAIL."""
-_TEMPERATURES = (0.0, 0.3)  # a reply that is neither is asked for once more: greedy, it would be the same
-_MAX_NEW_TOKENS = 256  # one word is asked for, but some models explain first
+_TEMPERATURES = (0.0, 0.3)  # an unclear reply is retried once: greedy, it would be the same
+_MAX_NEW_TOKENS = 256  # the prompt asks for one word, but some models explain first
 _VERDICT = re.compile(
     r"\W*(?:(?:verdict|grade|answer)\W+)?(pass|fail)(?:\W*|\W*[:.,;–—-]\s(?:(?!\b(?:pass|fail)\b).)*)", re.IGNORECASE
 )
@@ -60,10 +60,10 @@ Verdict = Literal["pass", "fail", "unclear"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JudgeConfig:
-    """What is judged, and by whom."""
+    """The run to judge, and the judge."""
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN_FOLDER")]
-    """Folder that `atommem eval` wrote."""
+    """Run folder that `atommem eval` wrote."""
     model: str
     """Judge: a model from `atommem policies`, for example openai:NAME."""
     in_flight: int = 16
@@ -72,44 +72,44 @@ class JudgeConfig:
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """An answer to be judged."""
+    """An answer to judge."""
 
     episode: int
     task_id: str
     question: Question
     record: dict[str, Any]  # the question's part of the episode's record
-    key: str  # names the judgement: the same for the same question, answer, judge and prompt
+    key: str  # of the judgement: the same for the same question, answer, judge and prompt
 
 
 def verdict_of(reply: str) -> Verdict:
-    """What a judge's reply says: its first or its last line must be the word, or begin with it and go on with a reason.
+    """The verdict in a judge's reply: its first or its last line must be the word, optionally followed by a reason.
 
     >>> verdict_of("PASS"), verdict_of("They differ.\\n\\n**Verdict: fail**"), verdict_of("It may pass.")
     ('pass', 'fail', 'unclear')
     """
     lines = reply.strip().splitlines()
-    found = {match[1].lower() for line in lines[:1] + lines[-1:] if (match := _VERDICT.fullmatch(line))}
-    if found == {"pass"}:
+    words = {match[1].lower() for line in lines[:1] + lines[-1:] if (match := _VERDICT.fullmatch(line))}
+    if words == {"pass"}:
         return "pass"
-    return "fail" if found == {"fail"} else "unclear"
+    return "fail" if words == {"fail"} else "unclear"
 
 
 def judge(config: JudgeConfig, console: Console | None = None) -> dict[str, Any]:
-    """Judges a run and returns what `judge.json` holds; the judge is loaded only if there is something to ask.
+    """Judges a run and returns the contents of `judge.json`; the judge is loaded only if a judgement is missing.
 
-    An unanswered question fails unasked. Where the judge says neither pass nor fail, twice, the question is unclear: it is
-    counted, and neither in the pass rate nor in the agreement. Agreement is over the answers that were judged.
+    An unanswered question fails without asking the judge. If the judge replies neither pass nor fail, twice, the question is
+    unclear: it is counted, but excluded from the pass rate and from the agreement. Agreement is over the judged answers.
 
     Returns:
-        `model`, `prompt_version`, `temperatures` (of the first and the second ask), `questions`, `pass`, `fail`, `unclear`,
+        `model`, `prompt_version`, `temperatures` (of the first and the second attempt), `questions`, `pass`, `fail`, `unclear`,
         `unanswered` (part of `fail`), `pass_rate` with `pass_rate_ci95` (tasks resampled) and, over the same questions, `em`;
-        `agreement` {`judged`, `share`, `kappa` (None: both say the same of all), `table` {"pass" | "fail": {"right" | "wrong":
-        answers}}}; `disagreements`.
+        `agreement` {`judged`, `share`, `kappa` (None: chance alone gives full agreement), `table` {"pass" | "fail": {"right" |
+        "wrong": answers}}}; `disagreements`.
 
     Raises:
-        SettingError: the folder is no run, its questions have no golds, or its data are no longer those it was played on.
-        DatasetNotFound: the run's dataset is no longer there.
-        AtomMemError: the judge cannot be had, or failed. What it said before is kept.
+        SettingError: the folder has no run, its questions have no golds, or the data have changed since it was played.
+        DatasetNotFound: the run's dataset no longer exists.
+        AtomMemError: the judge cannot be loaded, or failed. Its earlier judgements are saved.
     """
     run = read_run(config.run)
     answers = _answers(run, config.model)
@@ -120,7 +120,7 @@ def judge(config: JudgeConfig, console: Console | None = None) -> dict[str, Any]
 
 
 def _answers(run: Run, model: str) -> list[_Answer]:
-    """All questions of the finished episodes, with their text and golds: the tasks are drawn again as `config.json` says."""
+    """All questions of the finished episodes, with their text and golds: the tasks are drawn again from `config.json`."""
     options = {**run.config["options"], "durability": "off", "embedder": "hashing"}  # nothing is played
     env = make_env(run.config["env_id"], **options)
     specs = episode_specs(len(env.source), run.config["episodes"], run.config["seed"])
@@ -128,16 +128,16 @@ def _answers(run: Run, model: str) -> list[_Answer]:
     for record in run.records:
         spec = specs[record["episode"]]
         task = env.source.task(spec.index, spec.task_seed)
-        told, drawn = ([line["id"] for line in record["questions"]], [question.id for question in task.questions])
-        if (task.id, drawn) != (record["task_id"], told):
+        recorded, drawn = ([line["id"] for line in record["questions"]], [question.id for question in task.questions])
+        if (task.id, drawn) != (record["task_id"], recorded):
             raise SettingError(
-                f"Episode {record['episode']} of {run.folder} is of task {record['task_id']}, questions {told}; drawn again it "
-                f"is {task.id}, {drawn}: data or version of atommem are not those of the run. Use those, or run it again."
+                f"Episode {record['episode']} of {run.folder} is of task {record['task_id']}, questions {recorded}; drawn again "
+                f"it is {task.id}, {drawn}: data or version of atommem are not those of the run. Use those, or run it again."
             )
         for question, line in zip(task.questions, record["questions"], strict=True):
             if not question.answers:
                 raise SettingError(
-                    f"Question {question.id} of {run.folder} has no gold that an answer could be judged by."
+                    f"Question {question.id} of {run.folder} has no gold to judge an answer by; judge a run with golds."
                 )
             asked = [PROMPT_VERSION, _TEMPERATURES, model, question.text, question.answers, line["prediction"]]
             key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
@@ -147,19 +147,19 @@ def _answers(run: Run, model: str) -> list[_Answer]:
 
 
 def _ask_missing(config: JudgeConfig, answers: Sequence[_Answer], console: Console) -> dict[str, Verdict]:
-    """Key → verdict of every answer that was given; new ones are kept in `judgements.jsonl` as they come."""
+    """Key → verdict of every answered question; new ones are appended to `judgements.jsonl` as they arrive."""
     path = config.run / "judgements.jsonl"
-    kept = read_jsonl(path)
-    verdicts: dict[str, Verdict] = {line["key"]: verdict_of(line["replies"][-1]) for line in kept}
-    given = {answer.key: answer for answer in answers if answer.record["prediction"] is not None}
-    missing = [answer for key, answer in given.items() if key not in verdicts]
+    saved = read_jsonl(path)
+    verdicts: dict[str, Verdict] = {line["key"]: verdict_of(line["replies"][-1]) for line in saved}
+    answered = {answer.key: answer for answer in answers if answer.record["prediction"] is not None}
+    missing = [answer for key, answer in answered.items() if key not in verdicts]
     if not missing:
         return verdicts
     model = load_model(config.model)
-    write_atomic(path, "".join(map(to_jsonl, kept)))  # without the half line that a killed judge leaves
+    write_atomic(path, "".join(map(to_jsonl, saved)))  # without an incomplete line, left by a kill
     with path.open("a", encoding="utf-8", newline="\n") as file, step_progress(console) as progress:
         bar = progress.add_task(
-            f"{config.model} judges", total=len(given), completed=len(given) - len(missing), status=""
+            f"{config.model} judges", total=len(answered), completed=len(answered) - len(missing), status=""
         )
 
         async def one(answer: _Answer, gate: asyncio.Semaphore) -> None:
@@ -181,7 +181,7 @@ def _ask_missing(config: JudgeConfig, answers: Sequence[_Answer], console: Conso
         try:
             run_blocking(each())
         except ExceptionGroup as failed:
-            raise failed.exceptions[0] from None  # the others failed as it did, or were stopped for it
+            raise failed.exceptions[0] from None  # the others failed likewise, or were cancelled
     return verdicts
 
 
@@ -208,11 +208,11 @@ async def _judge(model: ChatModel, answer: _Answer) -> list[str]:
 
 
 def _result(model: str, answers: Sequence[_Answer], verdicts: dict[str, Verdict]) -> dict[str, Any]:
-    said: list[tuple[_Answer, Verdict]] = [
+    pairs: list[tuple[_Answer, Verdict]] = [
         (answer, "fail" if answer.record["prediction"] is None else verdicts[answer.key]) for answer in answers
     ]
-    counts = Counter(verdict for _, verdict in said)
-    clear = [(answer, verdict) for answer, verdict in said if verdict != "unclear"]
+    counts = Counter(verdict for _, verdict in pairs)
+    clear = [(answer, verdict) for answer, verdict in pairs if verdict != "unclear"]
     passed = [float(verdict == "pass") for _, verdict in clear]
     rate, interval = None, None
     if clear:
@@ -255,15 +255,15 @@ def _result(model: str, answers: Sequence[_Answer], verdicts: dict[str, Verdict]
 
 
 def cohens_kappa(both: int, first: int, second: int, neither: int) -> tuple[float | None, float | None]:
-    """The share on which two raters agree, and Cohen's kappa: how much of the agreement beyond chance (Cohen, 1960).
+    """The share on which two raters agree, and Cohen's kappa, which corrects it for chance (Cohen, 1960).
 
     Args:
-        both: how often both say yes; `first`, `second`: one of them alone; `neither`: both say no.
+        both: how often both say yes; `first`, `second`: only one of them; `neither`: both say no.
 
     Returns:
-        (share, kappa); None of nothing, and kappa None where chance alone makes them agree on all.
+        (share, kappa); both None without ratings, kappa None if chance alone gives full agreement.
 
-    They agree on 35 of 50, and by chance alone on half:
+    They agree on 35 of 50, and would agree on half by chance:
 
     >>> cohens_kappa(20, 5, 10, 15)
     (0.7, 0.4)
@@ -278,7 +278,7 @@ def cohens_kappa(both: int, first: int, second: int, neither: int) -> tuple[floa
 
 
 def judge_table(result: dict[str, Any]) -> Table:
-    """How judge and exact match agree, for people; fits into 80 columns."""
+    """The agreement of judge and exact match as a table of at most 80 columns."""
     table = Table(
         title=f"{escape(result['model'])}, prompt {result['prompt_version']}", box=box.SIMPLE_HEAD, pad_edge=False
     )
@@ -290,27 +290,29 @@ def judge_table(result: dict[str, Any]) -> Table:
 
 
 def main(config: JudgeConfig) -> None:
-    """Let a language model pass or fail a run's answers, beside exact match: how many pass, and where the two disagree."""
+    """Let a language model judge a run's answers: how many pass, and where it disagrees with exact match."""
     result = judge(config)
     console = Console()
     console.print(judge_table(result))
     if result["pass_rate"] is not None:
         low, high = result["pass_rate_ci95"]
-        told = (
-            f"Pass rate {100 * result['pass_rate']:.1f} % (95 % CI {100 * low:.1f}–{100 * high:.1f}, tasks resampled)"
+        console.print(
+            f"Pass rate {100 * result['pass_rate']:.1f} % (95 % CI {100 * low:.1f}–{100 * high:.1f}, tasks resampled); "
+            f"exact match of the same questions {100 * result['em']:.1f} %.",
+            highlight=False,
         )
-        console.print(f"{told}; exact match of the same questions {100 * result['em']:.1f} %.", highlight=False)
     agreement = result["agreement"]
     if agreement["share"] is not None:
         kappa = "undefined" if agreement["kappa"] is None else f"{agreement['kappa']:.2f}"
-        told = (
-            f"They agree on {100 * agreement['share']:.1f} % of {agreement['judged']:,} answers, Cohen's kappa {kappa}"
+        console.print(
+            f"Judge and exact match agree on {100 * agreement['share']:.1f} % of {agreement['judged']:,} answers, Cohen's kappa "
+            f"{kappa}. Unanswered, which fail without the judge: {result['unanswered']:,}.",
+            highlight=False,
         )
-        console.print(f"{told}. Unanswered, failed unasked: {result['unanswered']:,}.", highlight=False)
     if result["unclear"]:
-        much = ": too many to trust the rate" if result["unclear"] > 0.1 * result["questions"] else ""
-        told = f"Unclear, left out: {result['unclear']:,} of {result['questions']:,} (see judgements.jsonl)"
-        console.print(told + much + ".", highlight=False)
+        warning = ": too many to trust the rate" if result["unclear"] > 0.1 * result["questions"] else ""
+        share = f"{result['unclear']:,} of {result['questions']:,}"
+        console.print(f"Unclear, left out: {share} (see judgements.jsonl){warning}.", highlight=False)
     for item in result["disagreements"][:5]:
         console.print(
             f"  judge: {item['verdict']}, EM {item['em']:.0f}: {item['prediction']!r} to {item['question']!r}, "

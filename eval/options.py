@@ -1,4 +1,4 @@
-"""What is asked of an evaluation, and of every command that plays: the environment, the policy, the episodes."""
+"""The configuration of an evaluation, and of every command that plays: the environment, the policy, the episodes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TEXTS = {"dialect", "durability", "embedder", "render_mode", "reward", "source"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnvConfig:
-    """The environment, and how a language model plays it. Options left out are the environment's own."""
+    """The environment, and how a language model plays it. Options left out have the environment's defaults."""
 
     env_id: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ENV_ID")]
     """Environment: AtomMem-Synthetic, AtomMem-HotpotQA, AtomMem-2WikiMultiHopQA, AtomMem-MuSiQue, AtomMem-Files, AtomMem-Custom
@@ -29,36 +29,37 @@ class EnvConfig:
     split: str | None = None
     """Split of the dataset."""
     data: Path | None = None
-    """Questions file in the dataset's official form, instead of what was imported; for AtomMem-Files, your questions."""
+    """Questions file in the dataset's official form, instead of an import; for AtomMem-Files, your questions."""
     corpus: Path | None = None
-    """Paragraphs file ({"title", "text"} a line) that haystacks are filled from."""
+    """Paragraphs file (a line {"title", "text"} each) to fill haystacks from."""
     num_docs: int | None = None
     """Documents in each context."""
     questions: int | Literal["sampled"] | None = None
     """Questions in each task; sampled: one with probability 1/2, two to ten with 1/18 each."""
     files: tuple[Path, ...] = ()
-    """What AtomMem-Files reads: files, or folders of them."""
+    """Files, or folders of files, for AtomMem-Files to read."""
     source: str | None = None
-    """Tasks of your own, for AtomMem-Custom: module:attribute of a task source, of what makes one, or of a list of tasks."""
+    """Your own tasks, for AtomMem-Custom: module:attribute of a task source, of a function that returns one, or of a list of
+    tasks."""
     dialect: str | None = None
     """How operations are written: tags, public_code, tool_calls, or module:attribute."""
     reward: str | None = None
-    """What an episode is worth: exact_match, f1, or module:attribute of a function of its summary."""
+    """Reward of an episode: exact_match, f1, or module:attribute of a function of its summary."""
     embedder: str | None = None
-    """hashing, minilm, st:MODEL (of sentence-transformers), openai:MODEL: a service that speaks the OpenAI API, at
-    OPENAI_EMBEDDING_BASE_URL or else OPENAI_BASE_URL; or module:attribute."""
+    """Embedder: hashing, minilm, st:MODEL (of sentence-transformers), openai:MODEL (an OpenAI-compatible service, at
+    OPENAI_EMBEDDING_BASE_URL or else OPENAI_BASE_URL), or module:attribute."""
     durability: str | None = None
-    """off; or keep every entry in the folder's memory/, at the end of each episode (episode) or after each reply (step)."""
+    """off; or store every entry in the folder's memory/, at the end of each episode (episode) or after each reply (step)."""
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE")] = ()
     """Any setting of the environment, for example top_k=12 or operations=["create","read"]; `atommem settings ENV_ID` lists
     them."""
     layout: str = "shared_prefix"
-    """How a language model is shown an observation: shared_prefix, terse for small models, public_code:PATH, or
+    """Prompt layout of an observation for a language model: shared_prefix, terse for small models, public_code:PATH, or
     module:attribute."""
     temperature: float = GREEDY.temperature
-    """Of a language model; 0 is greedy."""
+    """Sampling temperature of a language model; 0 is greedy."""
     max_new_tokens: int = GREEDY.max_new_tokens
-    """Of each reply of a language model; a longer one is cut."""
+    """Token limit of each reply of a language model; a longer one is truncated."""
     in_flight: int = 64
     """Episodes played at the same time; changes the speed only."""
 
@@ -95,42 +96,44 @@ class EnvConfig:
         return options
 
     def make_env(self, **options: Any) -> AtomMemEnv:
-        """The environment; `options` take the place of those of the same name."""
+        """The environment; `options` replace those of the same name."""
         return make_env(self.env_id, **self.env_options() | options)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlayConfig(EnvConfig):
-    """Which episodes a policy plays, and where what comes of them is kept."""
+    """Which episodes a policy plays, and where the results are written."""
 
     policy: str = "oracle"
     """Policy: a name from `atommem policies`, or module:attribute."""
     out: Path
-    """Folder of the run."""
+    """Run folder."""
     episodes: int = 50
-    """How many episodes."""
+    """Number of episodes."""
     seed: int = 0
-    """Draws the tasks, their documents and whatever a policy draws."""
+    """Seed of the tasks, their documents and the policy's random choices."""
+    reply_timeout: float | None = None
+    """Seconds within which the policy must reply each time, or the run ends with an error; no limit unless given."""
     thinking: bool = False
-    """Whether a language model that can think before it replies does; max_new_tokens holds what it thinks as well."""
+    """Let a language model think before it replies, if it can; max_new_tokens then includes the thinking."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalConfig(PlayConfig):
-    """What an evaluation is. Options left out are the environment's own."""
+    """Configuration of an evaluation. Options left out have the environment's defaults."""
 
     out: Path = Path("runs/eval")
-    """Folder of the run."""
+    """Run folder."""
     label: str | None = None
-    """What tables call this run, instead of the policy's name."""
+    """Name of this run in tables, instead of the policy's name."""
     environment: tyro.conf.Suppress[str | None] = None
-    """What tables call its environment; recipes say so."""
+    """Name of its environment in tables; set by recipes."""
     workers: int = 0
-    """Processes of Ray's that play, --in-flight episodes each, on the Ray that runs (RAY_ADDRESS) or else on one of this
-    machine, with an equal share of its GPUs each; 0: this process plays. All machines must see the working folder, --out and
-    the data."""
+    """Number of Ray workers, each with --in-flight episodes and an equal share of the GPUs, on a running Ray cluster
+    (RAY_ADDRESS) or else on this machine; 0: play in this process. All machines must have the working folder, --out and the
+    data."""
     resume: bool = False
-    """Go on with an interrupted run in the same folder: only what is missing is played."""
+    """Resume an interrupted run in the same folder: only the missing episodes are played."""
 
 
 def has_splits(env_id: str, source: Source | None) -> bool:
@@ -140,7 +143,7 @@ def has_splits(env_id: str, source: Source | None) -> bool:
 
 
 def _value(text: str) -> Any:
-    """A JSON value where it is one, else the text itself.
+    """The JSON value of a text, or the text itself if it is not JSON.
 
     >>> _value("12"), _value("public_code")
     (12, 'public_code')

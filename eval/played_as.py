@@ -10,7 +10,8 @@ goes; `atommem eval` takes its defaults from there, and from another run with `-
       "settings": {"dialect": "tags", "tokenizer": "builtin", …},         the `EpisodeSettings` that follow, in full
       "layout": "terse",
       "sampling": {"max_new_tokens": 64},
-      "written_by": {"command": "atommem sft", "recipe": "tiny", "run": "sft"}
+      "written_by": {"command": "atommem sft", "recipe": "tiny", "run": "sft"},
+      "weights": "3fa1…", "versions": {"torch": "2.13.0", …}, "commit": "63013de…"                 see `eval.provenance`
     }
 """
 
@@ -30,6 +31,7 @@ from atommem_env.make import find_spec, make_env
 from atommem_env.plugins import name_of
 from atommem_env.types import ABLATIONS, EpisodeSettings
 from eval.options import EnvConfig
+from eval.provenance import commit, hash_folder, versions
 from eval.run_folder import Record, read_config, write_atomic
 from eval.toml_tables import fields_of, read_table
 
@@ -93,6 +95,9 @@ def write_card(
         "layout": environment["layout"],
         "sampling": {"max_new_tokens": max_new_tokens},
         "written_by": {"command": command, "recipe": recipe, "run": run.resolve().name},
+        "weights": hash_folder(model),
+        "versions": versions(),
+        "commit": commit(),
     }
     write_atomic(model / CARD, json.dumps(card, indent=2, ensure_ascii=False) + "\n")
 

@@ -1,8 +1,9 @@
-"""Who plays the episodes of an evaluation: this process, or workers of Ray's (`eval.workers`)."""
+"""Players of an evaluation's episodes: this process, or Ray workers (`eval.workers`)."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -11,109 +12,118 @@ from typing import Any, NamedTuple, Protocol
 
 import gymnasium as gym
 
-from agents.chat_policy import ChatModel, Sampling
-from agents.policy import Act, Policy
-from agents.prompting import Method
+from agents.chat_policy import ChatModel, ChatPolicy, Sampling
+from agents.event_loop import run_blocking
+from agents.policy import Act, FunctionPolicy, Policy
+from agents.prompting import Method, PromptedPolicy
 from agents.registry import load_policy
-from agents.rollout import Driver, EpisodeSpec, run_blocking
+from agents.rollout import Driver, EpisodeSpec
+from atommem_env.dialects import get_dialect
 from atommem_env.env import SETTING_NAMES, AtomMemEnv
-from atommem_env.errors import SettingError
-from atommem_env.prompts import Layout
+from atommem_env.errors import ReplyRefused, SettingError
+from atommem_env.prompts import Layout, get_layout
+from atommem_env.rewards import get_reward
 from atommem_env.store.memory_store import MemoryStore
+from atommem_env.tasks.digests import files_of
 from atommem_env.tokens import get_tokenizer
 from atommem_env.types import EpisodeSettings, Rollout
 from eval.metrics import SCHEMA_VERSION, episode_cost, episode_record
 from eval.options import EvalConfig, PlayConfig
 from eval.played_as import environment_record
+from eval.provenance import fingerprints
 from eval.run_folder import Record
 
+_log = logging.getLogger(__name__)
 Env = gym.Env[Any, Any]
-AnyPolicy = str | Policy | Act | Method | ChatModel
-Finished = Callable[[Record, Record], None]
-"""Is told of each episode, in the order in which they end: its record, and its cost."""
+PolicyLike = str | Policy | Act | Method | ChatModel
+OnFinished = Callable[[Record, Record], None]
+"""Called with each episode's record and cost, in the order in which the episodes end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """Objects in the place of what a configuration names."""
+    """Objects that replace what a configuration names."""
 
-    policy: AnyPolicy | None = None
-    model: str | ChatModel | None = None  # what a method of prompting asks
+    policy: PolicyLike | None = None
+    model: str | ChatModel | None = None  # for a prompting method
     layout: Layout | None = None
-    env: Env | None = None  # its own store stays as it is
+    env: Env | None = None  # its own store is not used
 
 
-class Opened(NamedTuple):
+class PreparedRun(NamedTuple):
     """A run that a player is ready to play."""
 
-    resolved_config: Record  # what `config.json` says; tells the run from every other
-    privileged: bool  # of the policy
-    tasks: int  # how many there are
+    resolved_config: Record  # the contents of `config.json`, which identify the run
+    privileged: bool  # whether the policy is given the golds
+    tasks: int  # of the task source
 
 
 class Player(Protocol):
     """Plays one run at a time."""
 
-    def open(self, config: EvalConfig) -> AbstractContextManager[Opened]:
-        """A run, ready to be played until the context ends; nothing is written.
+    def open(self, config: EvalConfig) -> AbstractContextManager[PreparedRun]:
+        """Prepares a run, which can be played until the context ends; writes nothing.
 
         Raises:
-            AtomMemError: the environment or the policy cannot be had as asked.
+            AtomMemError: the environment or the policy cannot be made.
         """
         ...
 
     def play(
-        self, specs: Mapping[int, EpisodeSpec], in_flight: int, finished: Finished, replied: Callable[[int], None]
+        self, specs: Mapping[int, EpisodeSpec], in_flight: int, finished: OnFinished, replied: Callable[[int], None]
     ) -> None:
         """Plays episodes of the open run, at most `in_flight` at a time.
 
         Args:
             specs: by number in the run.
-            replied: is called with a number of further replies, for a progress bar.
+            replied: called with a number of further replies, for a progress bar.
 
         Raises:
-            Exception: whatever policy, embedder or store raised first; the other episodes are stopped.
+            Exception: the first one of the policy, the embedder or the store; the other episodes are stopped.
         """
         ...
 
 
 class LocalPlayer:
-    """This process.
+    """Plays in this process.
 
     Args:
-        parts: objects in the place of what the configuration names.
+        parts: objects that replace what the configuration names.
     """
 
     def __init__(self, parts: Parts | None = None) -> None:
         self._parts = parts or Parts()
 
     @contextmanager
-    def open(self, config: EvalConfig) -> Iterator[Opened]:
+    def open(self, config: EvalConfig) -> Iterator[PreparedRun]:
         """See `Player`."""
-        self._driver, self._policy, opened = prepare_evaluation(config, self._parts)
+        self._driver, self._policy, prepared = prepare_evaluation(config, self._parts)
         with closing(self._driver.store):
-            yield opened
+            yield prepared
 
     def play(
-        self, specs: Mapping[int, EpisodeSpec], in_flight: int, finished: Finished, replied: Callable[[int], None]
+        self, specs: Mapping[int, EpisodeSpec], in_flight: int, finished: OnFinished, replied: Callable[[int], None]
     ) -> None:
         """See `Player`."""
         run_blocking(self.play_async(specs, in_flight, finished, replied))
 
     async def play_async(
-        self, specs: Mapping[int, EpisodeSpec], in_flight: int, finished: Finished, replied: Callable[[int], None]
+        self, specs: Mapping[int, EpisodeSpec], in_flight: int, finished: OnFinished, replied: Callable[[int], None]
     ) -> None:
         """`play` in the caller's event loop."""
-        numbers, began = list(specs), dict[int, float]()
+        numbers, started = list(specs), dict[int, float]()
         tokenizer = get_tokenizer(self._driver.settings.tokenizer)
 
         def begun(position: int) -> None:
-            began[position] = time.perf_counter()
+            started[position] = time.perf_counter()
 
         def ended(position: int, rollout: Rollout) -> None:
-            seconds = time.perf_counter() - began[position]
+            seconds = time.perf_counter() - started[position]
             number = numbers[position]
             finished(episode_record(number, rollout, tokenizer), episode_cost(number, rollout, seconds))
+
+        def refused(position: int, error: ReplyRefused) -> None:
+            _log.warning("Episode %d stays unscored: %s", numbers[position], error)
 
         await self._driver.stream(
             list(specs.values()),
@@ -122,21 +132,22 @@ class LocalPlayer:
             begun=begun,
             finished=ended,
             replied=lambda: replied(1),
+            refused=refused,
         )
 
 
-def prepare_evaluation(config: EvalConfig, parts: Parts | None = None) -> tuple[Driver, Policy, Opened]:
-    """`prepare`, and what a player says of the run."""
+def prepare_evaluation(config: EvalConfig, parts: Parts | None = None) -> tuple[Driver, Policy, PreparedRun]:
+    """`prepare` for an evaluation, with its label."""
     driver, policy, resolved_config = prepare(config, parts or Parts())
     resolved_config["label"] = config.label or policy.name
-    return driver, policy, Opened(resolved_config, policy.privileged, len(driver.source))
+    return driver, policy, PreparedRun(resolved_config, policy.privileged, len(driver.source))
 
 
 def prepare(config: PlayConfig, parts: Parts) -> tuple[Driver, Policy, Record]:
-    """What plays, the policy, and what tells the run from every other, as `config.json` says it; nothing is written.
+    """The driver, the policy and the resolved configuration (the contents of `config.json`) of a run; writes nothing.
 
     Raises:
-        AtomMemError: the environment or the policy cannot be had as asked.
+        AtomMemError: the environment or the policy cannot be made.
     """
     if config.episodes < 1:
         raise SettingError(f"episodes must be at least 1, got {config.episodes}.")
@@ -147,8 +158,9 @@ def prepare(config: PlayConfig, parts: Parts) -> tuple[Driver, Policy, Record]:
     else:
         driver = Driver.of(parts.env)
         env = parts.env.unwrapped  # type: ignore[assignment]  # or `Driver.of` would have said so
-        options = _options_of(env)
+        options = _env_options(env)
         driver = dataclasses.replace(driver, store=MemoryStore(folder, env.store.durability))
+    driver = dataclasses.replace(driver, reply_timeout=config.reply_timeout)
     sampling = Sampling(config.temperature, config.max_new_tokens, config.thinking)
     layout = parts.layout or config.layout
     policy = load_policy(
@@ -160,13 +172,36 @@ def prepare(config: PlayConfig, parts: Parts) -> tuple[Driver, Policy, Record]:
         "episodes": config.episodes,
         "seed": config.seed,
         "sampling": dataclasses.asdict(sampling),
+        "data": files_of(env.source),
+        "fingerprints": fingerprints(
+            _parts_of(policy)
+            | {
+                "source": env.source,
+                "embedder": getattr(env.embedder, "inner", env.embedder),
+                "dialect": get_dialect(env.settings.dialect),
+                "reward": get_reward(env.settings.reward),
+                "layout": get_layout(layout),
+            }
+        ),
         "schema_version": SCHEMA_VERSION,
     }
     return driver, policy, resolved_config
 
 
-def _options_of(env: AtomMemEnv) -> dict[str, Any]:
-    """What `gym.make` would have to be given beside the id and the source's options, as plain data."""
+def _parts_of(policy: Policy) -> dict[str, object]:
+    """What a policy is made of, by name."""
+    match policy:
+        case ChatPolicy():
+            return {"model": policy.model}
+        case PromptedPolicy():
+            return {"method": policy.method, "model": policy.model}
+        case FunctionPolicy():
+            return {"policy": policy.act}
+    return {"policy": policy}
+
+
+def _env_options(env: AtomMemEnv) -> dict[str, Any]:
+    """The arguments of `gym.make` that make this environment, without the id and the source's options, as plain data."""
     registered = gym.spec(env.spec.id).kwargs if env.spec else {}
     defaults = EpisodeSettings(**{name: value for name, value in registered.items() if name in SETTING_NAMES}).record()
     changed = {name: value for name, value in env.settings.record().items() if value != defaults[name]}

@@ -51,11 +51,11 @@ from typing import Annotated, Any
 import tyro
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from agents.rollout import episode_specs
 from atommem_env.errors import AtomMemError, EmbeddingError, EngineDied, ModelError, SettingError
+from atommem_env.terminal import escape
 from eval.command_line import parse_eval
 from eval.metrics import summarise
 from eval.options import EvalConfig, PlayConfig

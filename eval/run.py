@@ -2,15 +2,16 @@
 
     atommem eval AtomMem-Synthetic --policy oracle --episodes 50 --out runs/oracle
 
-The folder `--out` then holds `config.json` (what was asked for), `episodes.jsonl` (a line an episode; the same bytes for the
-same configuration), `costs.jsonl` (what the clock and a model's service decide: a line an episode, in seconds),
-`summary.json` (the numbers) and `memory/` (every entry written, a LanceDB folder).
+The run folder `--out` then has `config.json` (the resolved configuration), `episodes.jsonl` (a line for each episode; the same
+bytes for the same configuration), `costs.jsonl` (a line for each episode, in seconds; depends on timing and on a model's
+service), `summary.json` (the numbers) and `memory/` (every entry written, a LanceDB folder).
 
 Many policies on many environments: `eval.recipe`.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,12 +21,15 @@ from rich.console import Console
 from rich.progress import Progress
 
 from agents.rollout import EpisodeSpec, episode_specs
+from atommem_env.errors import JobFailed
+from atommem_env.terminal import escape
 from eval.metrics import SCHEMA_VERSION, summarise, summarise_costs
 from eval.options import EvalConfig
-from eval.players import LocalPlayer, Opened, Player
+from eval.players import LocalPlayer, Player, PreparedRun
 from eval.progress import episode_bar
-from eval.report.tables import results_table
-from eval.run_folder import Record, RunFolder
+from eval.provenance import add_session
+from eval.report.tables import answers_table, results_table
+from eval.run_folder import Record, RunFolder, read_records
 from eval.workers import Workers
 
 
@@ -36,76 +40,85 @@ def evaluate(
     progress: Progress | None = None,
     player: Player | None = None,
 ) -> dict[str, Any]:
-    """Runs an evaluation and returns what `summary.json` holds.
+    """Runs an evaluation and returns the contents of `summary.json`.
 
     Args:
-        console: where a progress bar is drawn; stderr unless given.
-        progress: a display that is running already, which gets the bar instead.
-        player: who plays, and is left open for another run; unless given, `config.workers` of Ray's or else this process.
+        console: for the progress bar; by default stderr.
+        progress: a running display, to which the bar is added instead.
+        player: plays the episodes, and stays open for another run; by default `config.workers` Ray workers, or this process.
 
     Raises:
-        SettingError: the folder holds another run, or an interrupted one and `resume` is off.
+        SettingError: the folder has another run, or an interrupted one and `resume` is off.
         JobFailed: workers died, see `Workers.play`.
-        Exception: what the policy, the embedder or the store raised. Finished episodes are kept for `resume`.
+        Exception: raised by the policy, the embedder or the store. Finished episodes are saved for `resume`.
     """
     if player is None:
         with Workers(config.workers) if config.workers else nullcontext(LocalPlayer()) as own:
             return evaluate(config, console, progress=progress, player=own)
-    with player.open(config) as opened, _evaluation(config, opened, console, progress) as run:
+    with player.open(config) as prepared, _evaluation(config, prepared, console, progress) as run:
         player.play(run.missing, config.in_flight, run.finished, run.replied)
     return run.summary
 
 
 async def evaluate_async(config: EvalConfig, player: LocalPlayer, console: Console | None = None) -> dict[str, Any]:
     """`evaluate` in the caller's event loop, for a policy whose client is bound to it."""
-    with player.open(config) as opened, _evaluation(config, opened, console, None) as run:
+    with player.open(config) as prepared, _evaluation(config, prepared, console, None) as run:
         await player.play_async(run.missing, config.in_flight, run.finished, run.replied)
     return run.summary
 
 
 @dataclass(slots=True)
 class _Evaluation:
-    """What is left to play, and whom to tell of it."""
+    """The missing episodes of a run, and the callbacks for its player."""
 
     missing: dict[int, EpisodeSpec]  # by number
     finished: Callable[[Record, Record], None]
     replied: Callable[[int], None]
-    summary: Record  # once all is played
+    summary: Record  # empty until all episodes are played
 
 
 @contextmanager
 def _evaluation(
-    config: EvalConfig, opened: Opened, console: Console | None, progress: Progress | None
+    config: EvalConfig, prepared: PreparedRun, console: Console | None, progress: Progress | None
 ) -> Iterator[_Evaluation]:
-    """The run's folder and bar while what is missing is played; then its summary."""
-    folder = (RunFolder.resume if config.resume else RunFolder.begin)(config.out, opened.resolved_config)
-    specs = dict(enumerate(episode_specs(opened.tasks, config.episodes, config.seed)))
-    missing = {number: spec for number, spec in specs.items() if number not in folder.records}
-    rewards = [record["reward"] for record in folder.records.values()]
-    name = f"{opened.resolved_config['label']} on {config.env_id}"
-    with folder.appending() as append, episode_bar(console, progress, name, len(missing), rewards) as bar:
+    """Opens the run folder and a progress bar while the missing episodes are played; then writes the summary."""
+    with RunFolder.claimed(config.out, prepared.resolved_config, resume=config.resume) as folder:
+        add_session(config.out)
+        specs = dict(enumerate(episode_specs(prepared.tasks, config.episodes, config.seed)))
+        missing = {number: spec for number, spec in specs.items() if number not in folder.records}
+        rewards = [record["reward"] for record in folder.records.values()]
+        name = f"{prepared.resolved_config['label']} on {config.env_id}"
+        with folder.appending() as append, episode_bar(console, progress, name, len(missing), rewards) as bar:
 
-        def finished(record: Record, cost: Record) -> None:
-            append(record, cost)
-            bar.ended(record["reward"])
+            def finished(record: Record, cost: Record) -> None:
+                append(record, cost)
+                bar.ended(record["reward"])
 
-        run = _Evaluation(missing, finished, bar.replied, {})
-        yield run
-    records, costs = ([by_number[number] for number in specs] for by_number in (folder.records, folder.costs))
-    run.summary = _summary(config, opened, records, costs)
-    folder.finish(list(specs), run.summary)
+            run = _Evaluation(missing, finished, bar.replied, {})
+            yield run
+        scored = [number for number in specs if number in folder.records]
+        if not scored:
+            raise JobFailed(
+                "No episode could be scored: a service refused a prompt of each; the warnings above say why."
+            )
+        records, costs = ([by_number[number] for number in scored] for by_number in (folder.records, folder.costs))
+        run.summary = _summary(config, prepared, records, costs)
+        folder.finish(scored, run.summary)
 
 
-def _summary(config: EvalConfig, opened: Opened, records: list[Record], costs: list[Record]) -> Record:
-    resolved = opened.resolved_config
+def _summary(config: EvalConfig, prepared: PreparedRun, records: list[Record], costs: list[Record]) -> Record:
+    resolved = prepared.resolved_config
     return {
         "env_id": config.env_id,
-        "environment": config.environment or _environment(resolved),
+        "environment": config.environment or _environment_name(resolved),
         "label": resolved["label"],
         "policy": resolved["policy"],
-        "privileged": opened.privileged,
+        "privileged": prepared.privileged,
+        "unscored": config.episodes - len(records),  # episodes with a prompt that a service refuses to answer
         **summarise(records),
         **summarise_costs(costs, sum(record["steps"] for record in records)),
+        "data": resolved["data"],
+        "fingerprints": resolved["fingerprints"],
         "settings": {
             **{name: resolved[name] for name in ("seed", "layout", "sampling")},
             **resolved["options"],
@@ -115,10 +128,10 @@ def _summary(config: EvalConfig, opened: Opened, records: list[Record], costs: l
     }
 
 
-def _environment(resolved_config: Record) -> str:
-    """What tables call it.
+def _environment_name(resolved_config: Record) -> str:
+    """The environment's name in tables.
 
-    >>> _environment({"env_id": "AtomMem-HotpotQA", "options": {"num_docs": 200}})
+    >>> _environment_name({"env_id": "AtomMem-HotpotQA", "options": {"num_docs": 200}})
     'AtomMem-HotpotQA, 200 documents'
     """
     documents = resolved_config["options"].get("num_docs")
@@ -126,13 +139,26 @@ def _environment(resolved_config: Record) -> str:
 
 
 def main(config: EvalConfig) -> None:
-    """Evaluate a policy: a table here, and a folder with every number and every memory entry.
+    """Evaluate a policy: prints a table, and writes a run folder with every number and every memory entry.
 
-    With RECIPE.toml in the place of ENV_ID: many policies on many environments, see `atommem eval quick.toml --help`.
+    With RECIPE.toml instead of ENV_ID: many policies on many environments, see `atommem eval quick.toml --help`.
     """
     summary = evaluate(config)
     title = f"{config.env_id}, {summary['episodes']} episodes, {summary['questions']} questions"
     console = Console()
-    console.print(results_table([summary], title))
+    if summary["questions"]:
+        console.print(results_table([summary], title))
+    if summary["ungraded"]:
+        console.print(answers_table(read_records(config.out / "episodes.jsonl")))
     memory = "" if config.durability == "off" else ", memory/ (LanceDB)"
-    console.print(f"Written to [bold]{config.out}[/]: summary.json, episodes.jsonl, costs.jsonl, config.json{memory}.")
+    console.print(
+        f"Written to [bold]{escape(str(config.out))}[/]: summary.json, episodes.jsonl, costs.jsonl, config.json, "
+        f"provenance.json{memory}."
+    )
+    if summary["unscored"]:
+        print(
+            f"{summary['unscored']} of {config.episodes} episodes are unscored, since a service refused to answer one of their "
+            "prompts; --resume tries them again.",
+            file=sys.stderr,
+        )
+        sys.exit(3)

@@ -1,14 +1,16 @@
-"""What the folder of a run is: JSON lines, whole files written at once, and the checks that keep two runs apart.
+"""The run folder: JSON lines, atomic writes, and the checks that keep two runs apart.
 
-An evaluation's folder holds `config.json` (what it was asked for, every setting with its value), `episodes.jsonl` (a line an
-episode; the same bytes for the same configuration), `costs.jsonl` (what the clock and a model's service decide), `summary.json`
-(the numbers, once all episodes are played) and `memory/` (LanceDB).
+An evaluation's run folder has `config.json` (the resolved configuration, every setting with its value), `episodes.jsonl` (a
+line for each episode; the same bytes for the same configuration), `costs.jsonl` (what depends on timing and on a model's
+service), `summary.json` (the numbers, once all episodes are played) and `memory/` (LanceDB).
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,42 +22,63 @@ from atommem_env.errors import DataError, SettingError
 from atommem_env.types import EpisodeSettings
 from eval.metrics import SCHEMA_VERSION
 
+if sys.platform != "win32":
+    import fcntl
+
 Record = dict[str, Any]
 _ABSENT = object()
+_SINCE_3 = ("data", "fingerprints")  # fields of config.json that came with schema 3
 _RENAMED = {"replies_cut": "replies_truncated"}  # fields of records in schema 2
 
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """The folder of an evaluation that is being played."""
+    """The run folder of an evaluation in progress."""
 
     path: Path
-    records: dict[int, Record]  # the finished episodes, by number
-    costs: dict[int, Record]  # of each of them
+    records: dict[int, Record]  # of the finished episodes, by number
+    costs: dict[int, Record]  # of the same episodes
+
+    @classmethod
+    @contextmanager
+    def claimed(cls, path: Path, resolved_config: Record, *, resume: bool) -> Iterator[RunFolder]:
+        """The folder of a new or resumed run, which is this process's until the context ends.
+
+        Raises:
+            SettingError: another process plays in it; or as in `begin` and `resume`.
+        """
+        path.mkdir(parents=True, exist_ok=True)
+        with _claim(path):
+            yield (cls.resume if resume else cls.begin)(path, resolved_config)
 
     @classmethod
     def begin(cls, path: Path, resolved_config: Record) -> RunFolder:
         """Writes the configuration of a new run.
 
         Raises:
-            SettingError: the folder holds a run with finished episodes.
+            SettingError: the folder has a run with finished episodes.
         """
         lines = path / "episodes.jsonl"
         if lines.exists() and lines.stat().st_size:
-            raise SettingError(f"{path} holds a run. Resume it by --resume, or choose another --out.")
-        path.mkdir(parents=True, exist_ok=True)
-        write_atomic(path / "costs.jsonl", "")  # of one that was stopped before its first episode ended
+            raise SettingError(f"{path} already has a run. Resume it with --resume, or choose another --out.")
+        write_atomic(path / "costs.jsonl", "")  # left by a run that was stopped before its first episode ended
         write_atomic(path / "config.json", json.dumps(resolved_config, indent=2, ensure_ascii=False) + "\n")
         return cls(path, {}, {})
 
     @classmethod
     def resume(cls, path: Path, resolved_config: Record) -> RunFolder:
-        """The finished episodes of an interrupted run; half a line that a kill left is gone afterwards.
+        """The finished episodes of an interrupted run; removes the incomplete line that a kill may have left.
+
+        More episodes than before extend a run: the first ones are the same.
 
         Raises:
-            SettingError: there is no run, or it is another one.
+            SettingError: there is no run, or it has another configuration.
         """
-        require_same_config(path / "config.json", resolved_config)
+        config = path / "config.json"
+        require_same_config(config, resolved_config, extendable="episodes")
+        if read_config(config).get("episodes") != resolved_config["episodes"]:
+            (path / "summary.json").unlink(missing_ok=True)  # it has too few
+            write_atomic(config, json.dumps(resolved_config, indent=2, ensure_ascii=False) + "\n")
         costs = {cost["episode"]: cost for cost in read_jsonl(path / "costs.jsonl")}
         records = {one["episode"]: one for one in read_records(path / "episodes.jsonl") if one["episode"] in costs}
         folder = cls(path, records, {number: costs[number] for number in records})
@@ -64,10 +87,13 @@ class RunFolder:
 
     @contextmanager
     def appending(self) -> Iterator[Callable[[Record, Record], None]]:
-        """Opens the two files of lines; gives what appends an episode's record and cost to them."""
+        """Opens the two JSON lines files; yields a function that appends an episode's record and cost to them."""
         before = max((cost["elapsed"] for cost in self.costs.values()), default=0.0)
         started = time.perf_counter()
-        names = ("costs.jsonl", "episodes.jsonl")  # a kill between the two leaves a cost without its episode: no harm
+        names = (
+            "costs.jsonl",
+            "episodes.jsonl",
+        )  # a kill between the two leaves a cost without its episode, harmlessly
         costs, episodes = ((self.path / name).open("a", encoding="utf-8", newline="\n") for name in names)
         with costs, episodes:
 
@@ -82,7 +108,7 @@ class RunFolder:
             yield append
 
     def finish(self, numbers: Sequence[int], summary: Record) -> None:
-        """Writes the episodes in their order, and the summary."""
+        """Writes the episodes in order of their numbers, and the summary."""
         self._write(numbers)
         write_atomic(self.path / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
 
@@ -91,37 +117,73 @@ class RunFolder:
             write_atomic(self.path / name, "".join(to_jsonl(lines[number]) for number in numbers))
 
 
-def require_empty_dir(folder: Path, otherwise: str = "") -> None:
-    """Whether a run can begin in `folder`; `otherwise` is what to do besides choosing another.
+@contextmanager
+def _claim(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of a run folder, by a lock that the system removes with this process.
+
+    Where the system has no file locks nobody is kept out.
 
     Raises:
-        SettingError: it is a file, or holds something.
+        SettingError: another process plays in it.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    path = folder / ".lock"
+    while True:
+        with path.open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise SettingError(
+                    f"Another process plays in {folder}. Wait until it ends, or choose another --out."
+                ) from None
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                    raise
+            if not path.exists() or path.stat().st_ino != os.fstat(lock.fileno()).st_ino:
+                continue  # its last owner has just removed it
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def require_empty_dir(folder: Path, otherwise: str = "") -> None:
+    """Checks that a run can begin in `folder`; `otherwise` is an alternative to choosing another, for the message.
+
+    Raises:
+        SettingError: it is a file, or not empty.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SettingError(f"{folder} must be a new or empty folder, and is not. Choose another --out{otherwise}.")
+        raise SettingError(f"{folder} must be a new or empty folder, but it is not. Choose another --out{otherwise}.")
 
 
 def require_same_config(path: Path, resolved_config: dict[str, Any], *, extendable: str | None = None) -> None:
-    """Whether the run that is to be resumed is the one that `config.json` at `path` describes.
+    """Checks that a run to resume has the configuration in the `config.json` at `path`.
 
     Args:
         extendable: a setting that may be greater than it was: how long the run is.
 
     Raises:
-        SettingError: there is none, or it is another; the message names what differs.
+        SettingError: there is no such file, or the configuration differs; the message lists the differences.
     """
     if not path.is_file():
-        raise SettingError(f"Nothing to resume: {path} does not exist. Leave --resume out to start.")
+        raise SettingError(f"Nothing to resume: {path} does not exist. Leave out --resume to start a new run.")
     before = read_config(path)
     if extendable and resolved_config[extendable] >= before.get(extendable, 0):
         before[extendable] = resolved_config[extendable]
+    for name in _SINCE_3:
+        if name not in before:  # an earlier version did not record it
+            resolved_config = {key: value for key, value in resolved_config.items() if key != name}
     differences = "; ".join(_differences({name: before.get(name) for name in resolved_config}, resolved_config))
     if differences:
-        raise SettingError(f"{path.parent} holds a run of another configuration: {differences}.")
+        raise SettingError(f"{path.parent} has a run with another configuration: {differences}. Choose another --out.")
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    """What differs, in words.
+    """The differences of two configurations, in words.
 
     >>> list(_differences({"seed": 0, "settings": {"top_k": 6, "capacity": None}}, {"seed": 0, "settings": {"top_k": 12}}))
     ['capacity was None, is not given', 'top_k was 6, is 12']
@@ -136,17 +198,17 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
 
 
 def read_config(path: Path) -> Record:
-    """A run's `config.json`, as this version would have written it: settings that came later are at their defaults.
+    """A run's `config.json`, as this version would have written it: newer settings are at their defaults.
 
     Raises:
-        DataError: it is no JSON object.
+        DataError: it is not a JSON object.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(f"{path} is damaged: {error}. It must be the JSON that `atommem` wrote.") from error
+        raise DataError(f"{path} is damaged: {error}. Expected the JSON that `atommem` wrote.") from error
     if not isinstance(config, dict):
-        raise DataError(f"{path} must hold a JSON object, got {type(config).__name__}.")
+        raise DataError(f"{path} must be a JSON object, as `atommem` writes it, got {type(config).__name__}.")
     if isinstance(config.get("settings"), dict):
         config["settings"] = json.loads(json.dumps(EpisodeSettings().record())) | config["settings"]
     if config.get("schema_version") == 2:
@@ -155,7 +217,7 @@ def read_config(path: Path) -> Record:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The finished episodes of an `episodes.jsonl`, under the names that this version gives their fields."""
+    """The finished episodes of an `episodes.jsonl`, with fields renamed as in this version."""
     records = [{_RENAMED.get(name, name): value for name, value in record.items()} for record in read_jsonl(path)]
     for record in records:
         if "cut" in record["faults"]:  # schema 2
@@ -164,10 +226,10 @@ def read_records(path: Path) -> list[Record]:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON lines file, in its order; none where there is no file.
+    """The records of a JSON lines file, in order; none if there is no file.
 
-    The last line may be half a line, left by a run that was killed. Lines end with "\\n" alone: a prediction can hold other
-    characters that Python takes for ends of lines.
+    An incomplete last line, left by a run that was killed, is ignored. Lines end with "\\n" only: a prediction can contain
+    other characters that Python treats as line ends.
     """
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].split("\n") if line]
@@ -179,7 +241,7 @@ def to_jsonl(record: dict[str, Any]) -> str:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Writes a whole file at once: a reader sees the old or the new one."""
+    """Writes a file atomically: a reader sees the old or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8", newline="\n")
     os.replace(temporary, path)

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from agents.chat_policy import ChatModel
-from eval.api import AnyEnv, configure, console_for
-from eval.players import AnyPolicy
+from eval.api import EnvLike, configure, console_for
+from eval.players import PolicyLike
 from train.collect import CollectConfig
 from train.collect import collect as collect_config
 
 
 def collect(
-    policy: AnyPolicy,
-    env: AnyEnv | None = None,
+    policy: PolicyLike,
+    env: EnvLike | None = None,
     *,
     out: str | Path,
     episodes: int = 50,

@@ -27,7 +27,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from agents.rollout import episode_specs, run_blocking
+from agents.event_loop import run_blocking
+from agents.rollout import episode_specs
 from atommem_env.episode import legal_text
 from atommem_env.errors import SettingError
 from atommem_env.prompts import get_layout
@@ -35,6 +36,7 @@ from atommem_env.types import Message, Observation, Rollout, Turn
 from eval.options import PlayConfig
 from eval.players import Parts, prepare
 from eval.progress import episode_bar
+from eval.provenance import add_session
 from eval.run_folder import Record, read_jsonl, require_empty_dir, require_same_config, to_jsonl, write_atomic
 
 _ROW_GROUP = 1000  # samples of `samples.parquet` that are in memory at the same time
@@ -196,6 +198,7 @@ class _Folder:
         for name in ("summary.json", "samples.parquet"):  # of a finished run
             (path / name).unlink(missing_ok=True)
         write_atomic(path / "config.json", json.dumps(resolved_config, indent=2, ensure_ascii=False) + "\n")
+        add_session(path)
         folder = cls(path, {episode["episode"]: episode for episode in read_jsonl(path / "rewards.jsonl")})
         folder._write(list(folder.episodes))
         return folder

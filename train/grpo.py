@@ -29,16 +29,18 @@ import numpy as np
 from rich.console import Console
 
 from agents.chat_policy import ChatPolicy, Sampling
+from agents.event_loop import run_blocking
 from agents.models.chat_tokenizer import ChatTokenizer
 from agents.models.find import find_model
 from agents.models.transformers_model import TransformersModel
-from agents.rollout import Driver, EpisodeSpec, episode_specs, run_blocking
+from agents.rollout import Driver, EpisodeSpec, episode_specs
 from atommem_env.errors import CheckpointError, DataError, MissingDependency, SettingError
 from atommem_env.tokens import get_tokenizer
 from atommem_env.types import Rollout
 from eval.metrics import episode_record, summarise
 from eval.played_as import eval_command, record_of, write_card
 from eval.progress import step_progress
+from eval.provenance import add_session
 from eval.run_folder import read_config, read_jsonl, to_jsonl, write_atomic
 from train.advantages import group_advantages
 from train.estimate import check_memory
@@ -112,6 +114,7 @@ class Trainer:
         else:
             check_disk(run.out, 4 * sum(weight.numel() * 4 for weight in trained))  # weights, two moments, the best
         write_atomic(run.out / "config.json", resolved_config)  # resumed too: it may have more steps now
+        add_session(run.out)
         self.tensorboard = SummaryWriter(str(run.out / "tensorboard"), purge_step=self.step + 1)
 
     # ------------------------------------------------------------------------------------------------------------ the loop

@@ -163,5 +163,5 @@ def _paired(before: Path, after: Path) -> tuple[float, float, float]:
     """How much more the second evaluation earned on the same episodes, with a 95 % interval."""
     rewards = [[record["reward"] for record in read_jsonl(folder / "episodes.jsonl")] for folder in (before, after)]
     differences = np.subtract(rewards[1], rewards[0])
-    low, high = bootstrap_ci95(differences.tolist(), [1] * len(differences))
+    low, high = bootstrap_ci95(differences.tolist(), [1] * len(differences), bounds=(-1.0, 1.0))
     return float(differences.mean()), low, high

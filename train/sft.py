@@ -31,6 +31,7 @@ from atommem_env.errors import CheckpointError, DataError, MissingDependency, Pr
 from atommem_env.tasks.catalogue import sha256_of
 from eval.played_as import eval_command, read_record, write_card
 from eval.progress import step_progress
+from eval.provenance import add_session
 from eval.run_folder import read_jsonl, to_jsonl, write_atomic
 from train.estimate import check_memory
 from train.settings import SFTConfig, open_run
@@ -136,6 +137,7 @@ def train(run: SFTConfig) -> dict[str, Any]:
     trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
     check_disk(run.out, 3 * sum(weight.numel() * weight.element_size() for weight in trained))  # and two moments
     write_atomic(run.out / "config.json", resolved_config)
+    add_session(run.out)
     trainer.remove_callback(ProgressCallback)  # it prints a dictionary for each update
     with step_progress(Console(stderr=True)) as progress:
         bar = progress.add_task("SFT", total=None, status="")

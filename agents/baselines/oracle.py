@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from agents.policy import Act
-from atommem_env.dialects import get_dialect
+from agents.prompting import render_reply
 from atommem_env.scoring import holds
 from atommem_env.tasks.synthetic_world import UNKNOWN
 from atommem_env.types import EpisodeSettings, Evidence, Observation, Operation, OperationKind, Phase, Question, Task
@@ -38,7 +38,6 @@ class PerfectReader:
     def begin(self, seed: int, task: Task | None) -> Act:
         assert task is not None, "a privileged policy is given the task"
         waiting = dict.fromkeys(self.keep(task, seed))  # in order, each once
-        write = get_dialect(self.settings.dialect).write
 
         def act(observation: Observation) -> str:
             operations = []
@@ -51,7 +50,7 @@ class PerfectReader:
                     operations += self._search(task.questions[0], task.questions[0].evidence)
             else:
                 operations = self._answer(task, observation)
-            return "\n".join(map(write, operations))
+            return render_reply(self.settings, *operations)
 
         return act
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from agents.baselines.world_reader import Fact, Inquiry, Link, facts, query, read_question
 from agents.policy import Act
-from atommem_env.dialects import get_dialect
+from agents.prompting import render_reply
 from atommem_env.tasks.synthetic_world import UNKNOWN
 from atommem_env.types import EpisodeSettings, Observation, Operation, OperationKind, Phase, Task
 
@@ -44,12 +44,11 @@ class Planner:
     def begin(self, seed: int, task: Task | None) -> Act:
         assert task is not None, "a privileged policy is given the task"
         episode = _Episode(task, self.settings)
-        write = get_dialect(self.settings.dialect).write
 
         def act(observation: Observation) -> str:
             reading = observation["phase"] == Phase.READ
             operation = episode.take_in(observation) if reading else episode.answer(observation)
-            return write(operation) if operation else ""
+            return render_reply(self.settings, operation) if operation else ""
 
         return act
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from agents.policy import Act
-from atommem_env.dialects import get_dialect
+from agents.prompting import render_reply
 from atommem_env.types import EpisodeSettings, Observation, Operation, OperationKind, Phase, Task
 
 
@@ -36,7 +36,7 @@ class Constant:
         return f"constant={self.answer}"
 
     def begin(self, seed: int, task: Task | None) -> Act:
-        reply = get_dialect(self.settings.dialect).write(Operation(OperationKind.ANSWER, self.answer))
+        reply = render_reply(self.settings, Operation(OperationKind.ANSWER, self.answer))
         return lambda observation: reply if observation["phase"] == Phase.ANSWER else ""
 
 
@@ -50,7 +50,6 @@ class Random:
 
     def begin(self, seed: int, task: Task | None) -> Act:
         rng = np.random.default_rng(seed)
-        write = get_dialect(self.settings.dialect).write
 
         def words(observation: Observation, most: int) -> str:
             seen = " ".join([observation["chunk"], observation["questions"], observation["retrieved"]]).split()
@@ -59,10 +58,10 @@ class Random:
 
         def act(observation: Observation) -> str:
             kinds = rng.choice(list(OperationKind), size=int(rng.integers(1, 6)))
-            return "".join(
-                write(Operation(OperationKind(kind), words(observation, 12), f"m{rng.integers(1, 40)}"))
-                for kind in kinds
-            )
+            operations = [
+                Operation(OperationKind(kind), words(observation, 12), f"m{rng.integers(1, 40)}") for kind in kinds
+            ]
+            return "".join(render_reply(self.settings, operation) for operation in operations)
 
         return act
 
@@ -76,8 +75,6 @@ class Spam:
     privileged: bool = False
 
     def begin(self, seed: int, task: Task | None) -> Act:
-        write = get_dialect(self.settings.dialect).write
-
         def act(observation: Observation) -> str:
             seen = (observation["chunk"] or observation["retrieved"]).split()
             pieces = [" ".join(seen[start : start + 8]) for start in range(0, len(seen), 8)][:200]
@@ -87,6 +84,6 @@ class Spam:
             ]
             operations += [Operation(OperationKind.READ, observation["questions"])] * 5
             operations += [Operation(OperationKind.ANSWER, text) for text in ("yes", "no", "unknown", " ".join(seen))]
-            return "".join(map(write, operations))
+            return "".join(render_reply(self.settings, operation) for operation in operations)
 
         return act

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from agents.policy import Act
-from atommem_env.dialects import get_dialect
+from agents.prompting import render_reply
 from atommem_env.errors import PolicyError
 from atommem_env.tasks.synthetic_world import INSTRUMENT, RELATIONS, UNKNOWN, Relation
 from atommem_env.types import EpisodeSettings, Observation, Operation, OperationKind, Phase, Task
@@ -83,7 +83,6 @@ class WorldReader:
     privileged: bool = False
 
     def begin(self, seed: int, task: Task | None) -> Act:
-        write = get_dialect(self.settings.dialect).write
         stored: dict[Link, Fact] = {}
         entries = 0
 
@@ -95,7 +94,7 @@ class WorldReader:
                 entries += sum(operation.kind is OperationKind.CREATE for operation in operations)
             else:
                 operations = _answer(observation)
-            return "\n".join(map(write, operations))
+            return render_reply(self.settings, *operations)
 
         return act
 

@@ -9,6 +9,8 @@ from atommem_env.errors import MissingDependency, ModelNotFound
 from atommem_env.paths import data_folder
 from atommem_env.plugins import suggest
 
+# Endings of the files that a model is made of.
+WEIGHTS = (".safetensors", ".bin", ".gguf", ".model", ".json", ".jinja", ".txt")
 TINY = Path(__file__).parent / "tiny"  # a base model of the synthetic world, made by train/tiny_base.py
 
 
@@ -56,3 +58,13 @@ def _find_in_cache(name: str) -> Path:
         f"{name} is neither a folder with a config.json nor, with its weights, in Hugging Face's cache. "
         f"Fetch it: hf download {name}"
     )
+
+
+def model_label(name: str) -> str:
+    """What tables call a model on this machine: its name, or its folder's; of `…/grpo/model`, as training writes it, `grpo`.
+
+    >>> model_label("runs/grpo/model"), model_label("Qwen/Qwen3-8B"), model_label("tiny")
+    ('grpo', 'Qwen3-8B', 'tiny')
+    """
+    path = Path(name).resolve()  # not the folder that was found: one of the cache is called by a commit
+    return path.parent.name if path.name == "model" and path.parent.name else path.name

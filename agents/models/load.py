@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from agents.chat_policy import ChatModel
-from agents.models.find import find_model
+from agents.models.find import find_model, model_label
 from agents.models.openai_api import OpenAIModel
 from agents.models.transformers_model import TransformersModel
 from agents.models.vllm_model import VLLMModel
@@ -57,7 +57,7 @@ def load_model(name: str) -> ChatModel:
         if is_target(name) and not is_model(name):
             return as_model(load_attribute(name))
         model = TransformersModel(find_model(name))
-        model.name = Path(name).resolve().name  # a folder of the cache is called by a commit
+        model.name = model_label(name)
         return model
     except (ModelNotFound, PluginError) as error:
         raise ModelNotFound(f"{error} There are {', '.join(MODELS)}.") from error

@@ -36,6 +36,7 @@ class TransformersModel:
 
     Attributes:
         name: What tables call it.
+        folder: Where its files are; None: it was made from a module.
         model: The `torch.nn.Module`. Its weights may change while no reply is being sampled.
         chat: Turns messages into ids and back.
         window: Most tokens of prompt and reply together.
@@ -44,6 +45,8 @@ class TransformersModel:
         MissingDependency: torch or transformers is not installed.
         SettingError: the model has no chat template, or an attention that continuous batching does not know.
     """
+
+    folder: Path | None = None
 
     def __init__(
         self, folder: Path, *, dtype: Dtype = "auto", device: Device = "auto", max_batch: int | None = None
@@ -57,6 +60,7 @@ class TransformersModel:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
         model.to("cuda" if device == "auto" and torch.cuda.is_available() else "cpu")
         self._set_up(model.eval(), chat, folder.name, max_batch or _rows_for(model))
+        self.folder = folder
 
     @classmethod
     def of(cls, model: Module, chat: ChatTokenizer, *, name: str, max_batch: int = 16) -> TransformersModel:

@@ -6,12 +6,11 @@ import atexit
 import itertools
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from agents.models.background import in_background, in_background_blocking
 from agents.models.chat_tokenizer import ChatTokenizer, check_room
-from agents.models.find import find_model
+from agents.models.find import find_model, model_label
+from atommem_env.background import in_background, in_background_blocking
 from atommem_env.errors import EngineDied, MissingDependency, ModelError
 from atommem_env.types import Message, Reply, Usage
 
@@ -51,7 +50,8 @@ class VLLMModel:
                 "into its own virtual environment. Or start `vllm serve` there and name the model openai:NAME here."
             ) from error
         folder = find_model(model)
-        self.name = f"vllm:{Path(model).resolve().name}"
+        self.folder = folder
+        self.name = f"vllm:{model_label(model)}"
         self.chat = ChatTokenizer(folder)
         config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
         on_cpu = current_platform.is_cpu()

@@ -107,9 +107,9 @@ class CachedEmbedder:
 
     def __init__(self, embedder: Embedder, entries: int) -> None:
         self.name, self.dimension = embedder.name, embedder.dimension
+        self.inner = embedder
         self.hits = 0  # texts that were in the cache, or earlier in the same call
         self.misses = 0  # texts that were embedded
-        self._embedder = embedder
         self._entries = entries
         self._vectors: OrderedDict[tuple[str, bytes], Vector] = OrderedDict()
         self._lock = threading.Lock()
@@ -121,7 +121,7 @@ class CachedEmbedder:
         with self._lock:
             missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._vectors}
             # Copies: a view of a row would keep the whole batch in memory.
-            computed = [row.copy() for row in self._embedder.embed(list(missing.values()), kind)] if missing else []
+            computed = [row.copy() for row in self.inner.embed(list(missing.values()), kind)] if missing else []
             self._vectors.update(zip(missing, computed, strict=True))
             self.misses += len(missing)
             self.hits += len(texts) - len(missing)

@@ -60,7 +60,7 @@ class SentenceTransformerEmbedder:
             ) from error
         self._torch = torch
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        folder = _find(str(model))
+        folder = self.folder = _find(str(model))
         # A relative path means something else in another working folder, and a store is looked up by this name.
         self.name = f"st:{folder.resolve() if Path(model).is_dir() else model}"
         try:

@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from atommem_env.embedders import embed, get_embedder
@@ -19,6 +18,7 @@ from atommem_env.errors import SettingError, StoreError
 from atommem_env.memory import WorkingMemory
 from atommem_env.store.memory_store import MemoryStore
 from atommem_env.store.recorder import INTERRUPTED, EpisodeRecord
+from atommem_env.terminal import escape
 from atommem_env.types import EmbeddingRequest
 
 _ID = 10  # characters of an episode's id that tables show

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import tempfile
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -79,6 +81,17 @@ class FolderLock:
                 self._descriptor = None
             elif granted:
                 fcntl.flock(self._descriptor, fcntl.LOCK_SH)
+
+    def clock_difference(self) -> float:
+        """By how many seconds this process's clock is ahead of the clock that dates the files in the folder.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        with tempfile.TemporaryFile(dir=self.path, buffering=0) as file:
+            file.write(b"\n")
+            now = time.time()
+            return now - os.fstat(file.fileno()).st_mtime
 
     def sync(self) -> None:
         """Returns when everything in the folder is on the disk and survives a loss of power.

@@ -51,8 +51,9 @@ DURABILITIES = ("off", "episode", "step")
 _OPTIMIZE_EVERY = 64  # commits, each of which leaves a few small files a table
 _MOST_PARTS = 1000  # of a table, whatever it costs to compact them: each commit writes a list of all
 _MOST_FILES = 10  # of a table when the store is closed
-_KEEP_VERSIONS = timedelta(minutes=5)  # another process may still be reading an older version
 _AT_ONCE = timedelta(milliseconds=1)  # LanceDB warns about anything shorter
+_NEVER = timedelta(days=36_500)
+_CLOCK_TOLERANCE = timedelta(days=1)  # LanceDB deletes files of nobody that are older than 7 days
 _CACHE_BYTES = 4 << 20  # without a limit LanceDB's caches grow with every commit
 _DISK_FULL = ("No space left", "os error 28", "File too large", "os error 27", "quota", "os error 122")
 
@@ -219,7 +220,9 @@ class MemoryStore:
     def optimize(self) -> None:
         """Compacts the small files that commits leave, and removes what only older versions of the tables need.
 
-        Versions of the last minutes stay if another process uses the folder.
+        While another process uses the folder nothing is removed: a commit adds a few kilobytes a table, and compaction copies
+        each row a few times in all. The last process that closes its store, or `optimize` in one that is alone, removes them.
+        Nothing is compacted by a process whose clock is off by more than a day.
 
         Raises:
             StoreError: the folder cannot be written.
@@ -263,9 +266,15 @@ class MemoryStore:
         return parts > 1 and (stats["num_rows"] - largest >= largest / 2 or parts > _MOST_PARTS)
 
     def _optimize(self, table: Any, exclusive: bool) -> None:
-        """`exclusive`: no other process uses the folder, so that only the newest version is needed."""
+        """Compacts a table; deletes older versions where `exclusive`: no other process uses the folder.
+
+        Of files that no version lists, LanceDB deletes those older than 7 days, by this process's clock; younger ones are
+        left, because a client of LanceDB without our lock may be about to commit them. With a clock that differs from
+        the file system's every new file could seem that old: then nothing is compacted.
+        """
         with self._convert_errors("optimize"), _ignore_conflicts():
-            table.optimize(cleanup_older_than=_AT_ONCE if exclusive else _KEEP_VERSIONS, delete_unverified=exclusive)
+            if abs(self._folder_lock.clock_difference()) <= _CLOCK_TOLERANCE.total_seconds():
+                table.optimize(cleanup_older_than=_AT_ONCE if exclusive else _NEVER, delete_unverified=False)
 
     def _write(self, commits: list[Commit]) -> None:
         """Appends the rows of a group, in an order that leaves whole steps, then removes what they replace."""
@@ -427,7 +436,7 @@ class MemoryStore:
         latest: dict[str, EpisodeRecord] = {}
         for row in self._rows("episodes", where, list(EpisodeRecord.__dataclass_fields__)):
             record = EpisodeRecord(**row | {"settings": json.loads(row["settings"]), "writers": tuple(row["writers"])})
-            # A crash can leave an episode's old row beside the new one.
+            # A crash can leave an episode's old row next to the new one.
             rival = latest.get(record.episode_id)
             if rival is None or (len(rival.writers), rival.committed_at) < (len(record.writers), record.committed_at):
                 latest[record.episode_id] = record

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from atommem_env.errors import DataError, DatasetNotFound, MissingDependency, SettingError
+from atommem_env.tasks.catalogue import sha256_of
 from atommem_env.tasks.haystack import check_questions, group_starts
 from atommem_env.tasks.jsonl import read_records
 from atommem_env.tasks.records import check_range, checked, required_text
-from atommem_env.types import Document, Evidence, Question, Task
+from atommem_env.types import UNGRADED, Document, Evidence, Question, Task
 
 SUFFIXES = (".txt", ".text", ".md", ".markdown", ".pdf")  # of the files used from a folder
-UNGRADED = "ungraded"  # the kind of a question without a gold
 _LONGEST_PART = 8_000  # characters, about 1,600 tokens: several parts fit into a chunk of the default size
 _HEADING = re.compile(r"(#{1,6})\s+(.+?)\s*#*\s*$")
 _FENCE = re.compile(r"\s{0,3}(```|~~~)")
@@ -50,7 +50,8 @@ class FilesSource:
       `evidence_file` and `evidence_text`. A passage must be part of one document; differences in whitespace are ignored.
 
     Answers are scored as HotpotQA's. A question whose `answers` are the empty list `[]`, or that is given as `question=` without
-    `answers=`, has **no gold**: it is asked, its answer is in `info`, its kind is "ungraded" and its exact match and F1 are 0.
+    `answers=`, has **no gold**: it is asked, its answer is in `info`, its kind is "ungraded", and it is not graded: exact
+    match and F1 are None, and no mean or reward counts it.
 
     Task `i` asks the questions of group `i` of the file, as in `HaystackSource`, except that the last group may be smaller: no
     question is left out. The seed has no effect.
@@ -88,17 +89,22 @@ class FilesSource:
             raise SettingError(f"Give either data= (a file of questions) or question=, got {data!r} and {question!r}.")
         if answers and question is None:
             raise SettingError("answers= goes with question=; in a file of questions each has its own.")
-        located = list(_read(_find([Path(item).expanduser() for item in given])))
+        found = _find([Path(item).expanduser() for item in given])
+        located = list(_read(found))
         if data is not None:
             path = Path(data).expanduser()
             rows = _csv_records(path) if path.suffix.lower() == ".csv" else read_records(path)
         else:
             golds = [answers] if isinstance(answers, str) else list(answers)
             rows = iter([("question=", {"question": question, "answers": golds})])
+        self.file_digests = {f"files/{name}": sha256_of(file) for name, file in found}
+        """role -> SHA-256: "data", the file of questions, and "files/NAME" for each file that was read."""
         self.documents = tuple(document for _, document in located)
         self.all_questions = tuple(_questions(rows, located))
         if not self.all_questions:
             raise DataError(f"{data}: no question in it.")
+        if data is not None:
+            self.file_digests["data"] = sha256_of(path)
         self.questions = questions
         self._starts = group_starts(len(self.all_questions), questions)
 

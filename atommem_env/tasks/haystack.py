@@ -111,6 +111,19 @@ class HaystackSource:
         if not len(self):
             raise SettingError(f"questions={self.questions}, but there are only {count} in the file; lower questions.")
 
+    @property
+    def file_digests(self) -> dict[str, str]:
+        """role -> SHA-256 of the files that the questions come from, as they were when they were imported.
+
+        The roles are "data" ("data 1", "data 2" … of an import of several files), "corpus", and those of what the import made
+        of them: "rows.jsonl", "documents.jsonl" and "pool.npy".
+        """
+        report = self._questions.report
+        sources = [source.sha256 for source in report.sources]
+        corpus = {} if report.corpus_documents is None else {"corpus": sources.pop()}
+        data = {"data" if len(sources) == 1 else f"data {number}": value for number, value in enumerate(sources, 1)}
+        return data | corpus | {name: report.files[name] for name in ("rows.jsonl", "documents.jsonl", "pool.npy")}
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_questions", "_starts")}
 

@@ -6,8 +6,10 @@ import gzip
 import json
 import mmap
 import re
+import reprlib
 import zlib
 from array import array
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Iterator
 from io import TextIOWrapper
 from pathlib import Path
@@ -20,6 +22,12 @@ from atommem_env.errors import DataError, DatasetNotFound
 
 _PIECE = 1 << 20  # characters of a JSON list read at a time
 _LONGEST = 1 << 24  # characters; a longer record is damaged, and must not fill the memory
+_MOST_BLANK = 1 << 20  # whitespace characters between two records: a few kilobytes of gzip hold an hour of empty lines
+_MOST_VALUES = (
+    1 << 24
+)  # of a column in a row group of parquet; each takes memory even where it takes no byte of the file
+_SMALL_COLUMN = 1 << 23  # bytes of a parquet column in a row group
+_MOST_EXPANSION = 100  # of a parquet column by decompression, above 256 MB; text has less than 20
 _decode = json.JSONDecoder().raw_decode
 _SPACE = re.compile(r"\s*")
 
@@ -72,21 +80,36 @@ def read_records(path: Path, progress: Callable[[int], object] | None = None) ->
 def _json_items(raw: Any, *, gzipped: bool) -> Iterator[tuple[str, Any]]:
     """(location, value) of each item of a JSON list, or of each line."""
     binary = gzip.GzipFile(fileobj=raw) if gzipped else raw
-    listed = binary.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
-    with TextIOWrapper(binary, encoding="utf-8-sig") as stream:
+    start = binary.peek(64)
+    encoding = "utf-16" if start.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig"
+    listed = start.removeprefix(BOM_UTF8).replace(b"\0", b"").lstrip(b" \t\r\n\xff\xfe")[:1] == b"["
+    with TextIOWrapper(binary, encoding=encoding) as stream:
         yield from _list_items(stream) if listed else _line_items(stream)
 
 
 def _line_items(stream: IO[str]) -> Iterator[tuple[str, Any]]:
+    blank = 0
     for number, line in enumerate(iter(lambda: stream.readline(_LONGEST + 1), ""), 1):
         if len(line) > _LONGEST:
             raise _too_long(f"line {number}")
-        if not line.isspace():
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"line {number}: not JSON ({error}); expected JSON lines or one JSON list.") from error
-            yield f"line {number}", value
+        if line.isspace():
+            blank = _add_blank(f"line {number}", blank, len(line))
+            continue
+        blank = 0
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"line {number}: not JSON ({error}); it begins {reprlib.repr(line)}; expected JSON lines or one JSON list."
+            ) from error
+        yield f"line {number}", value
+
+
+def _add_blank(location: str, blank: int, more: int) -> int:
+    """The length of the whitespace since the last record; raises `DataError` where no file of records has so much."""
+    if blank + more > _MOST_BLANK:
+        raise DataError(f"{location}: more than {_MOST_BLANK:,} blank characters in a row; download the file again.")
+    return blank + more
 
 
 def _list_items(stream: IO[str]) -> Iterator[tuple[str, Any]]:
@@ -100,8 +123,10 @@ def _list_items(stream: IO[str]) -> Iterator[tuple[str, Any]]:
 
     def next_character() -> str:
         nonlocal at
+        blank = 0
         while True:
-            at = _SPACE.match(text, at).end()  # type: ignore[union-attr]  # it matches everywhere
+            before, at = at, _SPACE.match(text, at).end()  # type: ignore[union-attr]  # it matches everywhere
+            blank = _add_blank(f"index {index} of the list", blank, at - before)
             if at < len(text) or not more():
                 return text[at : at + 1]
 
@@ -147,12 +172,67 @@ def _parquet_rows(raw: Any) -> Iterator[tuple[str, Any]]:
 
     number = 0
     try:
-        for batch in parquet.ParquetFile(raw).iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                yield f"row {number}", row
-                number += 1
+        metadata = parquet.ParquetFile(raw).metadata
+        for group in range(metadata.num_row_groups):
+            shared, rows = _plan(metadata.row_group(group), f"row {number}")
+            file = parquet.ParquetFile(raw, metadata=metadata, read_dictionary=shared, buffer_size=_PIECE)
+            for batch in file.iter_batches(batch_size=rows, row_groups=[group]):
+                whole = batch.num_rows > 1 and _decoded_size(batch) <= _LONGEST
+                for part in [batch] if whole else [batch.slice(index, 1) for index in range(batch.num_rows)]:
+                    if not whole and _decoded_size(part) > _LONGEST:
+                        raise _too_long(f"row {number}")
+                    for row in part.to_pylist():
+                        yield f"row {number}", row
+                        number += 1
     except (ArrowException, OSError) as error:
         raise DataError(f"row {number}: damaged parquet ({error}); download the file again.") from error
+
+
+def _plan(group: Any, location: str) -> tuple[list[str], int]:
+    """How a row group is read, by its metadata.
+
+    A text that the file has once, in a dictionary, for many values would be repeated in memory for each. So columns of few
+    bytes are read as dictionaries, which costs little there; and where other columns have one, few rows are read at a time.
+
+    Returns:
+        The columns to read as dictionaries, and the number of rows to read at a time.
+
+    Raises:
+        DataError: the sizes are not those of a table of records.
+    """
+    shared: list[str] = []
+    rows = 1024
+    for column in map(group.column, range(group.num_columns)):
+        name, size, packed = column.path_in_schema, column.total_uncompressed_size, column.total_compressed_size
+        if column.num_values > _MOST_VALUES or size > max(1 << 28, _MOST_EXPANSION * packed):
+            raise DataError(
+                f"{location}: the column {reprlib.repr(name)} has {column.num_values:,} values and {size:,} bytes in one row "
+                f"group, from {packed:,} compressed, which no file of a dataset has; download the file again."
+            )
+        if column.physical_type == "BYTE_ARRAY" and column.has_dictionary_page:
+            if size <= _SMALL_COLUMN:
+                shared.append(name)
+            else:
+                rows = 16
+    return shared, max(1, min(rows, 4 * _LONGEST * group.num_rows // max(1, group.total_byte_size)))
+
+
+def _decoded_size(values: Any) -> int:
+    """About the bytes of an Arrow array, or of a batch, as Python objects."""
+    import pyarrow
+    from pyarrow import compute
+
+    if isinstance(values, pyarrow.RecordBatch):
+        return sum(map(_decoded_size, values.columns))
+    size = 64 * len(values)
+    if isinstance(values, pyarrow.DictionaryArray):
+        lengths = compute.binary_length(values.dictionary).cast("int64")
+        return size + (compute.sum(lengths.take(values.indices)).as_py() or 0)
+    if isinstance(values, pyarrow.StructArray):
+        return size + sum(map(_decoded_size, values.flatten()))
+    if isinstance(values, pyarrow.ListArray | pyarrow.LargeListArray | pyarrow.FixedSizeListArray):
+        return size + _decoded_size(values.flatten())
+    return size + values.nbytes
 
 
 # --------------------------------------------------------------------------------------------------- our own JSON lines

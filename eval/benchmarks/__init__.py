@@ -1,6 +1,6 @@
-"""Benchmarks: what is fast, against which baseline, on the machine at hand; `python -m eval.benchmarks.NAME`.
+"""Benchmarks: speed against a baseline, on this machine; `python -m eval.benchmarks.NAME`.
 
-They are programs that nothing imports, and so alone may import what stands above `eval`.
+They are programs that nothing imports.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def write_figures(out: Path | None, figures: object) -> None:
-    """Writes what was measured as JSON, where a file is named."""
+    """Writes the measurements as JSON, if a file is given."""
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

@@ -1,10 +1,10 @@
-"""Kills what writes a store: `python -m eval.benchmarks.crash [--trials 50] [--out FILE]`, some minutes on two cores.
+"""Kills a process that writes a store: `python -m eval.benchmarks.crash [--trials 50] [--out FILE]`, some minutes on two cores.
 
-A process plays random episodes of `AtomMem-Synthetic`, eight at a time, and says after each commit what was acknowledged. It
-is ended by kill -9 at a random moment. Then the store must be readable, for us and for LanceDB by itself; it must hold all
-that was acknowledged; the last episodes in it, played again from their replies, must lead to the memory that the journal
-gives; each interrupted one must go on to its end; and when the store was joined and closed no table may have more than ten
-files. What is left of one trial is the store that the next one writes to, five times.
+A process plays random episodes of `AtomMem-Synthetic`, eight at a time, and prints after each commit what was acknowledged. It
+is killed by kill -9 at a random moment. Then the store must be readable, by `MemoryStore` and by plain LanceDB; it must
+contain everything acknowledged; the replay of its last episodes must give the memory that the journal gives; each interrupted
+episode must be resumable to its end; and after compaction and closing no table may have more than ten files. Five trials in
+turn write to the same store.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ from atommem_env.embedders import embed, get_embedder
 from atommem_env.episode import Episode
 from atommem_env.errors import StoreError
 from atommem_env.store.memory_store import MemoryStore
-from atommem_env.store.recorder import INTERRUPTED, Recorder
+from atommem_env.store.recorder import INTERRUPTED, EpisodeRecord, Recorder
 from atommem_env.store.replay import initial_episode, replay
 from atommem_env.store.tables import TABLES
 from atommem_env.tasks import make_source
@@ -45,27 +46,32 @@ from eval.benchmarks import write_figures
 _SETTINGS = EpisodeSettings(chunk_tokens=64)
 _IN_FLIGHT = 8
 _MOST_FILES = 10
-_REPLAYED = 8  # episodes that were over, the last ones; all that were not are
+_REPLAYED = 8  # the last finished episodes; unfinished ones are all replayed
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What was found with one durability; all but the first four must be 0."""
+    """The results with one durability; all but the first four must be 0."""
 
     durability: str
     trials: int
     acknowledged_replies: int  # with "episode": those of episodes whose end was acknowledged
-    resumed: int  # interrupted episodes that went on to their end
+    resumed: int  # interrupted episodes that were resumed to their end
     unreadable: int  # stores that could not be opened or read
-    lost: int  # acknowledged replies, and ends, that were not there
+    lost: int  # episodes with acknowledged replies, or an acknowledged end, that are missing
     inconsistent: int  # episodes whose journal and replies disagree
     not_resumed: int
     too_many_files: int  # tables
 
 
-def play_until_killed(folder: str, durability: str, seed: str) -> None:
-    """Plays for ever and prints a line for each commit: of each acknowledged episode its id, replies and whether it ended."""
-    import lancedb  # noqa: F401  # takes a second, in which nothing could go wrong
+def play(folder: str, durability: str, seed: str, commits: str) -> None:
+    """Plays, and prints a line for each commit: of each acknowledged episode its id, replies and whether it ended.
+
+    Args:
+        commits: how many, from the moment that a line can be read from the standard input; the store is compacted after each
+            of them, and closed at the end. "0": at once and without an end.
+    """
+    import lancedb  # noqa: F401  # takes a second, during which a kill would test nothing
 
     store, source = MemoryStore(folder, durability), make_source("synthetic")
     rng = np.random.default_rng(int(seed))
@@ -85,17 +91,24 @@ def play_until_killed(folder: str, durability: str, seed: str) -> None:
 
     playing = [begin() for _ in range(_IN_FLIGHT)]
     os.write(1, b"{}\n")  # from now on it may be killed
-    while True:
+    if int(commits):
+        sys.stdin.readline()
+    for commit in count(1):
         for one in playing:
             _step(*one)
         store.write([recorder for _, recorder, _ in playing])
-        said = {
+        acknowledged = {
             recorder.episode_id: (episode.steps, episode.stop_reason is not None)
             for episode, recorder, _ in playing
             if durability == "step" or episode.stop_reason is not None
         }
-        os.write(1, json.dumps(said).encode() + b"\n")  # at once: never half a line
+        os.write(1, json.dumps(acknowledged).encode() + b"\n")  # one call: never an incomplete line
         playing = [begin() if one[0].stop_reason is not None else one for one in playing]
+        if int(commits):
+            store.optimize()
+        if commit == int(commits):
+            break
+    store.close()
 
 
 def _step(episode: Episode, recorder: Recorder, act: Act) -> None:
@@ -107,30 +120,61 @@ def _step(episode: Episode, recorder: Recorder, act: Act) -> None:
         recorder.end(episode.stop_reason, episode.reward, episode.memory)
 
 
-def killed(folder: Path, durability: str, seed: int, delay: float) -> dict[str, tuple[int, bool]]:
-    """Lets a process write for `delay` seconds and kills it: the replies acknowledged of each episode, and whether its end was.
+def start_player(
+    folder: Path, durability: str, seed: int, commits: int = 0, prefix: Sequence[str] = ()
+) -> subprocess.Popen[bytes]:
+    """A process that is about to `play`; `prefix` are words of a program that starts it."""
+    code = "import sys; from eval.benchmarks.crash import play; play(*sys.argv[1:])"
+    words = [str(folder), durability, str(seed), str(commits)]
+    command = [*prefix, sys.executable, "-c", code, *words]
+    root = Path(__file__).parents[2]
+    player = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root)
+    assert player.stdout is not None
+    player.stdout.readline()
+    return player
+
+
+def read_acknowledged(player: subprocess.Popen[bytes]) -> dict[str, tuple[int, bool]]:
+    """Waits for the end of a player.
+
+    Returns:
+        Episode id → (acknowledged replies, whether its end was acknowledged).
+    """
+    assert player.stdout is not None
+    acknowledged: dict[str, tuple[int, bool]] = {}
+    for line in player.stdout:
+        acknowledged |= {episode: (steps, over) for episode, (steps, over) in json.loads(line).items()}
+    return acknowledged
+
+
+def write_and_kill(folder: Path, durability: str, seed: int, delay: float) -> dict[str, tuple[int, bool]]:
+    """Lets a process write for `delay` seconds and kills it.
+
+    Returns:
+        Episode id → (acknowledged replies, whether its end was acknowledged).
 
     Raises:
         RuntimeError: the process ended by itself.
     """
-    code = "import sys; from eval.benchmarks.crash import play_until_killed; play_until_killed(*sys.argv[1:])"
-    command = [sys.executable, "-c", code, str(folder), durability, str(seed)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as child:
-        assert child.stdout is not None
+    with start_player(folder, durability, seed) as child:
         timer = threading.Timer(delay, child.send_signal, (signal.SIGKILL,))
-        acknowledged: dict[str, tuple[int, bool]] = {}
-        for line in child.stdout:
-            if timer.ident is None:
-                timer.start()
-            acknowledged |= {episode: (steps, over) for episode, (steps, over) in json.loads(line).items()}
+        timer.start()
+        acknowledged = read_acknowledged(child)
     timer.cancel()
     if child.returncode != -signal.SIGKILL:
-        raise RuntimeError(f"The process that was to be killed ended with status {child.returncode}.")
+        raise RuntimeError(f"Expected the process to be killed, but it ended with status {child.returncode}.")
     return acknowledged
 
 
-def inspect(folder: Path, acknowledged: dict[str, tuple[int, bool]], after: float) -> Iterator[str]:
-    """What became of a store, by the names of `Result`'s counts. Played again are episodes committed `after` a time."""
+def inspect(
+    folder: Path, acknowledged: dict[str, tuple[int, bool]], after: float, resume: bool = True
+) -> Iterator[str]:
+    """Inspects a store; yields lines that begin with a field of `Result` to count.
+
+    Args:
+        after: when the first of the episodes that are played again was committed.
+        resume: plays interrupted episodes to their end.
+    """
     import lancedb
 
     store, source = MemoryStore(folder, "step"), make_source("synthetic")
@@ -138,13 +182,13 @@ def inspect(folder: Path, acknowledged: dict[str, tuple[int, bool]], after: floa
         records = {record.episode_id: record for record in store.episodes()}
         for name in TABLES if records else ():
             lancedb.connect(folder).open_table(name).to_arrow()
-    except Exception as error:  # any error at all is what is looked for
+    except Exception as error:  # any error is a finding
         yield f"unreadable: {error!r}"
         return
     for episode_id, (steps, ended) in acknowledged.items():
         row = records.get(episode_id)
         if row is None or row.steps < steps or (ended and row.status == INTERRUPTED):
-            yield f"lost: {episode_id} had {steps} replies{' and its end' if ended else ''}, and now {row}"
+            yield f"lost: {episode_id} had {steps} replies{' and its end' if ended else ''}, now {row}"
     new = [record for record in records.values() if record.committed_at.timestamp() >= after]
     over = [record for record in new if record.status != INTERRUPTED]
     for record in over[-_REPLAYED:] + [record for record in new if record.status == INTERRUPTED]:
@@ -152,32 +196,21 @@ def inspect(folder: Path, acknowledged: dict[str, tuple[int, bool]], after: floa
         try:
             for _ in replay(episode, store, record.episode_id):
                 pass
-            kept = store.memory_at(record.episode_id, record.steps)
+            stored = store.memory_at(record.episode_id, record.steps)
         except StoreError as error:
             yield f"inconsistent: {error}"
             continue
         status = episode.stop_reason or INTERRUPTED
         if (
             episode.steps != record.steps
-            or kept.entries() != episode.memory.entries()
-            or not np.array_equal(kept.vectors(), episode.memory.vectors())
+            or stored.entries() != episode.memory.entries()
+            or not np.array_equal(stored.vectors(), episode.memory.vectors())
             or (record.status != INTERRUPTED and status != record.status)
         ):
             yield f"inconsistent: {record}, played again {episode.steps} replies, {status}"
             continue
-        if record.status == INTERRUPTED:
-            recorder = store.resume(record.episode_id)
-            act = Random(_SETTINGS).begin(record.episode_seed, None)
-            if episode.stop_reason is not None:  # its last reply was written, its end was not
-                recorder.end(episode.stop_reason, episode.reward, episode.memory)
-            while episode.stop_reason is None:
-                _step(episode, recorder, act)
-                store.write([recorder])
-            store.write([recorder])
-            again = store.episode(record.episode_id)
-            last = store.memory_at(record.episode_id, episode.steps).entries()
-            right = (again.status, again.steps, last) == (episode.stop_reason, episode.steps, episode.memory.entries())
-            yield "resumed" if right else f"not_resumed: {again}"
+        if record.status == INTERRUPTED and resume:
+            yield _resume(store, record, episode)
     store.optimize()
     store.close()
     for name in TABLES if records else ():
@@ -186,35 +219,51 @@ def inspect(folder: Path, acknowledged: dict[str, tuple[int, bool]], after: floa
             yield f"too_many_files: {files} of {name}"
 
 
+def _resume(store: MemoryStore, record: EpisodeRecord, episode: Episode) -> str:
+    """Plays an interrupted episode to its end: "resumed", or what is wrong afterwards."""
+    recorder = store.resume(record.episode_id)
+    act = Random(_SETTINGS).begin(record.episode_seed, None)
+    if episode.stop_reason is not None:  # its last reply was written, its end was not
+        recorder.end(episode.stop_reason, episode.reward, episode.memory)
+    while episode.stop_reason is None:
+        _step(episode, recorder, act)
+        store.write([recorder])
+    store.write([recorder])
+    final = store.episode(record.episode_id)
+    last = store.memory_at(record.episode_id, episode.steps).entries()
+    right = (final.status, final.steps, last) == (episode.stop_reason, episode.steps, episode.memory.entries())
+    return "resumed" if right else f"not_resumed: {final}"
+
+
 def measure(durability: str, trials: int, seed: int, console: Console, longest: float = 3.0) -> Result:
-    """Kills `trials` times, after up to `longest` seconds of writing; prints what was found wrong."""
+    """Kills `trials` times, after up to `longest` seconds of writing; prints the problems."""
     rng = np.random.default_rng(seed)
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     replies = 0
     with tempfile.TemporaryDirectory() as work:
         for trial in track(range(trials), durability, console=console, transient=True):
             begun = time.time()
             folder = Path(work) / str(trial // 5)  # five trials write to one store
-            acknowledged = killed(folder, durability, int(rng.integers(2**31)), float(rng.uniform(0, longest)))
+            acknowledged = write_and_kill(folder, durability, int(rng.integers(2**31)), float(rng.uniform(0, longest)))
             replies += sum(steps for steps, _ in acknowledged.values())
             for line in inspect(folder, acknowledged, begun):
                 name, _, detail = line.partition(": ")
-                found[name] += 1
+                counts[name] += 1
                 if detail:
                     console.print(f"{durability}, trial {trial}: {line}", markup=False)
-    counts = {
-        name: found[name] for name in ("resumed", "unreadable", "lost", "inconsistent", "not_resumed", "too_many_files")
-    }
-    return Result(durability=durability, trials=trials, acknowledged_replies=replies, **counts)
+    names = ("resumed", "unreadable", "lost", "inconsistent", "not_resumed", "too_many_files")
+    return Result(
+        durability=durability, trials=trials, acknowledged_replies=replies, **{name: counts[name] for name in names}
+    )
 
 
 def main(*, out: Path | None = None, trials: int = 50, seed: int = 0) -> None:
-    """Kill what writes a store, look at what is left, and print a table; the status is 1 if anything was lost.
+    """Kill a process that writes a store, inspect the store, and print a table; the status is 1 if anything was lost.
 
     Args:
         out: JSON file for the numbers.
-        trials: How often, with each durability.
-        seed: Draws episodes and moments.
+        trials: with each durability.
+        seed: of the episodes and of the moments.
     """
     console = Console()
     results = [measure(durability, trials, seed, console) for durability in ("episode", "step")]

@@ -1,12 +1,13 @@
-"""Embeddings of many episodes by one batch a step: `python -m eval.benchmarks.embedding [--out FILE]`, about a minute.
+"""Embedding the texts of many episodes in one batch per step: `python -m eval.benchmarks.embedding [--out FILE]`, about a minute.
 
 In a step each of 64 episodes needs the vectors of three entries and a query. **One batch**: all of them at once, as the driver
-and the vector environment ask for them. **A call an episode**: one after the other, as 64 single environments do. **A call a
+and the vector environment request them. **A call per episode**: one after the other, as 64 single environments do. **A call per
 text**: as code does that embeds in each operation. All three give each text the same vector, bit for bit, which is checked.
-**The library** is `SentenceTransformer.encode` on all texts at once, padded to the longest of 32: what a batch costs where a
+**The library** is `SentenceTransformer.encode` on all texts at once, padded to the longest of 32: the cost of a batch if a
 text's vector may depend on the others.
 
-Texts are sentences, passages and questions of AtomMem-Synthetic, each one new. All ways are measured in turns, in one process.
+Texts are sentences, passages and questions of AtomMem-Synthetic, each one new. All ways are measured alternately, in one
+process.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ Way = Callable[[SentenceTransformerEmbedder, Step], NDArray[np.float32]]
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What was measured; seconds and ratios are medians over the repetitions."""
+    """The measurements; seconds and ratios are medians over the repetitions."""
 
     model: str
     dtype: str
@@ -50,17 +51,15 @@ class Result:
     episode_s: float
     text_s: float
     library_s: float
-    over_episode: (
-        float  # time of a call an episode over that of one batch, of one repetition: above 1, one batch is faster
-    )
-    over_text: float  # the same of a call a text
+    over_episode: float  # time of a call per episode divided by that of one batch: above 1, one batch is faster
+    over_text: float  # the same for a call per text
     over_library: float
     ratios: tuple[tuple[float, float, float], ...]  # of each repetition, in this order
-    library_error: float  # largest difference of a number of a vector between the library's and ours
+    library_error: float  # largest difference between a number of the library's vectors and of the embedder's
 
 
 def draw_steps(steps: int, episodes: int, seed: int) -> list[Step]:
-    """What each episode asks for in each step, no text twice."""
+    """The requests of each episode in each step, no text twice."""
     rng = np.random.default_rng(seed)
     source = SyntheticSource(split="train")
     seen: set[str] = set()
@@ -83,17 +82,17 @@ def one_batch(embedder: SentenceTransformerEmbedder, step: Step) -> NDArray[np.f
     return embed(embedder, [request for requests in step for request in requests])
 
 
-def call_an_episode(embedder: SentenceTransformerEmbedder, step: Step) -> NDArray[np.float32]:
+def call_per_episode(embedder: SentenceTransformerEmbedder, step: Step) -> NDArray[np.float32]:
     """The vectors of a step, [texts, D]."""
     return np.concatenate([embed(embedder, requests) for requests in step])
 
 
-def call_a_text(embedder: SentenceTransformerEmbedder, step: Step) -> NDArray[np.float32]:
+def call_per_text(embedder: SentenceTransformerEmbedder, step: Step) -> NDArray[np.float32]:
     """The vectors of a step, [texts, D]."""
     return np.concatenate([embed(embedder, [request]) for requests in step for request in requests])
 
 
-def the_library(embedder: SentenceTransformerEmbedder, step: Step) -> NDArray[np.float32]:
+def call_library(embedder: SentenceTransformerEmbedder, step: Step) -> NDArray[np.float32]:
     """The vectors of a step, [texts, D]."""
     texts = [request.text for requests in step for request in requests]
     vectors: NDArray[np.float32] = embedder.model.encode(texts, batch_size=32, show_progress_bar=False)
@@ -101,23 +100,25 @@ def the_library(embedder: SentenceTransformerEmbedder, step: Step) -> NDArray[np
 
 
 def measure(embedder: SentenceTransformerEmbedder, steps: Sequence[Step], repeats: int) -> Result:
-    """Times all ways, one after the other, another one first in each repetition."""
-    ways: list[Way] = [one_batch, call_an_episode, call_a_text, the_library]
+    """Times all ways alternately, starting with another one in each repetition."""
+    ways: list[Way] = [one_batch, call_per_episode, call_per_text, call_library]
     seconds: dict[Way, list[float]] = {way: [] for way in ways}
-    found: dict[Way, NDArray[np.float32]] = {}
+    vectors_of: dict[Way, NDArray[np.float32]] = {}
     one_batch(embedder, steps[0])  # warms up
     for repeat in range(repeats):
         turn = repeat % len(ways)
         for way in [*ways[turn:], *ways[:turn]]:
-            begun = time.perf_counter()
+            start = time.perf_counter()
             vectors = [way(embedder, step) for step in steps]
-            seconds[way].append(time.perf_counter() - begun)
-            found[way] = np.concatenate(vectors)
-    for way in (call_an_episode, call_a_text):
-        assert found[way].tobytes() == found[one_batch].tobytes(), f"{way.__name__} must give the same vectors"
-    error = float(np.abs(found[the_library] - found[one_batch]).max())
+            seconds[way].append(time.perf_counter() - start)
+            vectors_of[way] = np.concatenate(vectors)
+    for way in (call_per_episode, call_per_text):
+        assert vectors_of[way].tobytes() == vectors_of[one_batch].tobytes(), (
+            f"{way.__name__} must give the same vectors"
+        )
+    error = float(np.abs(vectors_of[call_library] - vectors_of[one_batch]).max())
     assert error < 1e-3, f"the library must give nearly the same vectors, they differ by {error}"
-    batch, others = seconds[one_batch], (seconds[call_an_episode], seconds[call_a_text], seconds[the_library])
+    batch, others = seconds[one_batch], (seconds[call_per_episode], seconds[call_per_text], seconds[call_library])
     ratios = [tuple(other[repeat] / batch[repeat] for other in others) for repeat in range(repeats)]
     over_episode, over_text, over_library = (statistics.median(column) for column in zip(*ratios, strict=True))
     texts = [request.text for step in steps for requests in step for request in requests]
@@ -131,9 +132,9 @@ def measure(embedder: SentenceTransformerEmbedder, steps: Sequence[Step], repeat
         texts=len(texts),
         tokens=tuple(int(value) for value in np.quantile(tokens, [0, 0.25, 0.5, 0.75, 1])),
         batch_s=statistics.median(batch),
-        episode_s=statistics.median(seconds[call_an_episode]),
-        text_s=statistics.median(seconds[call_a_text]),
-        library_s=statistics.median(seconds[the_library]),
+        episode_s=statistics.median(seconds[call_per_episode]),
+        text_s=statistics.median(seconds[call_per_text]),
+        library_s=statistics.median(seconds[call_library]),
         over_episode=over_episode,
         over_text=over_text,
         over_library=over_library,
@@ -143,14 +144,14 @@ def measure(embedder: SentenceTransformerEmbedder, steps: Sequence[Step], repeat
 
 
 def main(*, out: Path | None = None, episodes: int = 64, steps: int = 2, repeats: int = 5, seed: int = 0) -> None:
-    """Compare one batch a step with a call an episode and a call a text, and print a table.
+    """Compare one batch per step with a call per episode and a call per text, and print a table.
 
     Args:
         out: JSON file for the numbers.
-        episodes: Episodes that are under way together.
-        steps: Steps of each, four texts a step.
-        repeats: Repetitions of each way that are timed; medians are reported.
-        seed: Draws the texts.
+        episodes: active at the same time.
+        steps: of each episode, with four texts.
+        repeats: timed repetitions of each way; medians are reported.
+        seed: of the texts.
     """
     result = measure(MiniLMEmbedder(), draw_steps(steps, episodes, seed), repeats)
     least, _, median, _, most = result.tokens
@@ -162,8 +163,8 @@ def main(*, out: Path | None = None, episodes: int = 64, steps: int = 2, repeats
         table.add_column(column, justify="left" if not column else "right")
     for name, seconds, ratio in (
         ("one batch", result.batch_s, 1.0),
-        ("a call an episode", result.episode_s, result.over_episode),
-        ("a call a text", result.text_s, result.over_text),
+        ("a call per episode", result.episode_s, result.over_episode),
+        ("a call per text", result.text_s, result.over_text),
         ("the library, padded to the longest", result.library_s, result.over_library),
     ):
         table.add_row(name, f"{seconds:.2f}", f"{result.texts / seconds:,.0f}", f"{ratio:.2f}x")

@@ -1,12 +1,12 @@
-"""Where the time of a step goes outside of the model: `python -m eval.benchmarks.environment [--out FILE]`, half a minute.
+"""The time of a step outside of the model: `python -m eval.benchmarks.environment [--out FILE]`, half a minute.
 
-Episodes of the synthetic world are played by replies of a fixed kind (three Creates, an Update and a Read while reading, an
-answer when asked), with vectors that were computed beforehand. A step is taken apart into **parse** (`Episode.submit`:
-reading the reply and planning it), **memory** (`Episode.resolve`: writing, searching, the next observation) and **render** (a
-layout: the observation as chat messages); **reset** is the drawing of a task and its cutting into chunks.
+Episodes of the synthetic world are played with replies of a fixed kind (three Creates, an Update and a Read while reading, an
+answer when asked) and precomputed vectors. A step is split into **parse** (`Episode.submit`: parsing and planning the reply),
+**memory** (`Episode.resolve`: writing, searching, the next observation) and **render** (a layout: the observation as chat
+messages); **reset** draws a task and splits it into chunks.
 
-Beside it, whole steps of `gym.make_vec`, which embeds and keeps once for all its environments, against Gymnasium's own
-`SyncVectorEnv` over as many single ones, with the same replies, the same embedder and the same store setting.
+Also compared are whole steps of `gym.make_vec`, which embeds and commits once for all its environments, with Gymnasium's own
+`SyncVectorEnv` over as many single ones, with the same replies, embedder and store settings.
 """
 
 from __future__ import annotations
@@ -40,43 +40,43 @@ _ENTRY_WORDS, _QUERY_WORDS = 30, 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What is taken apart and compared."""
+    """What is measured and compared."""
 
     dialect: str = "tags"
-    """In which replies are written."""
+    """Dialect of the replies."""
     layout: str = "shared_prefix"
-    """That makes messages of observations."""
+    """Layout of the observations."""
     num_docs: int = 400
-    """Documents of a task that is taken apart."""
+    """Documents of a task in the measurement of parts."""
     chunk_tokens: int = 512
     """Size of its chunks."""
     dimension: int = 1024
-    """Of its vectors."""
+    """Dimension of its vectors."""
     episodes: int = 40
-    """Episodes that are taken apart."""
+    """Episodes in the measurement of parts."""
     num_envs: int = 64
-    """Environments side by side."""
+    """Environments of the vector environments."""
     steps: int = 12
     """Steps of each of them."""
     embedder: str = "hashing"
-    """Of these environments."""
+    """Their embedder."""
     durability: str = "step"
-    """Of these environments."""
+    """Their durability."""
     repeats: int = 3
-    """Repetitions that are timed; medians are reported."""
+    """Timed repetitions; medians are reported."""
     seed: int = 0
-    """Draws tasks and replies."""
+    """Seed of tasks and replies."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What was measured: means a step or an episode; ratios are medians over the repetitions."""
+    """The measurements: means per step or episode; ratios are medians over the repetitions."""
 
     setup: Setup
     dtype: str
-    steps: int  # that were taken apart
-    reset_us: float  # an episode
-    parse_us: float  # a step
+    steps: int  # in the measurement of parts
+    reset_us: float  # per episode
+    parse_us: float  # per step
     memory_us: float
     render_us: float
     vector_steps_per_s: float
@@ -101,7 +101,7 @@ class Writer:
             return self._write(Operation(OperationKind.ANSWER, "unknown"))
         operations = [Operation(OperationKind.CREATE, self._words(_ENTRY_WORDS)) for _ in range(3)]
         if self._created:
-            # Ids where entries have them; the first one shown, if any is shown, where they go by their place.
+            # The id of an entry; or, in a dialect that names entries by index, that of the first one shown.
             target = "1" if observation["retrieved"].startswith("Memory ") else f"m{self._created}"
             operations.append(Operation(OperationKind.UPDATE, self._words(_ENTRY_WORDS), target))
         operations.append(Operation(OperationKind.READ, self._words(_QUERY_WORDS)))
@@ -112,8 +112,8 @@ class Writer:
         return " ".join(self._rng.choice(_WORDS, count))
 
 
-def _parts(setup: Setup) -> dict[str, float]:
-    """Seconds of reset, parse, memory and render, all episodes together, and the number of steps."""
+def _time_parts(setup: Setup) -> dict[str, float]:
+    """Total seconds of reset, parse, memory and render, and the number of steps."""
     source = SyntheticSource(num_docs=setup.num_docs)
     settings = EpisodeSettings(dialect=setup.dialect, chunk_tokens=setup.chunk_tokens)
     messages = get_layout(setup.layout)
@@ -132,9 +132,9 @@ def _parts(setup: Setup) -> dict[str, float]:
             requests = episode.submit(reply)
             marks.append(time.perf_counter())
             needed = [next(rows) for _ in requests]
-            given = np.stack(needed) if needed else np.empty((0, setup.dimension), dtype=np.float32)
+            matrix = np.stack(needed) if needed else np.empty((0, setup.dimension), dtype=np.float32)
             marks.append(time.perf_counter())
-            result = episode.resolve(given)
+            result = episode.resolve(matrix)
             marks.append(time.perf_counter())
             messages(result.observation, settings)
             marks.append(time.perf_counter())
@@ -151,30 +151,30 @@ def _cycle(rows: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
 
 
 def _play(vector: Any, dialect: str, steps: int, seed: int) -> tuple[float, list[Any]]:
-    """Seconds of `steps` steps of all environments, and all that they returned but `info`."""
+    """(seconds of `steps` steps of all environments, everything that they returned except `info`)."""
     writers = [Writer(dialect, seed + number) for number in range(vector.num_envs)]
     observations, _ = vector.reset(seed=seed)
-    seen: list[Any] = []
+    returned: list[Any] = []
     spent = 0.0
     for _ in range(steps):
         replies = tuple(
             write({name: values[number] for name, values in observations.items()})  # type: ignore[arg-type]
             for number, write in enumerate(writers)
         )
-        begun = time.perf_counter()
+        start = time.perf_counter()
         observations, *rest, _ = vector.step(replies)
-        spent += time.perf_counter() - begun
-        seen.append([{name: list(values) for name, values in observations.items()}, *map(list, rest)])
-    return spent, seen
+        spent += time.perf_counter() - start
+        returned.append([{name: list(values) for name, values in observations.items()}, *map(list, rest)])
+    return spent, returned
 
 
 def measure(setup: Setup) -> Result:
-    """Times the parts of a step, then both vector environments, the one that begins changing with each repetition."""
-    _parts(replace(setup, episodes=1))  # warms up
-    spent = _parts(setup)
+    """Times the parts of a step, then both vector environments, starting with another one in each repetition."""
+    _time_parts(replace(setup, episodes=1))  # warms up
+    spent = _time_parts(setup)
     seconds: dict[str, list[float]] = {"sync": [], "vector_entry_point": []}
     for repeat in range(setup.repeats):
-        seen: list[list[Any]] = []
+        results: list[list[Any]] = []
         for mode in list(seconds)[:: -1 if repeat % 2 else 1]:
             get_embedder.cache_clear()  # no text may be in the embedder's cache
             with tempfile.TemporaryDirectory() as folder:
@@ -190,28 +190,28 @@ def measure(setup: Setup) -> Result:
                 took, returned = _play(vector, setup.dialect, setup.steps, setup.seed + 1000 * repeat)
                 vector.close()
             seconds[mode].append(took)
-            seen.append(returned)
-        assert seen[0] == seen[1], "both must do, and return, the same"
+            results.append(returned)
+        assert results[0] == results[1], "both must return the same"
     ratios = [slow / fast for slow, fast in zip(seconds["sync"], seconds["vector_entry_point"], strict=True)]
-    taken = setup.num_envs * setup.steps
+    total = setup.num_envs * setup.steps
     return Result(
         setup=setup,
         dtype="float32",
         steps=int(spent["steps"]),
         reset_us=1e6 * spent["reset"] / setup.episodes,
         **{f"{part}_us": 1e6 * spent[part] / spent["steps"] for part in ("parse", "memory", "render")},
-        vector_steps_per_s=taken / statistics.median(seconds["vector_entry_point"]),
-        sync_steps_per_s=taken / statistics.median(seconds["sync"]),
+        vector_steps_per_s=total / statistics.median(seconds["vector_entry_point"]),
+        sync_steps_per_s=total / statistics.median(seconds["sync"]),
         ratio=statistics.median(ratios),
         ratios=tuple(ratios),
     )
 
 
 def main(setup: Setup, *, out: Path | None = None) -> None:
-    """Take steps apart, compare the vector environments, and print a table.
+    """Time the parts of a step, compare the vector environments, and print a table.
 
     Args:
-        setup: What is measured.
+        setup: what is measured.
         out: JSON file for the numbers.
     """
     result = measure(setup)

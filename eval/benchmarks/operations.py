@@ -1,15 +1,16 @@
-"""What each memory operation is worth: the same episodes, planned anew without it.
+"""The value of each memory operation: the same episodes, planned again without it.
 
     python -m eval.benchmarks.operations
     python -m eval.benchmarks.operations --episodes 1000 --out operations.json
 
-The planner (`agents.baselines.planner`) plays episodes of AtomMem-Synthetic in which one operation a reply is carried out: with
-all four, without each of them, and without both that change an entry. A difference is all four's score minus this one's on the
-same episodes, with the 95 % bootstrap interval over episodes.
+The planner (`agents.baselines.planner`) plays episodes of AtomMem-Synthetic in which one operation per reply is carried out:
+with all four, without each of them, and without both that change an entry. A difference is the score with all four minus this
+one on the same episodes, with the 95 % bootstrap interval over episodes.
 
-The episodes (`EPISODES`): a chunk is about a document; the memory has an entry for each of the 20 links of ten questions; a fact
-of each chain is corrected, so that about as many entries fall out of use; a search shows two entries, enough to find one. The
-scratchpad is off: always in view, and at 2048 tokens, it holds all facts that matter here, and no other memory is needed.
+The episodes (`EPISODES`): a chunk is about one document; the capacity is one entry for each of the 20 links of ten questions; a
+fact of each chain is corrected, so that about as many entries become obsolete; a search shows two entries, enough for one
+fact. The scratchpad is off: it is always in view, and with 2048 tokens it could store all relevant facts, which would make
+the other memory redundant.
 """
 
 from __future__ import annotations
@@ -57,10 +58,10 @@ class Result:
 
     without: tuple[str, ...]
     em: float
-    lost: float  # all four's score minus this one
+    lost: float  # the score with all four minus this one
     lost_ci95: tuple[float, float]
-    operations: dict[str, float]  # carried out, a mean for an episode
-    replies: float  # of an episode
+    operations: dict[str, float]  # carried out, mean per episode
+    replies: float  # mean per episode
 
 
 def play(without: tuple[str, ...], episodes: int) -> list[Rollout]:
@@ -72,7 +73,7 @@ def play(without: tuple[str, ...], episodes: int) -> list[Rollout]:
 
 
 def compare(without: tuple[str, ...], rollouts: list[Rollout], complete: list[Rollout]) -> Result:
-    """`rollouts` beside those of the same episodes with all four operations."""
+    """Compares `rollouts` with those of the same episodes with all four operations."""
     lost = [one.reward - other.reward for one, other in zip(complete, rollouts, strict=True)]
     operations: Counter[str] = Counter()
     for rollout in rollouts:
@@ -89,11 +90,11 @@ def compare(without: tuple[str, ...], rollouts: list[Rollout], complete: list[Ro
 
 
 def main(*, episodes: int = 300, out: Path | None = None) -> None:
-    """Print what the loss of each operation costs.
+    """Print the cost of losing each operation.
 
     Args:
-        episodes: How many, of ten questions each.
-        out: File for the numbers, as JSON.
+        episodes: of ten questions each.
+        out: JSON file for the numbers.
     """
     complete = play((), episodes)
     results = [compare(without, play(without, episodes) if without else complete, complete) for without in WITHOUT]

@@ -1,11 +1,12 @@
-"""What a prompt's order saves an engine: `python -m eval.benchmarks.prefix_cache [--out FILE]`; needs vLLM.
+"""Prompt tokens that a prefix cache saves, by the order of the prompt: `python -m eval.benchmarks.prefix_cache [--out FILE]`;
+needs vLLM.
 
-The rollouts of a group read the same chunks with different memories. In the layout `shared_prefix` the chunk stands before
-whatever differs, and a prefix cache computes it once for all of them; in the order of AtomMem's public code (question,
-scratchpad, query, entries, chunk) each rollout computes its own. The same rollouts, of a policy that keeps facts at random, are
-rendered in both orders, and sent to an engine turn by turn, all of a turn at once, as they are sampled in training. What was
-computed is what vLLM itself counted: prompt tokens, less those that its prefix cache held. Weights do not matter to that, so
-they are those of `tiny`; neither does the time that it takes here, and none is told.
+The rollouts of a group read the same chunks with different memories. In the layout `shared_prefix` the chunk comes before
+everything that differs, and a prefix cache computes it once for all of them; in the order of AtomMem's public code (question,
+scratchpad, query, entries, chunk) each rollout computes its own. The same rollouts, of a policy that stores random facts, are
+rendered in both orders, and sent to an engine turn by turn, all of a turn at once, as in training. The computed tokens are as
+counted by vLLM: prompt tokens minus prefix cache hits. They do not depend on the weights, which are those of `tiny`, nor on
+the machine; times are not reported.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 import atommem_env  # noqa: F401  registers the environments
+from agents.event_loop import run_blocking
 from agents.models.chat_tokenizer import ChatTokenizer
 from agents.models.find import find_model
 from agents.registry import load_policy
-from agents.rollout import Driver, EpisodeSpec, run_blocking
+from agents.rollout import Driver, EpisodeSpec
 from atommem_env.prompts import Layout, shared_prefix
 from atommem_env.types import EpisodeSettings, Message, Observation, Rollout
 from eval.benchmarks import write_figures
@@ -40,11 +42,11 @@ class Result:
     turns: int  # of all rollouts
     chunk_tokens: int
     prompt_tokens: int
-    computed_tokens: int  # those that the prefix cache did not hold
+    computed_tokens: int  # not in the prefix cache
 
 
 def public_order(observation: Observation, settings: EpisodeSettings) -> list[Message]:
-    """The messages of `shared_prefix`, with the chunk at their end, where AtomMem's public code has it."""
+    """The messages of `shared_prefix`, with the chunk at the end, as in AtomMem's public code."""
     system, user = shared_prefix.messages(observation, settings)
     parts = ("\n\n" + user["content"]).split("\n\n## ")[1:]
     parts.sort(key=lambda part: part.startswith("Document, next piece"))  # stable
@@ -52,7 +54,7 @@ def public_order(observation: Observation, settings: EpisodeSettings) -> list[Me
 
 
 def play_group(group_size: int, chunk_tokens: int, documents: int, seed: int) -> tuple[list[Rollout], EpisodeSettings]:
-    """Rollouts of one task, by a policy that keeps facts at random."""
+    """Rollouts of one task, by a policy that stores random facts."""
     env: Any = gym.make("AtomMem-Synthetic", num_docs=documents, chunk_tokens=chunk_tokens)
     driver = Driver.of(env)
     specs = [EpisodeSpec(0, seed, int(each)) for each in np.random.default_rng(seed).integers(2**31, size=group_size)]
@@ -60,8 +62,8 @@ def play_group(group_size: int, chunk_tokens: int, documents: int, seed: int) ->
     return run_blocking(driver.run(specs, policy, in_flight=group_size)), driver.settings
 
 
-def computed(engine: Any, prompts_by_turn: Sequence[Sequence[list[int]]]) -> tuple[int, int]:
-    """Prompt tokens sent, and those of them that the engine computed; its cache is empty before."""
+def count_tokens(engine: Any, prompts_by_turn: Sequence[Sequence[list[int]]]) -> tuple[int, int]:
+    """(prompt tokens sent, those that the engine computed), starting with an empty cache."""
     from vllm import SamplingParams
 
     engine.reset_prefix_cache()
@@ -70,13 +72,13 @@ def computed(engine: Any, prompts_by_turn: Sequence[Sequence[list[int]]]) -> tup
         engine.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts], SamplingParams(max_tokens=1), use_tqdm=False
         )
-    asked, held = (after - first for after, first in zip(_counters(engine), before, strict=True))
-    return asked, asked - held
+    queries, hits = (after - first for after, first in zip(_counters(engine), before, strict=True))
+    return queries, queries - hits
 
 
 def _counters(engine: Any) -> tuple[int, int]:
-    counted = {metric.name: metric.value for metric in engine.get_metrics() if hasattr(metric, "value")}
-    return counted["vllm:prefix_cache_queries"], counted["vllm:prefix_cache_hits"]
+    values = {metric.name: metric.value for metric in engine.get_metrics() if hasattr(metric, "value")}
+    return values["vllm:prefix_cache_queries"], values["vllm:prefix_cache_hits"]
 
 
 def measure(group_size: int, chunk_tokens: int, documents: int, seed: int) -> tuple[Result, Result]:
@@ -109,20 +111,20 @@ def measure(group_size: int, chunk_tokens: int, documents: int, seed: int) -> tu
     )
     results = []
     for name, sent in prompts.items():
-        asked, done = computed(engine, sent)
-        results.append(Result(name, group_size, sum(map(len, sent)), chunk_tokens, asked, done))
+        tokens, computed = count_tokens(engine, sent)
+        results.append(Result(name, group_size, sum(map(len, sent)), chunk_tokens, tokens, computed))
     return results[0], results[1]
 
 
 def main(
     out: Path | None = None, group_size: int = 16, chunk_tokens: int = 4096, documents: int = 800, seed: int = 0
 ) -> None:
-    """Count the prompt tokens that a prefix cache leaves to be computed, by the order of the prompt.
+    """Count the prompt tokens to compute in spite of a prefix cache, by the order of the prompt.
 
     Args:
-        out: file for the figures, as JSON.
+        out: JSON file for the figures.
         group_size: rollouts of the task.
-        chunk_tokens: of a chunk, at most, by the environment's own count; a model's differs a little.
+        chunk_tokens: most tokens of a chunk, by the environment's own tokenizer; a model's count differs a little.
         documents: of the task; 800 are about 16,000 tokens.
         seed: of the task and of the rollouts.
     """

@@ -1,15 +1,15 @@
 """Episodes in flight against lock-step: `python -m eval.benchmarks.rollouts [--lengths RUN] [--engine vllm] [--out FILE]`.
 
 Episodes have different numbers of turns, and turns replies of different lengths. **In flight**: a fixed number of episodes
-is under way at any moment, each goes on as soon as its own reply ends, and the next one starts when one is over.
-**Lock-step**, the usual loop: as many episodes start together, make each turn together, which takes as long as its longest
-reply, and the next ones start when the last of them is over. Both sample from the same model on the same engine, which
-batches continuously (so in lock-step, too, a finished reply leaves the batch at once), and no token ends a reply: its
-length is known beforehand, and both do exactly the same work. They are measured in turns, in one process.
+is active at any moment, each continues as soon as its own reply ends, and the next one starts when one is over.
+**Lock-step**, the usual loop: the same number of episodes start together and make each turn together, which takes as long as
+its longest reply; the next ones start when the last of them is over. Both sample from the same model on the same engine, with
+continuous batching (so in lock-step, too, a finished reply leaves the batch at once), and no token ends a reply: its length is
+known in advance, and both do exactly the same work. They are measured alternately, in one process.
 
-Lengths are drawn (under a minute on two cores), or those of each turn of a run of `atommem eval`. What is gained is what
-batches wait for in lock-step, the decoding of long replies; reading the prompts costs both the same. So a run of long
-prompts gains less where reading them is slow beside decoding, as on a CPU.
+Lengths are drawn (under a minute on two cores), or taken from each turn of a run of `atommem eval`. The gain is the time that
+batches wait for long replies in lock-step; the prefill of prompts costs both the same. So a run with long prompts gains less
+where prefill is slow compared with decoding, as on a CPU.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ Play = Callable[[ChatModel, Sequence[Episode], int], Coroutine[Any, Any, list[li
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What was measured; seconds and ratios are medians over the repetitions."""
+    """The measurements; seconds and ratios are medians over the repetitions."""
 
     engine: Engine
     episodes: int
@@ -84,7 +84,7 @@ def drawn_lengths(count: int, seed: int) -> list[Lengths]:
 
 
 def recorded_lengths(run: Path) -> list[Lengths]:
-    """Those of the turns in which a run's model was called.
+    """The lengths of the turns in which a run's model was called.
 
     Raises:
         SettingError: no model was called in that run.
@@ -94,14 +94,12 @@ def recorded_lengths(run: Path) -> list[Lengths]:
         turns = zip(record["by_step"]["prompt_tokens"], record["by_step"]["completion_tokens"], strict=True)
         episodes.append(tuple((prompt, reply) for prompt, reply in turns if prompt and reply))
     if not any(episodes):
-        raise SettingError(
-            f"--lengths takes the folder of a run of `atommem eval` in which a model was called, got {run}."
-        )
+        raise SettingError(f"--lengths must be a run folder of `atommem eval` in which a model was called, got {run}.")
     return [episode for episode in episodes if episode]
 
 
 def write_episodes(lengths: Sequence[Lengths], seed: int) -> list[Episode]:
-    """Episodes of these lengths; random words, so that no two prompts have a beginning in common."""
+    """Episodes of these lengths; random words, so that no two prompts share a prefix."""
     rng = np.random.default_rng(seed)
     return [
         tuple(
@@ -115,7 +113,7 @@ def write_episodes(lengths: Sequence[Lengths], seed: int) -> list[Episode]:
 def random_model(
     engine: Engine, max_batch: int, layers: int = 4, width: int = 128, window: int = 512
 ) -> TransformersModel | VLLMModel:
-    """A Llama with random weights that reads words and never ends a reply by itself."""
+    """A Llama with random weights and a word-level tokenizer, without an end-of-sequence token."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -157,8 +155,8 @@ async def play_in_lock_step(model: ChatModel, episodes: Sequence[Episode], in_fl
         together = range(start, min(start + in_flight, len(episodes)))
         for turn in range(max(len(episodes[index]) for index in together)):
             acting = [index for index in together if turn < len(episodes[index])]
-            given = await asyncio.gather(*(_reply(model, episodes[index][turn]) for index in acting))
-            for index, reply in zip(acting, given, strict=True):
+            sampled = await asyncio.gather(*(_reply(model, episodes[index][turn]) for index in acting))
+            for index, reply in zip(acting, sampled, strict=True):
                 replies[index].append(reply)
     return replies
 
@@ -174,7 +172,7 @@ async def _reply(model: ChatModel, turn: Turn) -> Reply:
 
 
 def measure(engine: Engine, lengths: Sequence[Lengths], in_flight: int, repeats: int, seed: int) -> Result:
-    """Times both, one after the other, the one that begins changing with each repetition; words are new each time."""
+    """Times both alternately, starting with another one in each repetition; words are new each time."""
     longest = max(prompt + reply for episode in lengths for prompt, reply in episode)
     model = random_model(engine, in_flight, window=max(512, longest))
     seconds: dict[Play, list[float]] = {play_in_lock_step: [], play_in_flight: []}
@@ -184,9 +182,9 @@ def measure(engine: Engine, lengths: Sequence[Lengths], in_flight: int, repeats:
     for repeat in range(repeats):
         for play in list(seconds)[:: -1 if repeat % 2 else 1]:
             episodes = write_episodes(lengths, int(words.integers(2**31)))
-            begun = time.perf_counter()
+            start = time.perf_counter()
             played = asyncio.run(play(model, episodes, in_flight))
-            seconds[play].append(time.perf_counter() - begun)
+            seconds[play].append(time.perf_counter() - start)
             replies = [reply for episode in played for reply in episode]
             prompt_tokens = sum(len(reply.prompt_ids) for reply in replies)
             reply_tokens = sum(len(reply.completion_ids) for reply in replies)
@@ -222,12 +220,12 @@ def main(
 
     Args:
         out: JSON file for the numbers.
-        lengths: Folder of a run whose lengths are taken.
-        engine: What both sample by.
-        episodes: Episodes to draw where no run is given.
-        in_flight: Episodes under way at a time.
-        repeats: Repetitions of each that are timed; medians are reported.
-        seed: Draws the episodes.
+        lengths: run folder to take the lengths from.
+        engine: that both sample with.
+        episodes: to draw if no run is given.
+        in_flight: episodes active at a time.
+        repeats: timed repetitions of each; medians are reported.
+        seed: of the episodes.
     """
     played = recorded_lengths(lengths) if lengths else drawn_lengths(episodes, seed)
     result = measure(engine, played, in_flight, repeats, seed)

@@ -1,23 +1,23 @@
-"""What a step costs in each kind of memory: `python -m eval.benchmarks.store [--out FILE]`, some minutes on two cores.
+"""The cost of a step in each kind of memory: `python -m eval.benchmarks.store [--out FILE]`, some minutes on two cores.
 
 Needs the extra `benchmarks`.
 
-All episodes are in the middle, in the same step, and share one process; the embeddings exist already. A step makes 3
-Creates, 1 Update, on average 0.3 Deletes and 1 Read of the 6 nearest entries of its episode. Five memories do it:
+All episodes are halfway, at the same step, and share one process; the embeddings are precomputed. A step makes 3 Creates, 1
+Update, on average 0.3 Deletes and 1 Read of the 6 nearest entries of its episode. Five memories are compared:
 
-* **faiss**: as the AtomMem paper's public code keeps its memory: one flat L2 index of FAISS, through LangChain, for all
-  episodes. A search asks for 40,000 candidates and is filtered by episode afterwards; an Update looks through all documents
-  for those of equal content, deletes them and adds the new one; a Delete likewise.
+* **faiss**: as in the AtomMem paper's public code: one flat L2 index of FAISS, through LangChain, for all episodes. A search
+  asks for 40,000 candidates and is filtered by episode afterwards; an Update searches all documents for those of equal
+  content, deletes them and adds the new one; a Delete likewise.
 * **lancedb**: LanceDB used directly, with one table and one call for each step's Creates, Update, Deletes and Read, the
   Update a `merge_insert` on an indexed key, the search exact and prefiltered by episode.
-* **memory**: `WorkingMemory`, and a `MemoryStore` that keeps nothing.
+* **memory**: `WorkingMemory`, with a `MemoryStore` of durability "off".
 * **episode**: the same, committed when the episodes end.
 * **step**: the same, each step of all episodes committed as one group before the next begins.
 
-**In the middle**: faiss, lancedb and memory, each filled to the middle of the episodes at once, make a few steps, the first
-two, which are slow, of few of the episodes. **Whole episodes**: memory, episode and step play from the first step until all
-is durable; joining files when the store is closed is timed by itself. The contestants take turns, times are medians over
-the repetitions, and a step is one episode's.
+**In the middle**: faiss, lancedb and memory, each filled to the middle of the episodes at once, make a few steps; the first
+two are slow and play only some of the episodes. **Whole episodes**: memory, episode and step play from the first step until
+all is durable; compaction at closing is timed separately. The memories alternate, times are medians over the repetitions, and
+a step is that of one episode.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ _EMPTY = Observation(
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one reply does; entries are numbered by creation within the episode."""
+    """The operations of one reply; entries are numbered by creation within the episode."""
 
-    texts: tuple[str, ...]  # of the Creates, then the Update's new one
-    vectors: Vector  # [5, D], unit length: of the texts, then the query
+    texts: tuple[str, ...]  # of the Creates, then of the Update
+    vectors: Vector  # [5, D], unit length: of the texts, then of the query
     updated: int
     deleted: int | None
 
@@ -73,16 +73,16 @@ State = dict[int, tuple[str, Vector]]  # text and vector of each entry, by numbe
 
 
 class Memory(Protocol):
-    """What is measured."""
+    """A memory to measure."""
 
     def fill(self, state: Sequence[State], steps: int) -> None:
-        """Makes the memory what it is after `steps` steps; it was empty."""
+        """Fills the empty memory with its state after `steps` steps."""
 
     def do(self, episode: int, step: Step) -> list[str]:
-        """Carries a step out; the texts that the Read finds, best first."""
+        """Carries out a step; returns the texts of the Read's results, best first."""
 
     def acknowledge(self, last: bool) -> None:
-        """All episodes made the step; `last`: their last one. Returns when it is durable, where that is wanted."""
+        """Called after each step of all episodes; `last`: it was their last. Returns when the step is durable, if required."""
 
     def close(self) -> None: ...
 
@@ -97,7 +97,7 @@ class Result:
     seconds: float  # median
     ratio: float  # to `memory`, of the same repetition, median: above 1 is slower
     all_seconds: tuple[float, ...]  # one a repetition
-    close_s: float  # median of the whole store's closing
+    close_s: float  # of closing the whole store, median
 
 
 def draw(episodes: int, steps: int, dimension: int, seed: int) -> list[Episode]:
@@ -161,10 +161,10 @@ class FaissMemory:
         texts[step.updated] = step.texts[3]
         if step.deleted is not None:
             self._remove(episode, texts[step.deleted])
-        found = self._store.similarity_search_by_vector(
+        documents = self._store.similarity_search_by_vector(
             step.vectors[4].tolist(), k=TOP_K, filter={"episode": episode}, fetch_k=_FETCH
         )
-        return [document.page_content for document in found]
+        return [document.page_content for document in documents]
 
     def _add(self, episode: int, texts: list[str], vectors: list[Vector]) -> None:
         pairs = [(text, vector.tolist()) for text, vector in zip(texts, vectors, strict=True)]
@@ -186,7 +186,7 @@ class FaissMemory:
 
 
 class LanceMemory:
-    """LanceDB by itself: a table of entries, changed in place."""
+    """Plain LanceDB: a table of entries, changed in place."""
 
     def __init__(self, folder: Path, dimension: int) -> None:
         import lancedb
@@ -223,10 +223,10 @@ class LanceMemory:
         if step.deleted is not None:
             self._table.delete(f"key = {_key(episode, step.deleted)}")
         query = self._table.search(step.vectors[4], vector_column_name="vector").distance_type("cosine")
-        found = (
+        matches = (
             query.where(f"episode = {episode}", prefilter=True).select(["text", "_distance"]).limit(TOP_K).to_arrow()
         )
-        texts: list[str] = found.column("text").to_pylist()
+        texts: list[str] = matches.column("text").to_pylist()
         return texts
 
     def _batch(self, rows: Sequence[tuple[int, int, str, Vector]]) -> Any:
@@ -234,8 +234,8 @@ class LanceMemory:
 
         episodes, numbers, texts, vectors = map(list, zip(*rows, strict=True))
         columns = [pa.array(list(map(_key, episodes, numbers))), pa.array(episodes), pa.array(texts)]
-        flat = pa.array(np.concatenate(vectors))
-        return pa.table([*columns, pa.FixedSizeListArray.from_arrays(flat, len(vectors[0]))], schema=self._schema)
+        vectors_column = pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(vectors)), len(vectors[0]))
+        return pa.table([*columns, vectors_column], schema=self._schema)
 
     def acknowledge(self, last: bool) -> None:
         self._rounds += 1
@@ -245,7 +245,7 @@ class LanceMemory:
     def close(self) -> None: ...
 
 
-class OurMemory:
+class AtomMemMemory:
     """`WorkingMemory` in front of a `MemoryStore`."""
 
     def __init__(self, folder: Path, durability: str, episodes: int) -> None:
@@ -278,11 +278,11 @@ class OurMemory:
             memory.delete(f"m{step.deleted + 1}")
             mutations.append(Mutation(OperationKind.DELETE, f"m{step.deleted + 1}", "", None))
         mutations.append(Mutation(OperationKind.READ, "", step.texts[3], step.vectors[4]))
-        found = memory.search(step.vectors[4], TOP_K)
+        results = memory.search(step.vectors[4], TOP_K)
         self._steps[episode] += 1
         result = StepResult(_EMPTY, 0.0, False, False, (), tuple(mutations))
         self._recorders[episode].record(self._steps[episode], step.texts[3], result)
-        return [memory.get(entry_id).text for entry_id in found]
+        return [memory.get(entry_id).text for entry_id in results]
 
     def acknowledge(self, last: bool) -> None:
         if last:
@@ -299,24 +299,24 @@ def _key(episode: int, number: int) -> int:
 
 
 def makers(dimension: int, episodes: int) -> dict[str, Callable[[Path], Memory]]:
-    """What makes each memory in a folder."""
+    """The functions that make each memory in a folder."""
     return {
         "faiss": lambda folder: FaissMemory(dimension),
         "lancedb": lambda folder: LanceMemory(folder, dimension),
-        "memory": lambda folder: OurMemory(folder, "off", episodes),
-        "episode": lambda folder: OurMemory(folder, "episode", episodes),
-        "step": lambda folder: OurMemory(folder, "step", episodes),
+        "memory": lambda folder: AtomMemMemory(folder, "off", episodes),
+        "episode": lambda folder: AtomMemMemory(folder, "episode", episodes),
+        "step": lambda folder: AtomMemMemory(folder, "step", episodes),
     }
 
 
 def middle(played: Sequence[Episode], slow_steps: int, repeats: int, work: Path | None) -> list[Result]:
-    """Times faiss, lancedb and memory from the middle on.
+    """Times faiss, lancedb and memory from the middle of the episodes.
 
-    In a repetition memory plays the second half of all episodes, again and again until it made 512 steps; each of the others
-    goes on for `slow_steps` steps of single episodes.
+    In a repetition memory plays the second half of all episodes repeatedly, for at least 512 steps; each of the others
+    continues for `slow_steps` steps of single episodes.
 
     Raises:
-        AssertionError: two memories found other entries for the same Read.
+        AssertionError: two memories returned different entries for the same Read.
     """
     half = len(played[0]) // 2
     order = [(number, episode) for number in range(half, len(played[0])) for episode in range(len(played))]
@@ -325,19 +325,19 @@ def middle(played: Sequence[Episode], slow_steps: int, repeats: int, work: Path 
     slow_steps = min(slow_steps, len(order) // repeats)
     seconds: dict[str, list[float]] = {name: [] for name in ("faiss", "lancedb", "memory")}
     steps = dict.fromkeys(seconds, slow_steps) | {"memory": len(order) * -(-512 // len(order))}
-    finds: dict[tuple[int, int], set[tuple[str, ...]]] = {}
+    results: dict[tuple[int, int], set[tuple[str, ...]]] = {}  # (step, episode) → different results of its Read
 
-    def go(memory: Memory, part: Sequence[tuple[int, int]]) -> float:
-        """The seconds that it takes; what is found goes into `finds`."""
-        found = []
-        begun = time.perf_counter()
+    def play(memory: Memory, part: Sequence[tuple[int, int]]) -> float:
+        """The seconds that a part takes; adds the results of its Reads to `results`."""
+        texts_of = []
+        start = time.perf_counter()
         for number, episode in part:
-            found.append(memory.do(episode, played[episode][number]))
+            texts_of.append(memory.do(episode, played[episode][number]))
             if episode == len(played) - 1:
                 memory.acknowledge(False)
-        took = time.perf_counter() - begun
-        for place, texts in zip(part, found, strict=True):
-            finds.setdefault(place, set()).add(tuple(texts))
+        took = time.perf_counter() - start
+        for key, texts in zip(part, texts_of, strict=True):
+            results.setdefault(key, set()).add(tuple(texts))
         return took
 
     with tempfile.TemporaryDirectory(dir=work) as folder:
@@ -347,15 +347,15 @@ def middle(played: Sequence[Episode], slow_steps: int, repeats: int, work: Path 
         for repeat in range(repeats):
             for name in list(seconds)[:: -1 if repeat % 2 else 1]:
                 if name in slow:
-                    took = go(slow[name], order[repeat * slow_steps : (repeat + 1) * slow_steps])
+                    took = play(slow[name], order[repeat * slow_steps : (repeat + 1) * slow_steps])
                 else:
                     took = 0.0
                     for _ in range(steps[name] // len(order)):
                         memory = make[name](Path(folder) / name)
                         memory.fill(state, half)
-                        took += go(memory, order)
+                        took += play(memory, order)
                 seconds[name].append(took / steps[name])
-    assert all(len(texts) == 1 for texts in finds.values()), "all must find the same entries"
+    assert all(len(texts) == 1 for texts in results.values()), "all must return the same entries"
     return _results(seconds, {name: [0.0] for name in seconds}, len(played), steps)
 
 
@@ -374,7 +374,7 @@ def whole(played: Sequence[Episode], repeats: int, work: Path | None) -> list[Re
         for name in names[:: -1 if repeat % 2 else 1]:
             with tempfile.TemporaryDirectory(dir=work) as folder:
                 memory = make[name](Path(folder))
-                begun = time.perf_counter()
+                start = time.perf_counter()
                 for number in range(len(played[0])):
                     for episode, steps in enumerate(played):
                         memory.do(episode, steps[number])
@@ -382,7 +382,7 @@ def whole(played: Sequence[Episode], repeats: int, work: Path | None) -> list[Re
                 durable = time.perf_counter()
                 memory.close()
                 if repeat:
-                    seconds[name].append((durable - begun) / count)
+                    seconds[name].append((durable - start) / count)
                     closing[name].append(time.perf_counter() - durable)
                 if name != "memory" and not repeat:
                     check(Path(folder), played)
@@ -390,13 +390,13 @@ def whole(played: Sequence[Episode], repeats: int, work: Path | None) -> list[Re
 
 
 def check(folder: Path, played: Sequence[Episode]) -> None:
-    """That a store holds all episodes, and of the first and last one the right entries."""
+    """Checks that a store has all episodes, and the right entries of the first and the last one."""
     records = MemoryStore(folder).episodes()
     assert [record.steps for record in records] == [len(episode) for episode in played], "steps are missing"
     for record in records[:1] + records[-1:]:
-        kept = MemoryStore(folder).memory_at(record.episode_id, record.steps)
+        stored = MemoryStore(folder).memory_at(record.episode_id, record.steps)
         expected = state_after(played[record.index], record.steps)
-        assert [entry.text for entry in kept.entries()] == [expected[n][0] for n in sorted(expected)], "other entries"
+        assert [entry.text for entry in stored.entries()] == [expected[n][0] for n in sorted(expected)], "other entries"
 
 
 def _results(
@@ -427,25 +427,25 @@ def main(
     seed: int = 0,
     folder: Path | None = None,
 ) -> None:
-    """Compare what a step costs in five kinds of memory and print two tables.
+    """Compare the cost of a step in five kinds of memory and print two tables.
 
     Args:
         out: JSON file for the numbers.
-        episodes: How many episodes are under way at a time, each number by itself.
-        steps: Replies of an episode.
-        dimension: Length of the vectors, float32.
-        slow_steps: Steps of single episodes that faiss and lancedb make in a repetition.
-        repeats: Repetitions that are timed; medians are reported.
-        seed: Draws the episodes.
-        folder: Where the stores are made, for a while; the system's folder for temporary files when left out.
+        episodes: numbers of episodes active at a time, each measured separately.
+        steps: replies of an episode.
+        dimension: of the vectors, float32.
+        slow_steps: steps of single episodes that faiss and lancedb make in a repetition.
+        repeats: timed repetitions; medians are reported.
+        seed: of the episodes.
+        folder: for the temporary stores; by default the system's temporary folder.
     """
-    found: dict[str, list[Result]] = {"middle": [], "whole": []}
+    measured: dict[str, list[Result]] = {"middle": [], "whole": []}
     for count in episodes:
         played = draw(count, steps, dimension, seed)
-        found["middle"] += middle(played, slow_steps, repeats, folder)
-        found["whole"] += whole(played, repeats, folder)
+        measured["middle"] += middle(played, slow_steps, repeats, folder)
+        measured["whole"] += whole(played, repeats, folder)
     console = Console()
-    for part, results in found.items():
+    for part, results in measured.items():
         table = Table(title={"middle": "In the middle of the episodes", "whole": "Whole episodes"}[part])
         for column in ("memory", "episodes", "a step", "steps/s", "times memory's", "closing"):
             table.add_column(column, justify="left" if column == "memory" else "right")
@@ -461,7 +461,8 @@ def main(
         console.print(table)
     conditions = {"dtype": "float32", "dimension": dimension, "steps": steps, "top_k": TOP_K, "seed": seed}
     conditions |= {"threads": os.environ.get("OMP_NUM_THREADS", "all"), "cpus": os.cpu_count()}
-    write_figures(out, conditions | {part: [asdict(result) for result in results] for part, results in found.items()})
+    figures = {part: [asdict(result) for result in results] for part, results in measured.items()}
+    write_figures(out, conditions | figures)
 
 
 if __name__ == "__main__":

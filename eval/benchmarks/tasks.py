@@ -1,13 +1,13 @@
 """Opening a dataset, and resets: `python -m eval.benchmarks.tasks [--data FILE --corpus FILE] [--out FILE]`, a few minutes.
 
-**Opening**: 20,000 questions, imported once, are opened by `gym.make`, and the first is asked, each time in a fresh process
-with a warm page cache, against `json.load` of the whole question file, which is what a script does. Both count the questions
-and name the first. **Reset**: a task is drawn and its episode begun, in one warm process. Most of that is cutting the context
-into chunks, which is also timed with tokens counted by the matches of their regular expression; both must make the same
-chunks. It is one thread's work, and its times are the processor's, so that others on the machine do not count.
+**Opening**: 20,000 questions, imported once, are opened by `gym.make`, and the first task is drawn, each time in a fresh
+process with a warm page cache, against `json.load` of the whole question file. Both return the number of questions and the
+first one's id. **Reset**: a task is drawn and its episode begun, in one warm process. Most of that is splitting the context
+into chunks, which is also timed with tokens counted by regular-expression matches; both must make the same chunks. It uses one
+thread, and the times are processor times, independent of other processes.
 
 `--data` and `--corpus` are official files of HotpotQA's form; the rows are repeated under other ids and titles until there are
-enough. Without them rows of the same size are made up.
+enough. Without them rows of the same size are generated.
 """
 
 from __future__ import annotations
@@ -71,13 +71,13 @@ class Opening:
     way: str
     import_s: float  # Python's own imports
     open_s: float  # and the first task, or row
-    process_s: float  # from the start of the interpreter to its end
+    process_s: float  # from start to end of the process
     peak_bytes: int  # of the process's memory
 
 
 @dataclass(frozen=True, slots=True)
 class Reset:
-    """A task drawn and its episode begun, in the processor's time; medians over the tasks."""
+    """Drawing a task and beginning its episode, in processor time; medians over the tasks."""
 
     num_docs: int
     tokens: int  # of the context, mean
@@ -85,14 +85,14 @@ class Reset:
     draw_ms: float
     begin_ms: float
     reset_ms: float  # both
-    chunk_ms: float  # of begin_ms, cutting into chunks
+    chunk_ms: float  # part of begin_ms: splitting into chunks
     chunk_by_matches_ms: float  # the same with tokens counted by matches
-    ratio: float  # of the last two, of one task
+    ratio: float  # of the last two, per task
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What was measured."""
+    """The measurements."""
 
     questions: int
     documents: int
@@ -106,23 +106,23 @@ class Result:
     rows_from: str
 
 
-class MatchCount(BuiltinTokenizer):
-    """Counts tokens by finding them."""
+class MatchingTokenizer(BuiltinTokenizer):
+    """Counts tokens by matching each one."""
 
     def count(self, text: str) -> int:
         return len(self._token.findall(text))
 
 
-def made_up_rows(seed: int = 0) -> Iterator[dict[str, Any]]:
+def generate_rows(seed: int = 0) -> Iterator[dict[str, Any]]:
     """Rows of HotpotQA's form: ten documents of about 90 words each; one document in four has a letter beyond Latin-1."""
     rng = random.Random(seed)
     words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 9))) for _ in range(5000)]
     for row in range(200):
         context = []
-        for place in range(10):
+        for number in range(10):
             sentences = [" ".join(rng.choices(words, k=22)).capitalize() + ", 1907." for _ in range(4)]
-            context.append([f"Title {row} {place}" + (" Łódź" if rng.random() < 0.25 else ""), sentences])
-        facts = [[context[place][0], 0] for place in (3, 7)]
+            context.append([f"Title {row} {number}" + (" Łódź" if rng.random() < 0.25 else ""), sentences])
+        facts = [[context[number][0], 0] for number in (3, 7)]
         yield {
             "_id": f"row{row}",
             "question": " ".join(rng.choices(words, k=15)) + "?",
@@ -134,33 +134,33 @@ def made_up_rows(seed: int = 0) -> Iterator[dict[str, Any]]:
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]], count: int) -> None:
-    """Writes `count` rows as one JSON list: those given, again and again, each time with ids and titles of their own."""
+    """Writes `count` rows as one JSON list: the given rows, repeated with different ids and titles."""
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):
-            row, mark = rows[number % len(rows)], f" #{number // len(rows)}" if number >= len(rows) else ""
-            again = row | {
-                "_id": f"{row['_id']}{mark}",
-                "context": [[title + mark, sentences] for title, sentences in row["context"]],
-                "supporting_facts": [[title + mark, place] for title, place in row["supporting_facts"]],
+            row, suffix = rows[number % len(rows)], f" #{number // len(rows)}" if number >= len(rows) else ""
+            renamed = row | {
+                "_id": f"{row['_id']}{suffix}",
+                "context": [[title + suffix, sentences] for title, sentences in row["context"]],
+                "supporting_facts": [[title + suffix, index] for title, index in row["supporting_facts"]],
             }
-            file.write(("," if number else "[") + json.dumps(again, ensure_ascii=False))
+            file.write(("," if number else "[") + json.dumps(renamed, ensure_ascii=False))
         file.write("]")
 
 
 def measure_openings(file: Path, repeats: int) -> tuple[tuple[Opening, ...], int]:
-    """Times both in turn, each time in a fresh process; and the number of questions, on which they must agree."""
+    """Times both alternately, each time in a fresh process; also returns the number of questions, on which they must agree."""
     measured: dict[str, list[tuple[float, float, float, int]]] = {"opened": [], "whole file read": []}
     agreed = set()
     for repeat in range(repeats + 1):  # the first one warms the page cache
         for way, code in (("opened", _OURS), ("whole file read", _WHOLE_FILE))[:: -1 if repeat % 2 else 1]:
-            begun = time.perf_counter()
-            ran = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=True)
-            seconds = time.perf_counter() - begun
-            imported, opened, memory, count, first = json.loads(ran.stdout)
+            start = time.perf_counter()
+            done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=True)
+            seconds = time.perf_counter() - start
+            imported, opened, memory, count, first = json.loads(done.stdout)
             agreed.add((count, first))
             if repeat:
                 measured[way].append((imported, opened, seconds, memory))
-    assert len(agreed) == 1, f"both must find the same questions, they found {agreed}"
+    assert len(agreed) == 1, f"both must return the same questions, they returned {agreed}"
     openings = []
     for way, rows in measured.items():
         imported, opened, seconds, memory = map(statistics.median, zip(*rows, strict=True))
@@ -169,26 +169,26 @@ def measure_openings(file: Path, repeats: int) -> tuple[tuple[Opening, ...], int
 
 
 def measure_resets(num_docs: int, tasks: int, settings: EpisodeSettings) -> Reset:
-    """Times `tasks` resets after one that warms up; which way to count tokens comes first changes with each."""
+    """Times `tasks` resets after one that warms up, starting with the other way to count tokens each time."""
     source = HaystackSource("hotpotqa", num_docs=num_docs)
     own = get_tokenizer(settings.tokenizer)
     seconds: dict[str, list[float]] = {name: [] for name in ("draw", "begin", "reset", "own", "matches")}
     tokens, chunks = 0, 0
 
     def timed(work: Callable[[], Any], name: str) -> Any:
-        begun = time.process_time()
-        done = work()
-        seconds[name].append(time.process_time() - begun)
-        return done
+        start = time.process_time()
+        result = work()
+        seconds[name].append(time.process_time() - start)
+        return result
 
     for index in range(tasks + 1):
         task = timed(partial(source.task, index % len(source), index), "draw")
         episode = timed(partial(Episode, task, settings, 0), "begin")
         seconds["reset"].append(seconds["draw"][-1] + seconds["begin"][-1])
         for name in ("own", "matches")[:: -1 if index % 2 else 1]:
-            count = own if name == "own" else MatchCount()
-            made = timed(partial(chunk_documents, task.documents, settings.chunk_tokens, count), name)
-            assert made == episode.chunks, "both must make the same chunks"
+            count = own if name == "own" else MatchingTokenizer()
+            split = timed(partial(chunk_documents, task.documents, settings.chunk_tokens, count), name)
+            assert split == episode.chunks, "both must make the same chunks"
         chunks += len(episode.chunks)
         tokens += sum(map(own.count, episode.chunks))
     medians = {name: 1e3 * statistics.median(values[1:]) for name, values in seconds.items()}
@@ -215,12 +215,12 @@ def measure(
     corpus: Path | None = None,
 ) -> Result:
     """Writes the files into `folder`, which also becomes the data folder of this process, and measures."""
-    rows = [row for _, row in read_records(data)] if data else list(made_up_rows())
+    rows = [row for _, row in read_records(data)] if data else list(generate_rows())
     write_rows(folder / "questions.json", rows, questions)
     os.environ["ATOMMEM_DATA"] = str(folder)
-    begun = time.perf_counter()
+    start = time.perf_counter()
     report = import_dataset("hotpotqa", "dev", folder / "questions.json", corpus)
-    imported = time.perf_counter() - begun
+    imported = time.perf_counter() - start
     openings, count = measure_openings(folder / "questions.json", repeats)
     settings = EpisodeSettings()
     return Result(
@@ -233,7 +233,7 @@ def measure(
         chunk_tokens=settings.chunk_tokens,
         repeats=repeats,
         cpus=len(os.sched_getaffinity(0)),
-        rows_from=data.name if data else "made up",
+        rows_from=data.name if data else "generated",
     )
 
 
@@ -250,11 +250,11 @@ def main(
 
     Args:
         out: JSON file for the numbers.
-        data: A file of HotpotQA's form whose rows are repeated; without it, rows are made up.
-        corpus: Documents that fill contexts.
-        questions: How many questions.
-        sizes: Documents of a context.
-        repeats: How often each is opened; resets are timed four times as often.
+        data: a file of HotpotQA's form whose rows are repeated; without it, rows are generated.
+        corpus: documents that fill contexts.
+        questions: number of questions.
+        sizes: documents of a context.
+        repeats: repetitions of each opening; resets are timed four times as often.
     """
     with tempfile.TemporaryDirectory() as folder:
         result = measure(Path(folder), questions, sizes, repeats, data, corpus)

@@ -1,1 +1,1 @@
-"""Tables and plots of runs, as files and in the terminal."""
+"""Tables and plots of runs, as files and on the terminal."""

@@ -1,4 +1,4 @@
-"""The rows of a report: runs that are alike but for the seed, by environment."""
+"""The rows of a report: runs that differ only in their seed, by environment."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ class Published:
     model: str
     metric: str  # "EM" or "judge"
     method: str
-    policy: str | None = None  # our baseline of the same method
-    settings: dict[str, Any] = field(default_factory=dict)  # that it has to have
-    drawn: bool = False  # also without such a baseline
+    policy: str | None = None  # this project's baseline of the same method
+    settings: dict[str, Any] = field(default_factory=dict)  # required of that baseline
+    drawn: bool = False  # whether it is drawn without such a baseline as well
     cost: dict[str, float] = field(default_factory=dict)  # of one task; {}: not given
     figures: dict[str, float]  # number of documents, or "own" → %
 
 
 @dataclass(frozen=True)
 class Row:
-    """Runs that differ in their seed alone."""
+    """Runs that differ only in their seed."""
 
-    name: str  # no other row of the table has it
+    name: str  # unique in the table
     runs: tuple[Run, ...]  # by seed
     published: tuple[Published, ...] = ()  # of the same method
 
     @property
-    def shown(self) -> str:
-        """The name, with a star where the policy is given the golds."""
+    def display_name(self) -> str:
+        """The name, with a star if the policy is given the golds."""
         return self.name + "*" * self.numbers["privileged"]
 
     @cached_property
@@ -52,15 +52,17 @@ class Row:
 
     @cached_property
     def numbers(self) -> dict[str, Any]:
-        """What `summarise` says of all episodes, and `privileged`, `seconds`, `cached_tokens` and, if judged, `pass_rate`."""
+        """`summarise` of all episodes, and `privileged`, `seconds`, `cached_tokens` and `pass_rate` (None: not all judged)."""
         summaries = [run.summary or {} for run in self.runs]
         spent = {
-            name: sum(summary[name] * summary["episodes"] for summary in summaries) / len(self.records)
+            name: None
+            if any(summary[name] is None for summary in summaries)
+            else sum(summary[name] * summary["episodes"] for summary in summaries) / len(self.records)
             for name in ("seconds", "cached_tokens")
         }
         judged = [judgement(run) for run in self.runs]
-        clear = sum(found["pass"] + found["fail"] for found in judged if found)
-        rate = sum(found["pass"] for found in judged if found) / clear if all(judged) and clear else None
+        clear = sum(result["pass"] + result["fail"] for result in judged if result)
+        rate = sum(result["pass"] for result in judged if result) / clear if all(judged) and clear else None
         return {**summarise(self.records), **spent, "privileged": summaries[0]["privileged"], "pass_rate": rate}
 
 
@@ -69,7 +71,7 @@ class Environment:
     """The rows of one table."""
 
     title: str
-    family: str  # those that differ from it in their number of documents alone have the same
+    family: str  # the same for environments that differ only in their number of documents
     settings: dict[str, Any]  # of all its rows
     rows: tuple[Row, ...]  # policies without the golds first, best first
     published: tuple[Published, ...]  # on its dataset
@@ -80,20 +82,20 @@ class Environment:
         return self.settings.get("num_docs")
 
     @property
-    def beside(self) -> list[tuple[Published, float]]:
+    def published_em(self) -> list[tuple[Published, float]]:
         """The exact match [%] published for its number of documents."""
-        place = str(self.documents)
-        return [(one, one.figures[place]) for one in self.published if one.metric == "EM" and place in one.figures]
+        size = str(self.documents)
+        return [(one, one.figures[size]) for one in self.published if one.metric == "EM" and size in one.figures]
 
 
 def judgement(run: Run) -> dict[str, Any] | None:
-    """What `atommem judge` found."""
+    """The contents of `judge.json`, which `atommem judge` writes; None: the run was not judged."""
     path = run.folder / "judge.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def slug(text: str) -> str:
-    """A text as part of a file's name.
+    """A text as part of a file name.
 
     >>> slug("AtomMem-HotpotQA, 200 documents")
     'atommem-hotpotqa-200-documents'
@@ -102,7 +104,7 @@ def slug(text: str) -> str:
 
 
 def plain(value: object) -> str:
-    """A setting as people write it.
+    """A setting as readable text.
 
     >>> plain(["create", "read"]), plain(None), plain(True), plain(0.25)
     ('create, read', 'none', 'true', '0.25')
@@ -114,10 +116,10 @@ def plain(value: object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """A picture and the numbers that it shows."""
+    """A figure and the numbers that it shows."""
 
     name: str  # of its files
-    of: str  # the environment's title; "": of more than one
+    of: str  # the environment's title; "": several environments
     caption: str
     figure: Figure
-    drawn: list[dict[str, Any]]
+    data: list[dict[str, Any]]

@@ -1,9 +1,10 @@
-"""`atommem trace`: what a policy did in the episodes of a run, as one page that any browser opens without a network.
+"""`atommem trace`: a policy's episodes in a run, as one HTML page that needs no network.
 
     atommem trace runs/oracle
 
-Episodes are played again from `config.json`, `episodes.jsonl` and the replies and vectors in `memory/`; nothing is recorded
-for the page alone. It is made of elements, never of pasted text: what a document or a policy says cannot become markup.
+Episodes are replayed from `config.json`, `episodes.jsonl` and the replies and vectors in `memory/`; nothing extra is recorded
+for the page. It is built from elements, never from concatenated text, so that the text of a document or a policy cannot become
+markup.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from atommem_env.types import (
 from eval.compare import read_run
 from eval.metrics import summarise
 
-MOST_EPISODES = 50  # a page of more is slow to open
+MOST_EPISODES = 50  # a larger page is slow to open
 
 _CHANGES = (OperationKind.CREATE, OperationKind.UPDATE, OperationKind.DELETE)
 
@@ -54,46 +55,46 @@ Child = Element | str
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraceConfig:
-    """What is to be shown."""
+    """The run, or episode, to show."""
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN_FOLDER")]
-    """Folder that `atommem eval` wrote."""
+    """Run folder that `atommem eval` wrote."""
     episode: int | None = None
-    """Only this episode, counted from 0: its number in episodes.jsonl. Left out: the first 50."""
+    """Only this episode: its number in episodes.jsonl, from 0. Default: the first 50."""
     out: Path | None = None
-    """The page. Left out: trace.html, or trace-N.html of one episode, in the run's folder."""
+    """File of the page. Default: trace.html, or trace-N.html of one episode, in the run folder."""
 
 
 def main(config: TraceConfig) -> None:
-    """Write an episode, or a run, as a page to open in a browser."""
+    """Write a run, or one episode, as an HTML page."""
     page = trace_page(config.run, config.episode)
     name = "trace.html" if config.episode is None else f"trace-{config.episode}.html"
     out = config.out or config.run / name
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8", newline="\n")
-    print(f"Written to {out}: open it in a browser.")
+    print(f"Written to {out}; open it in a browser.")
 
 
 def trace_page(run: Path, episode: int | None = None) -> str:
-    """The page (HTML) of a run's folder, or of one of its episodes; the same bytes for the same run.
+    """The page (HTML) of a run folder, or of one of its episodes; the same bytes for the same run.
 
     Raises:
-        SettingError: the folder is no run, its memory was not kept, or there is no such episode.
-        StoreError: an episode ends otherwise when it is played again.
-        DatasetNotFound: the run's dataset is no longer there.
+        SettingError: the folder has no run, or no memory (durability off), or there is no such episode.
+        StoreError: the replay of an episode ends differently.
+        DatasetNotFound: the run's dataset no longer exists.
     """
     played = read_run(run)
     config, records = played.config, played.records
     if config["options"].get("durability") == "off":
-        raise SettingError(f"The run in {run} kept no memory (durability off). Run it again without that setting.")
+        raise SettingError(f"The run in {run} stored no memory (durability off). Run it again without that setting.")
     chosen = [record for record in records if episode in (None, record["episode"])][:MOST_EPISODES]
     if not chosen:
         numbers = f"{records[0]['episode']} to {records[-1]['episode']}"
-        raise SettingError(f"No episode {episode} in {run}: the {len(records)} that are finished go from {numbers}.")
-    # Vectors come from the store: whichever embedder made them need not be installed.
+        raise SettingError(f"No episode {episode} in {run}: expected one of the {len(records)} finished, {numbers}.")
+    # Vectors come from the store: the embedder that computed them need not be installed.
     options = {"store": str(run / "memory"), **config["options"], "durability": "off", "embedder": "hashing"}
     env = make_env(config["env_id"], **options)
-    # Of two of one name the later stands in episodes.jsonl: the run was killed after the first had been committed.
+    # Of two with the same key, the later one is in episodes.jsonl: the run was killed after the first had been committed.
     stored = {(row.task_id, row.episode_seed): row for row in env.store.episodes() if row.status != INTERRUPTED}
     items, articles = [], []
     for record in chosen:
@@ -103,14 +104,14 @@ def trace_page(run: Path, episode: int | None = None) -> str:
                 f"The memory of episode {record['episode']} is not in {env.store.folder}; run `atommem eval` again, "
                 "with durability on and into another folder."
             )
-        story = _Story(record["episode"], initial_episode(row, env.source, env.settings), env.store, row)
-        story.check(record)
-        items.append(_list_item(record, story))
-        articles.append(_episode(record, story))
+        replayed = _Replay(record["episode"], initial_episode(row, env.source, env.settings), env.store, row)
+        replayed.check(record)
+        items.append(_list_item(record, replayed))
+        articles.append(_episode(record, replayed))
     env.close()
     note = ""
     if episode is not None:
-        note = f"Only episode {episode} of {len(records)} is on this page; the figures are of all."
+        note = f"This page shows only episode {episode} of {len(records)}; the figures are of all."
     elif len(chosen) < len(records):
         note = f"The first {len(chosen)} of {len(records)} episodes are on this page; --episode N shows any other."
     return _fill(
@@ -124,61 +125,61 @@ def trace_page(run: Path, episode: int | None = None) -> str:
 # ---------------------------------------------------------------------------------------------------------------- reading
 
 
-class _Story:
-    """An episode played again; lists have an item for each reply, in order."""
+class _Replay:
+    """A replayed episode; lists have an item for each reply, in order."""
 
     def __init__(self, number: int, episode: Episode, store: MemoryStore, row: EpisodeRecord) -> None:
         self.number = number
         self.episode = episode
-        self.seen: list[Observation] = []
+        self.observations: list[Observation] = []  # before each reply
         self.replies: list[str] = []
         self.results: list[StepResult] = []
         self.sizes = [0]  # entries in memory, before the first reply and after each
-        self.kept: list[str] = []  # what memory and scratchpad hold after it
-        self.settled: list[int] = []  # of each question: the place of the reply that settled it
+        self.stored: list[str] = []  # text of memory and scratchpad after each reply
+        self.resolved_at: list[int] = []  # for each question, the index of the reply that resolved it
         observation = episode.observe()
         for reply, result in replay(episode, store, row.episode_id):
-            self.seen.append(observation)
+            self.observations.append(observation)
             self.replies.append(reply)
             self.results.append(result)
             self.sizes.append(len(episode.memory))
-            self.kept.append(episode.stored_text())
-            self.settled += [len(self.kept) - 1] * (len(episode.outcomes) - len(self.settled))
+            self.stored.append(episode.stored_text())
+            self.resolved_at += [len(self.stored) - 1] * (len(episode.outcomes) - len(self.resolved_at))
             observation = result.observation
-        passages: dict[str, list[str]] = {}
-        for place, question in enumerate(episode.task.questions, start=1):
+        numbers: dict[str, list[str]] = {}  # passage → numbers of the questions that it supports
+        for number, question in enumerate(episode.task.questions, start=1):
             for passage in question.evidence:
-                passages.setdefault(passage.text, []).append(str(place))
+                numbers.setdefault(passage.text, []).append(str(number))
         self._patterns = [
-            (re.compile(r"\s+".join(map(re.escape, text.split()))), f"evidence of question {', '.join(places)}")
-            for text, places in passages.items()
+            (re.compile(r"\s+".join(map(re.escape, text.split()))), f"evidence of question {', '.join(questions)}")
+            for text, questions in numbers.items()
         ]
 
     def check(self, record: dict[str, Any]) -> None:
-        """Compares how the episode ended with its line of `episodes.jsonl`."""
+        """Checks that the replay ended as the episode's line of `episodes.jsonl` says."""
         names = ("prediction", "em", "stored", "retrieved")
-        told = [str(record["stop_reason"]), *([line[name] for name in names] for line in record["questions"])]
+        recorded = [str(record["stop_reason"]), *([line[name] for name in names] for line in record["questions"])]
         played = [
             str(self.episode.stop_reason),
             *([getattr(outcome, name) for name in names] for outcome in self.episode.outcomes),
         ]
-        if told != played:
+        if recorded != played:
             raise StoreError(
-                f"Episode {self.number} ended with {told} and, played again, with {played}: the data, or the version of "
-                "atommem, are not those of the run. Run it again, or use those."
+                f"Episode {self.number} ended with {recorded} and, played again, with {played}: the data, or the version of "
+                "atommem, are not those of the run. Use those, or run it again."
             )
 
-    def anchor(self, place: int) -> str:
-        """The name of a reply's place on the page."""
-        return f"e{self.number}s{place + 1}"
+    def anchor(self, index: int) -> str:
+        """The id of a reply's section on the page."""
+        return f"e{self.number}s{index + 1}"
 
-    def link(self, place: int) -> Element:
-        return _node("a", "", f"step {place + 1}", href=f"#{self.anchor(place)}")
+    def link(self, index: int) -> Element:
+        return _node("a", "", f"step {index + 1}", href=f"#{self.anchor(index)}")
 
-    def marked(self, text: str) -> list[Child]:
-        """The text with evidence in it marked."""
+    def mark_evidence(self, text: str) -> list[Child]:
+        """The text with its evidence marked."""
         spans = sorted(
-            (found.start(), found.end(), label) for pattern, label in self._patterns for found in pattern.finditer(text)
+            (match.start(), match.end(), label) for pattern, label in self._patterns for match in pattern.finditer(text)
         )
         parts: list[Child] = []
         position = 0
@@ -206,7 +207,7 @@ def _node(tag: str, css: str, *children: Child, **attributes: str) -> Element:
 
 
 def _text(*children: Child) -> Element:
-    """Text as it was written, line ends and all."""
+    """Text with its line breaks."""
     return _node("div", "text", *children)
 
 
@@ -247,12 +248,12 @@ def _summary(config: dict[str, Any], records: Sequence[dict[str, Any]]) -> list[
     def means(name: str) -> str:
         return ", ".join(f"{kind} {mean:.1f}" for kind, mean in figures[name].items()) or "none"
 
-    low, high = figures["em_ci95"]
+    interval = "–".join(f"{100 * end:.1f}" for end in figures["em_ci95"] or ())
     recall = figures["evidence_recall"]
     stats = [
         ("episodes", f"{figures['episodes']} of {config['episodes']}"),
         ("questions", str(figures["questions"])),
-        ("exact match", f"{percent(figures['em'])} (95 % CI {100 * low:.1f}–{100 * high:.1f})"),
+        ("exact match", f"{percent(figures['em'])} (95 % CI {interval or '–'})"),
         ("F1", percent(figures["f1"])),
         ("evidence stored", percent(recall["stored"])),
         ("evidence in view", percent(recall["retrieved"])),
@@ -270,28 +271,30 @@ def _summary(config: dict[str, Any], records: Sequence[dict[str, Any]]) -> list[
     return [_pairs(stats), _details("Settings", _pairs(settings))]
 
 
-def _verdict(em: float) -> str:
+def _verdict(em: float | None) -> str:
+    if em is None:
+        return "ungraded"
     return "right" if em == 1 else "wrong"
 
 
-def _em(em: float) -> Element:
-    return _node("span", f"chip {_verdict(em)}", f"EM {em:.2g}")
+def _em(em: float | None) -> Element:
+    return _node("span", f"chip {_verdict(em)}", "EM –" if em is None else f"EM {em:.2g}")
 
 
-def _list_item(record: dict[str, Any], story: _Story) -> Element:
+def _list_item(record: dict[str, Any], replayed: _Replay) -> Element:
     facts = f" #{record['episode']} · {record['steps']} steps · {record['stop_reason']}"
-    questions = " / ".join(question.text for question in story.episode.task.questions)
+    questions = " / ".join(question.text for question in replayed.episode.task.questions)
     link = _node(
         "a", "", _em(record["reward"]), facts, _node("span", "question", questions), href=f"#e{record['episode']}"
     )
     return _node("li", _verdict(record["reward"]), link)
 
 
-def _episode(record: dict[str, Any], story: _Story) -> Element:
-    episode = story.episode
-    questions = [_question(story, place) for place in range(len(episode.outcomes))]
-    left = [
-        _node("li", "op", _node("b", "", entry.id), _text(*story.marked(entry.text)))
+def _episode(record: dict[str, Any], replayed: _Replay) -> Element:
+    episode = replayed.episode
+    questions = [_question(replayed, index) for index in range(len(episode.outcomes))]
+    entries = [
+        _node("li", "op", _node("b", "", entry.id), _text(*replayed.mark_evidence(entry.text)))
         for entry in episode.memory.entries()
     ]
     article = _node(
@@ -299,23 +302,23 @@ def _episode(record: dict[str, Any], story: _Story) -> Element:
         "",
         _node("p", "dim", f"task {record['task_id']} · seed {record['seed']} · {len(episode.chunks)} chunks"),
         _node("ol", "asked", *(_node("li", "", question.text) for question in episode.task.questions)),
-        *_sparkline(story.sizes),
-        *_steps(story),
+        *_sparkline(replayed.sizes),
+        *_steps(replayed),
         _node("h3", "", "Questions"),
         *questions,
-        _details(f"Memory at the end · entries: {len(left)}", _node("ul", "", *left)),
+        _details(f"Memory at the end · entries: {len(entries)}", _node("ul", "", *entries)),
         id=f"e{record['episode']}",
     )
     title = f" Episode {record['episode']} · {record['steps']} steps · {record['stop_reason']}"
     summary = _node("summary", "", _em(record["reward"]), title)
-    # The name is inside: a browser opens what is folded around the target of a link.
+    # The id is on the inner element: a browser unfolds the elements around the target of a link.
     return _node("details", f"episode {_verdict(record['reward'])}", summary, article)
 
 
 def _sparkline(sizes: Sequence[int]) -> list[Element]:
     """The number of entries over the steps, as a picture and in words."""
     most = max(sizes)
-    told = f"Entries in memory over {len(sizes) - 1} steps: {sizes[-1]} at the end, {most} at most."
+    caption = f"Entries in memory over {len(sizes) - 1} steps: {sizes[-1]} at the end, {most} at most."
     points = [f"{step},{100 - 100 * size / max(most, 1):.4g}" for step, size in enumerate(sizes)]
     picture = _node(
         "svg",
@@ -326,19 +329,19 @@ def _sparkline(sizes: Sequence[int]) -> list[Element]:
         preserveAspectRatio="none",
         role="img",
     )
-    picture.set("aria-label", told)
-    return [_node("figure", "", picture, _node("figcaption", "dim", told))]
+    picture.set("aria-label", caption)
+    return [_node("figure", "", picture, _node("figcaption", "dim", caption))]
 
 
-def _steps(story: _Story) -> list[Element]:
+def _steps(replayed: _Replay) -> list[Element]:
     last_shown: dict[str, tuple[str, int]] = {}
     texts: dict[str, str] = {}  # of the entries in memory
     sections = []
-    for place, (seen, result) in enumerate(zip(story.seen, story.results, strict=True)):
-        reading = seen["phase"] == Phase.READ
+    for index, (observation, result) in enumerate(zip(replayed.observations, replayed.results, strict=True)):
+        reading = observation["phase"] == Phase.READ
         faults = sum(item.fault is not None for item in result.results)
-        before, after = story.sizes[place : place + 2]
-        heading: list[Child] = [f"Step {place + 1} · {'reading' if reading else 'answering'}"]
+        before, after = replayed.sizes[index : index + 2]
+        heading: list[Child] = [f"Step {index + 1} · {'reading' if reading else 'answering'}"]
         if faults:
             heading += [" ", _node("span", "chip fault", f"{faults} fault{'s' * (faults > 1)}")]
         heading += [_node("span", "dim", f" memory {before} → {after}" if before != after else f" memory {after}")]
@@ -347,42 +350,43 @@ def _steps(story: _Story) -> list[Element]:
                 "section",
                 "",
                 _node("h3", "", *heading),
-                _node("div", "sees", _node("h4", "", "It sees"), *_observation(story, place, last_shown)),
-                _node("div", "does", _node("h4", "", "It does"), *_reply(story, place, texts)),
-                id=story.anchor(place),
+                _node("div", "sees", _node("h4", "", "Observation"), *_observation(replayed, index, last_shown)),
+                _node("div", "does", _node("h4", "", "Operations"), *_reply(replayed, index, texts)),
+                id=replayed.anchor(index),
             )
         )
     return sections
 
 
-def _observation(story: _Story, place: int, last_shown: dict[str, tuple[str, int]]) -> list[Element]:
-    seen = story.seen[place]
-    shown: list[Element] = []
-    if seen["question"]:
-        shown.append(_node("p", "asks", seen["question"]))
-    if seen["chunk"]:
-        parts = story.marked(seen["chunk"])
+def _observation(replayed: _Replay, index: int, last_shown: dict[str, tuple[str, int]]) -> list[Element]:
+    observation = replayed.observations[index]
+    elements: list[Element] = []
+    if observation["question"]:
+        elements.append(_node("p", "asks", observation["question"]))
+    if observation["chunk"]:
+        parts = replayed.mark_evidence(observation["chunk"])
         passages = [part for part in parts if isinstance(part, Element)]
         count = f"evidence: {len(passages)}"
-        shown.append(_details(f"Chunk · {len(seen['chunk']):,} characters · {count}", _text(*parts)))
-        shown += [_node("p", "", _node("mark", "", passage.text or "")) for passage in passages]
-    if seen["notice"]:
-        shown += [_node("h5", "", "notice"), _node("div", "text notice", seen["notice"])]
-    for name, value in (("scratchpad", seen["scratchpad"]), ("query", seen["query"]), ("retrieved", seen["retrieved"])):
+        elements.append(_details(f"Chunk · {len(observation['chunk']):,} characters · {count}", _text(*parts)))
+        elements += [_node("p", "", _node("mark", "", passage.text or "")) for passage in passages]
+    if observation["notice"]:
+        elements += [_node("h5", "", "notice"), _node("div", "text notice", observation["notice"])]
+    values = {name: observation[name] for name in ("scratchpad", "query", "retrieved")}
+    for name, value in values.items():
         known, since = last_shown.get(name, ("", 0))
-        if value and value == known:  # said once: most of a page would be repetition
-            shown.append(_node("h5", "", f"{name} ", _node("span", "", "as in ", story.link(since))))
+        if value and value == known:  # shown once: most of a page would be repetition
+            elements.append(_node("h5", "", f"{name} ", _node("span", "", "as in ", replayed.link(since))))
         elif value:
-            shown += [_node("h5", "", name), _text(*story.marked(value))]
-            last_shown[name] = (value, place)
-    return shown
+            elements += [_node("h5", "", name), _text(*replayed.mark_evidence(value))]
+            last_shown[name] = (value, index)
+    return elements
 
 
-def _reply(story: _Story, place: int, texts: dict[str, str]) -> list[Element]:
-    """The operations in the order written, what each changed, and the reply itself. Keeps `texts` up to date."""
-    reply, result = legal_text(story.replies[place])[0], story.results[place]
-    written = get_dialect(story.episode.settings.dialect).parse(reply)
-    first = sum(item.fault is Fault.ILLEGAL_TEXT for item in result.results)  # it stands before all operations
+def _reply(replayed: _Replay, index: int, texts: dict[str, str]) -> list[Element]:
+    """The operations in the order written, what each changed, and the reply itself. Updates `texts`."""
+    reply, result = legal_text(replayed.replies[index])[0], replayed.results[index]
+    written = get_dialect(replayed.episode.settings.dialect).parse(reply)
+    first = sum(item.fault is Fault.ILLEGAL_TEXT for item in result.results)  # it precedes all operations
     mutations = iter(result.mutations)
     operations = []
     for item, outcome in zip(written, result.results[first:], strict=False):
@@ -394,18 +398,18 @@ def _reply(story: _Story, place: int, texts: dict[str, str]) -> list[Element]:
             if mutation.kind in (OperationKind.CREATE, OperationKind.UPDATE):
                 texts[mutation.entry_id] = mutation.text
             if old is not None:
-                content.append(_node("del", "text", *story.marked(old)))
+                content.append(_node("del", "text", *replayed.mark_evidence(old)))
             if mutation.kind is not OperationKind.DELETE:
                 tag = "ins" if mutation.kind is OperationKind.UPDATE else "div"
-                content.append(_node(tag, "text", *story.marked(mutation.text)))
+                content.append(_node(tag, "text", *replayed.mark_evidence(mutation.text)))
         elif isinstance(item, Operation) and (item.text or item.target):
-            content.append(_text(*story.marked(": ".join(filter(None, (item.target, item.text))))))
+            content.append(_text(*replayed.mark_evidence(": ".join(filter(None, (item.target, item.text))))))
         operations.append(_operation(outcome, content))
     rest = (*result.results[:first], *result.results[first + len(written) :])
     operations += [_operation(outcome, []) for outcome in rest]
     if not operations:
-        operations = [_node("li", "dim", "nothing: there is no operation in the reply")]
-    raw = _details(f"Reply as written · {len(reply):,} characters", _text(*story.marked(reply)))
+        operations = [_node("li", "dim", "none: there is no operation in the reply")]
+    raw = _details(f"Reply as written · {len(reply):,} characters", _text(*replayed.mark_evidence(reply)))
     return [_node("ul", "", *operations), *([raw] if reply else [])]
 
 
@@ -419,46 +423,46 @@ def _operation(outcome: OperationResult, content: list[Element]) -> Element:
     return _node("li", f"op {kind}" + (" faulty" if outcome.fault else ""), *head, *content)
 
 
-def _question(story: _Story, place: int) -> Element:
-    question: Question = story.episode.task.questions[place]
-    outcome: QuestionOutcome = story.episode.outcomes[place]
-    gold, *aliases = question.answers or ("none is known",)
+def _question(replayed: _Replay, index: int) -> Element:
+    question: Question = replayed.episode.task.questions[index]
+    outcome: QuestionOutcome = replayed.episode.outcomes[index]
+    gold, *aliases = question.answers or ("none",)
     facts = [
         ("gold", gold + (f" (also: {'; '.join(aliases)})" if aliases else "")),
         ("prediction", "– (unanswered)" if outcome.prediction is None else outcome.prediction),
-        ("F1", f"{outcome.f1:.2f}"),
+        ("F1", "–" if outcome.f1 is None else f"{outcome.f1:.2f}"),
         ("evidence", f"{outcome.stored} of {outcome.evidence} stored, {outcome.retrieved} in view"),
         ("kind", f"{question.kind} · hops: {question.hops}"),
     ]
     return _node(
         "section",
         f"outcome {_verdict(outcome.em)}",
-        _node("h4", "", _em(outcome.em), f" {question.text} ", story.link(story.settled[place])),
+        _node("h4", "", _em(outcome.em), f" {question.text} ", replayed.link(replayed.resolved_at[index])),
         _pairs(facts),
-        _node("ul", "", *(_fate(story, passage, story.settled[place]) for passage in question.evidence)),
+        _node("ul", "", *(_evidence(replayed, passage, replayed.resolved_at[index]) for passage in question.evidence)),
     )
 
 
-def _fate(story: _Story, passage: Evidence, settled: int) -> Element:
-    """Where a passage was shown, stored and lost, up to the reply that settled its question."""
-    shown = [place for place, seen in enumerate(story.seen[: settled + 1]) if holds(seen["chunk"], passage.text)]
-    kept = [place for place, text in enumerate(story.kept[: settled + 1]) if holds(text, passage.text)]
-    view = story.seen[settled]["scratchpad"] + "\n" + story.seen[settled]["retrieved"]
-    in_view = holds(view, passage.text)
-    lost = bool(kept) and kept[-1] != settled
+def _evidence(replayed: _Replay, passage: Evidence, last: int) -> Element:
+    """Where a passage was shown, stored and lost, up to the reply with the index `last`, which resolved its question."""
+    before, after = replayed.observations[: last + 1], replayed.stored[: last + 1]
+    shown_at = [index for index, observation in enumerate(before) if holds(observation["chunk"], passage.text)]
+    stored_at = [index for index, text in enumerate(after) if holds(text, passage.text)]
+    in_view = holds(before[last]["scratchpad"] + "\n" + before[last]["retrieved"], passage.text)
+    lost = bool(stored_at) and stored_at[-1] != last
 
     def stage(good: bool, *children: Child) -> Element:
         return _node("span", f"stage {'right' if good else 'wrong'}", *children)
 
     stored = stage(False, "never stored in these words")
-    if kept:
-        gone: list[Child] = [", gone in ", story.link(kept[-1] + 1)] if lost else []
-        stored = stage(not lost, "stored in ", story.link(kept[0]), *gone)
+    if stored_at:
+        removed: list[Child] = [", removed in ", replayed.link(stored_at[-1] + 1)] if lost else []
+        stored = stage(not lost, "stored in ", replayed.link(stored_at[0]), *removed)
     return _node(
         "li",
         "",
         _node("div", "", _node("b", "", passage.title), " ", _node("mark", "", passage.text)),
-        stage(True, "shown in ", story.link(shown[0])) if shown else stage(False, "never shown in one piece"),
+        stage(True, "shown in ", replayed.link(shown_at[0])) if shown_at else stage(False, "never shown in one piece"),
         stored,
-        stage(in_view, "in view" if in_view else "not in view", " when settled"),
+        stage(in_view, "in view" if in_view else "not in view", " when resolved"),
     )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
+import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -152,6 +155,169 @@ def test_an_environment_of_another_kind_is_rejected() -> None:
     for call in (Driver.of, lambda env: play_episode(env, lambda observation: "")):
         with pytest.raises(SettingError, match="Expected an AtomMem environment, got CartPoleEnv"):
             call(env)
+
+
+class Changing:
+    """Empties each observation, and all that it was ever given, before it replies."""
+
+    name, privileged = "changing", False
+
+    def begin(self, seed: int, task: Any) -> Any:
+        given: list[Any] = []
+
+        def act(observation: Any) -> str:
+            reply = f"<create_memory>{observation['chunk'][:20]}</create_memory>"
+            given.append(observation)
+            for one in given:
+                one.clear()
+            return reply
+
+        return act
+
+
+def test_what_a_policy_does_to_an_observation_does_not_change_what_is_recorded() -> None:
+    def plain(observation: Observation) -> str:
+        return f"<create_memory>{observation['chunk'][:20]}</create_memory>"
+
+    driver = make_driver()
+    assert asyncio.run(driver.run(SPECS[:3], Changing())) == asyncio.run(driver.run(SPECS[:3], plain))
+    env = gym.make("AtomMem-Synthetic", durability="off", num_docs=20)
+    assert play_episode(env, Changing(), seed=4) == play_episode(env, plain, seed=4)
+
+
+def test_an_observation_that_a_wrapper_changes_later_stays_as_the_policy_saw_it() -> None:
+    class Reusing(gym.ObservationWrapper[Any, Any, Any]):
+        shown: dict[str, Any] = {}  # noqa: RUF012
+
+        def observation(self, observation: Any) -> Any:
+            self.shown.update(observation)
+            return self.shown
+
+    env = gym.make("AtomMem-Synthetic", durability="off", num_docs=20)
+    assert play_episode(Reusing(env), Changing(), seed=4) == play_episode(env, Changing(), seed=4)
+
+
+class Exiting:
+    name, privileged = "exiting", False
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def begin(self, seed: int, task: Any) -> Any:
+        if self.where == "begin":
+            sys.exit(0)
+
+        async def wait(observation: Observation) -> str:
+            await asyncio.sleep(0)
+            return act(observation)
+
+        def act(observation: Observation) -> str:
+            if observation["step"] == 2:
+                sys.exit(0)
+            return ""
+
+        return wait if self.where == "async" else act
+
+
+@pytest.mark.parametrize("timeout", [None, 60.0])
+@pytest.mark.parametrize(("where", "reply"), [("begin", 1), ("function", 3), ("async", 3)])
+def test_a_policy_that_leaves_python_is_an_error_and_no_success(where: str, reply: int, timeout: float | None) -> None:
+    driver = replace(make_driver(), reply_timeout=timeout)
+    for play in (
+        lambda: asyncio.run(driver.run(SPECS[:1], Exiting(where))),
+        lambda: play_episode(gym.make("AtomMem-Synthetic", durability="off", num_docs=20), Exiting(where), seed=4),
+    ):
+        with pytest.raises(PolicyError, match=r"The policy called sys\.exit\(0\) instead of replying") as failure:
+            play()
+        assert re.search(rf"in episode .* of synthetic.*, reply {reply}, policy exiting", failure.value.__notes__[0])
+
+
+def test_a_policy_that_cancels_itself_is_an_error_and_its_caller_may_cancel_it() -> None:
+    async def policy(observation: Observation) -> str:
+        raise asyncio.CancelledError
+
+    for timeout in (None, 60.0):
+        with pytest.raises(PolicyError, match="what it waited for was cancelled"):
+            asyncio.run(replace(make_driver(), reply_timeout=timeout).run(SPECS[:2], policy))
+
+    async def cancelled(timeout: float | None) -> None:
+        async def late(observation: Observation) -> str:
+            await asyncio.sleep(60)
+            return ""
+
+        run = asyncio.ensure_future(replace(make_driver(), reply_timeout=timeout).run(SPECS[:2], late))
+        await asyncio.sleep(0.05)
+        run.cancel()
+        await run
+
+    for timeout in (None, 60.0):
+        with pytest.raises(asyncio.CancelledError):
+            asyncio.run(cancelled(timeout))
+
+
+def blocking(observation: Observation) -> str:
+    if observation["step"] == 1:
+        time.sleep(1)
+    return ""
+
+
+async def sleeping(observation: Observation) -> str:
+    if observation["step"] == 1:
+        await asyncio.sleep(600)
+    return ""
+
+
+def returning_a_coroutine(observation: Observation) -> Any:
+    return sleeping(observation)
+
+
+@pytest.mark.parametrize("policy", [blocking, sleeping, returning_a_coroutine])
+def test_a_policy_that_does_not_reply_in_time_ends_the_run_with_an_error(policy: Any) -> None:
+    driver = replace(make_driver(), reply_timeout=0.2)
+    with pytest.raises(PolicyError, match=r"^The policy gave no reply within 0\.2 s \(reply_timeout\)") as failure:
+        asyncio.run(driver.run(SPECS[:3], policy))
+    assert re.search(rf"reply 2, policy {policy.__name__}$", failure.value.__notes__[0])
+
+
+def test_an_error_ends_the_run_before_another_episode_asks_the_policy() -> None:
+    asked: list[int] = []
+
+    def failing(observation: Observation) -> str:
+        asked.append(observation["step"])
+        if observation["step"] == 1:
+            raise ZeroDivisionError
+        return "<create_memory>x</create_memory>"  # all six wait for its vector
+
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(make_driver().run(SPECS[:6], failing))
+    assert asked == [0] * 6 + [1]
+
+
+def test_a_time_limit_that_is_not_reached_changes_nothing() -> None:
+    async def asynchronous(observation: Observation) -> str:
+        await asyncio.sleep(0)
+        return words(observation)
+
+    def words(observation: Observation) -> str:
+        return f"<create_memory>{observation['chunk'][:20]}</create_memory>"
+
+    def failing(observation: Observation) -> str:
+        raise TimeoutError("of its own")
+
+    driver = make_driver()
+    limited = replace(driver, reply_timeout=60.0)
+    plain = asyncio.run(driver.run(SPECS[:3], words))
+    for policy in (words, asynchronous, lambda observation: asynchronous(observation)):
+        assert asyncio.run(limited.run(SPECS[:3], policy)) == plain
+    for each in (driver, limited):
+        with pytest.raises(TimeoutError, match="of its own"):
+            asyncio.run(each.run(SPECS[:1], failing))
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, float("nan"), float("inf")])
+def test_a_time_limit_that_cannot_be_is_rejected(seconds: float) -> None:
+    with pytest.raises(SettingError, match="reply_timeout must be a number of seconds above 0"):
+        replace(make_driver(), reply_timeout=seconds)
 
 
 def test_a_reply_that_is_none_is_rejected() -> None:

@@ -181,7 +181,12 @@ def test_an_error_of_the_system_is_one_line(
 
 
 def test_an_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    ends: list[tuple[float, int]] = []
+    monkeypatch.setattr(
+        "atommem_env.cli._exit_within", lambda *end: ends.append(end)
+    )  # it would end this process as well
     assert called(KeyboardInterrupt(), monkeypatch) == 130
+    assert ends == [(3.0, 130)]
     assert capsys.readouterr().err == "atommem policies: interrupted\n"
 
 

@@ -4,10 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
 
 from atommem_env.episode import Episode
 from atommem_env.errors import EmbeddingError, EpisodeStateError, SettingError
-from atommem_env.types import EpisodeSettings, Fault, OperationKind, Phase, StepResult, StopReason, Task
+from atommem_env.types import UNGRADED, EpisodeSettings, Fault, OperationKind, Phase, StepResult, StopReason, Task
 
 Say = Callable[[Episode, str], StepResult]
 SMALL = EpisodeSettings(chunk_tokens=8)
@@ -398,3 +401,84 @@ def test_mutations_say_what_changed_in_order(task: Task, say: Say) -> None:
 def test_a_setting_that_cannot_work_is_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(SettingError, match=name):
         EpisodeSettings(**{name: value})  # type: ignore[arg-type]
+
+
+def test_a_question_may_come_without_a_gold_and_its_answer_is_recorded(say: Say) -> None:
+    asked = Task.of(["Ada moved to Rome."], ["Where does Ada live?", ("Since when?", []), ("Who moved?", "Ada")])
+    assert [(question.answers, question.kind) for question in asked.questions] == [
+        ((), UNGRADED),
+        ((), UNGRADED),
+        (("Ada",), ""),
+    ]
+    episode = Episode(asked, EpisodeSettings(), seed=0)
+    say(episode, "")
+    for answer in ("Rome", "1907", "Bo"):
+        say(episode, f"<final_answer>{answer}</final_answer>")
+    assert [(one.prediction, one.em) for one in episode.outcomes] == [("Rome", None), ("1907", None), ("Bo", 0.0)]
+    assert episode.stop_reason is StopReason.ANSWERED
+
+
+_WRITTEN = {
+    "r": "<read_memory>{n}</read_memory>",
+    "a": "<final_answer>{n}</final_answer>",
+    "c": "<create_memory>{n}</create_memory>",
+    "e": "<read_memory></read_memory>",
+    "u": "<update_memory>m9: {n}</update_memory>",
+}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "limit", "carried_out", "superseded", "too_many"),
+    [
+        ("rcr", 1, [0], [], [1, 2]),
+        ("rcr", 2, [1, 2], [0], []),
+        ("rcr", None, [1, 2], [0], []),
+        ("ccr", 2, [0, 1], [], [2]),
+        ("rrr", 1, [2], [0, 1], []),
+        ("rrcr", 1, [1], [0], [2, 3]),
+        ("arar", 1, [0], [], [1, 2, 3]),
+        ("arar", 2, [2, 3], [0, 1], []),
+        ("aca", 1, [0], [], [1, 2]),
+        ("rece", 2, [0, 2], [], []),  # an empty Read supersedes nothing
+        ("ruc", 1, [0], [], [2]),  # nor does what cannot be carried out take a place
+    ],
+)
+def test_a_read_or_answer_is_superseded_only_by_one_that_is_carried_out(
+    kinds: str,
+    limit: int | None,
+    carried_out: list[int],
+    superseded: list[int],
+    too_many: list[int],
+    task: Task,
+    say: Say,
+) -> None:
+    episode = Episode(task, EpisodeSettings(chunk_tokens=4096, operations_per_reply=limit), seed=0)
+    say(episode, "")
+    assert episode.phase is Phase.ANSWER
+    result = say(episode, "".join(_WRITTEN[kind].format(n=number) for number, kind in enumerate(kinds)))
+    faulty = {fault: [n for n, item in enumerate(result.results) if item.fault is fault] for fault in (None, *Fault)}
+    assert (faulty[None], faulty[Fault.SUPERSEDED], faulty[Fault.TOO_MANY]) == (carried_out, superseded, too_many)
+    reads = [number for number in carried_out if kinds[number] == "r"]
+    answers = [number for number in carried_out if kinds[number] == "a"]
+    assert episode.query == "".join(map(str, reads))
+    assert [outcome.prediction for outcome in episode.outcomes] == [str(number) for number in answers]
+    limited = "Only the first" in result.observation["notice"]
+    assert limited == bool(too_many)
+
+
+@examples(max_examples=300, deadline=None)
+@given(st.text("rrace", max_size=9), st.integers(1, 5))
+def test_under_a_limit_the_longest_start_of_a_reply_is_carried_out(kinds: str, limit: int) -> None:
+    """As many operations as fit, each Read and answer but the last of them taking no place."""
+
+    def size(start: str) -> int:
+        return start.count("c") + ("r" in start) + ("a" in start)
+
+    start = next(kinds[:end] for end in range(len(kinds), -1, -1) if size(kinds[:end]) <= limit)
+    episode = Episode(Task.of(["Ada"], ["Who?"]), EpisodeSettings(operations_per_reply=limit), seed=0)
+    episode.submit("")
+    episode.resolve([])
+    requests = episode.submit("".join(_WRITTEN[kind].format(n=number) for number, kind in enumerate(kinds)))
+    last = [start.rfind(kind) for kind in "r" if kind in start]
+    creates = [number for number, kind in enumerate(start) if kind == "c"]
+    assert [request.text for request in requests] == [str(number) for number in sorted([*creates, *last])]

@@ -1,6 +1,7 @@
 """Terms of the reward, each against a count by hand."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
@@ -114,3 +115,24 @@ def test_only_so_many_operations_of_a_reply_are_carried_out(task: Task, say: Say
     assert [entry.text for entry in episode.memory.entries()] == ["a"]
     assert [outcome.fault for outcome in result.results] == [None, "too_many"]
     assert "first 1 operations" in result.observation["notice"]
+
+
+@pytest.mark.parametrize("reward", ["exact_match", "f1"])
+def test_a_question_without_a_gold_is_in_no_reward_and_in_no_term(task: Task, say: Say, reward: str) -> None:
+    first, second = task.questions
+    half = replace(task, questions=(first, replace(second, answers=())))
+    episode = played(half, say, REPLIES, reward=reward, reward_terms={"evidence_stored": 1})
+    assert [(outcome.em, outcome.f1, outcome.prediction) for outcome in episode.outcomes] == [
+        (1.0, 1.0, "Rome"),
+        (None, None, "Ada"),
+    ]
+    assert episode.reward == 1.0 + 1.0  # one graded question, right; its one passage, stored
+
+
+@pytest.mark.parametrize("reward", ["exact_match", "f1"])
+def test_the_reward_is_zero_where_no_question_is_graded(task: Task, say: Say, reward: str) -> None:
+    none = replace(task, questions=tuple(replace(question, answers=()) for question in task.questions))
+    assert played(none, say, REPLIES, reward=reward).reward == 0.0
+    assert played(none, say, REPLIES, reward_terms={"reads": 1}).reward == pytest.approx(2 / 5)
+    unanswered = played(none, say, [""] * 11)
+    assert [(outcome.em, outcome.prediction) for outcome in unanswered.outcomes] == [(None, None)] * 2

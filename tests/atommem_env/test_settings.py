@@ -47,7 +47,7 @@ def test_the_command_lists_them(capsys: pytest.CaptureFixture[str], monkeypatch:
     monkeypatch.setenv("COLUMNS", "200")
     settings_command("AtomMem-Files")
     shown = capsys.readouterr().out
-    for text in ("how many entries a query retrieves", "question", "A file, a folder, or a list of them.", "embedder"):
+    for text in ("how many entries a query retrieves", "question", "file, a folder, or a list of them", "embedder"):
         assert text in shown
 
 

@@ -141,7 +141,7 @@ class ByNames(TagsDialect):
         (BySquashingLines(), r"parse must read Operation\(.*first line\\nsecond.* back from .*it read"),
         (ByOrder(), "all operations of a reply in the order written"),
         (ByHalves(), "A reply truncated to '<create_memory>.*the operations that are complete"),
-        (BySlowness(), "time in proportion to the length: 25,000 characters of .* took .*400,000"),
+        (BySlowness(), "time linear in the length: 25,000 characters of .* took .*400,000"),
         (ByShow(), r"must not look like two: one whose text is 'first\\nm8: second'"),
         (ByDescription(), "leave out an operation .*without 'create'"),
         (ByForm(), "parse must return a list, got tuple"),
@@ -202,8 +202,8 @@ def zero_where_blank(vectors: NDArray[np.float32], texts: Sequence[str]) -> Any:
         (lambda vectors, texts: vectors * np.float32(np.nan), "finite and of length 1.*nan"),
         (zero_where_blank, "that of '' .*has length 0"),
         (lambda vectors, texts: vectors * 0 + np.float32(1 / 16), "Different sentences must have different vectors"),
-        (lambda vectors, texts: vectors[::-1], "in the order of the texts; beside others, 'Ada lives in Rome.' got"),
-        (counting_others, "the same vector alone as beside .* differs by .* and tolerance is 0"),
+        (lambda vectors, texts: vectors[::-1], "in the order of the texts; in a batch, 'Ada lives in Rome.' got"),
+        (counting_others, "the same vector alone as with .* differs by .* and tolerance is 0"),
         (raising, r"raised ZeroDivisionError: no words"),
         (emptying, "must not change the list"),
     ],
@@ -220,7 +220,7 @@ def test_an_embedder_that_keeps_its_results_is_refused() -> None:
         return results.setdefault(tuple(texts), vectors)
 
     with pytest.raises(
-        AssertionError, match="same vectors again, whatever was done to the array before; they differ by"
+        AssertionError, match="same vectors again, even after the returned array was changed; they differ by"
     ):
         check_embedder(Changed(keeping))
 
@@ -343,15 +343,15 @@ def test_a_source_made_by_hand_passes() -> None:
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (AnyIndex, r"task\(-1, 0\) of a source with 10 tasks must be an IndexError"),
+        (AnyIndex, r"task\(-1, 0\) of a source with 10 tasks must raise an IndexError"),
         (SameId, r"must have different ids, .*\['task'\]"),
         (Unordered, "The seed must draw or order the documents"),
         (OtherQuestions, "The index alone must decide a task's id and questions"),
         (NoGold, "question 'q' of task 'hand/0' has no gold"),
         (LooseEvidence, "'lives there' must be a verbatim part of the document 'P1'"),
-        (LostEvidence, "evidence in 'P1', and no document has that title"),
+        (LostEvidence, "evidence in 'P1', but no document has that title"),
         (NoDocuments, "'hand/0' has no document"),
-        (OtherDataset, "is of dataset 'musique', and its source of 'hotpotqa'"),
+        (OtherDataset, "is of dataset 'musique', but its source is of 'hotpotqa'"),
         (WithState, "must be the same each time"),
         (Unpicklable, "pickling the source raised"),
         (PickledToAnother, "of a pickled copy of the source is another"),

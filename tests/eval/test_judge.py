@@ -48,7 +48,7 @@ policy = Mixed()
 
 
 class Grader(ThreadingHTTPServer):
-    """Passes what holds a correct answer; of "unclear" it says neither. Fails for good after `patience` requests."""
+    """Passes answers that contain a correct one; "unclear" gets neither verdict. Fails for good after `patience` requests."""
 
     daemon_threads = True
 
@@ -71,15 +71,15 @@ class Handler(BaseHTTPRequestHandler):
         verdict = "PASS" if any(gold in answer for gold in golds.split(" | ")) else "FAIL"
         reply = "I cannot say." if answer == "unclear" else f"Let us see.\n\n**{verdict}**"
         choice = {"index": 0, "message": {"role": "assistant", "content": reply}, "finish_reason": "stop"}
-        told: dict[str, Any] = {
+        answer_body: dict[str, Any] = {
             "choices": [choice],
             "usage": {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12},
         }
         status = 200
         if len(self.server.asked) > self.server.patience:
-            status, told = 400, {"error": {"message": "no more of this", "type": "BadRequestError", "code": 400}}
+            status, answer_body = 400, {"error": {"message": "no more of this", "type": "BadRequestError", "code": 400}}
         sent = json.dumps(
-            {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], **told}
+            {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], **answer_body}
         ).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -101,7 +101,7 @@ def grader(monkeypatch: pytest.MonkeyPatch) -> Iterator[Grader]:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Four episodes of five questions each, answered in the five ways; what is judged needs no memory."""
+    """Four episodes of five questions each, answered in the five ways; judging needs no memory."""
     (tmp_path / "judged_policy.py").write_text(POLICY)
     monkeypatch.syspath_prepend(str(tmp_path))
     evaluate(
@@ -120,7 +120,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def config(run: Path, grader: Grader) -> JudgeConfig:
-    return JudgeConfig(run=run, model=f"openai:grader-{grader.server_port}")  # a model is kept by its name
+    return JudgeConfig(run=run, model=f"openai:grader-{grader.server_port}")  # models are cached by name
 
 
 def test_pass_rate_and_agreement_are_those_of_the_answers(run: Path, grader: Grader) -> None:
@@ -175,15 +175,15 @@ def test_an_interrupted_judge_goes_on(run: Path, grader: Grader) -> None:
     one_by_one = JudgeConfig(run=run, model=config(run, grader).model, in_flight=1)
     with pytest.raises(ModelError, match="no more of this"):
         judge(one_by_one)
-    kept = read_jsonl(run / "judgements.jsonl")
-    assert kept
+    saved = read_jsonl(run / "judgements.jsonl")
+    assert saved
     assert not (run / "judge.json").exists()
     with (run / "judgements.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"key": "half a li')  # as a kill leaves it
     grader.patience = 10**9
     judge(one_by_one)
     lines = read_jsonl(run / "judgements.jsonl")
-    assert lines[: len(kept)] == kept
+    assert lines[: len(saved)] == saved
     assert len(lines) == len({line["key"] for line in lines}) == 16
 
 

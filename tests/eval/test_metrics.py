@@ -60,7 +60,7 @@ def test_a_record_says_what_every_reply_did() -> None:
     for kind in ("create", "read", "update", "delete", "scratchpad", "answer"):
         assert sum(by_step[kind]) == made["operations"].get(kind, 0)
     assert sum(by_step["faults"]) == sum(made["faults"].values())
-    assert made["retrievals"] == steps - 1  # the query is in force from the second reply on
+    assert made["retrievals"] == steps - 1  # the query is active from the second reply on
     assert [(one["kind"], one["hops"]) for one in made["questions"]] == [
         (outcome.kind, outcome.hops) for outcome in rollout.questions
     ]
@@ -124,10 +124,10 @@ def test_resamples_are_distributed_as_if_all_of_them_were_listed() -> None:
 def test_episodes_of_a_task_are_one_draw() -> None:
     values = [1.0, 0.0] * 50
     apart = bootstrap_ci95(values, [1] * 100)
-    together = bootstrap_ci95(values, [1] * 100, [f"task {place // 10}" for place in range(100)])
+    together = bootstrap_ci95(values, [1] * 100, [f"task {index // 10}" for index in range(100)])
     assert together == (0.5, 0.5)  # each task has five of each
     assert apart[1] - apart[0] == pytest.approx(2 * 1.96 * 0.05, abs=0.02)
-    alike = bootstrap_ci95(values, [1] * 100, [f"task {place % 2}" for place in range(100)])
+    alike = bootstrap_ci95(values, [1] * 100, [f"task {index % 2}" for index in range(100)])
     assert alike == (0.0, 1.0)  # two tasks, however often each was played
 
 
@@ -173,5 +173,5 @@ def test_what_a_run_took_is_the_wall_time_until_its_last_episode() -> None:
 def test_records_of_an_earlier_version_are_refused() -> None:
     old = record(1)
     del old["by_step"]
-    with pytest.raises(DataError, match="Run it again"):
+    with pytest.raises(DataError, match="Run the evaluation again"):
         summarise([old])

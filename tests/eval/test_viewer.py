@@ -18,7 +18,7 @@ VOID = {"meta", "input", "br", "link", "img", "hr"}
 
 
 class Page(HTMLParser):
-    """The page as elements; refuses one that is not closed, or in the wrong place."""
+    """The page as elements; rejects an element that is not closed, or closed in the wrong order."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -128,11 +128,11 @@ def test_evidence_is_marked_and_followed_through_the_oracles_memory(tmp_path: Pa
 def test_where_evidence_was_lost_is_told_as_the_environment_counted_it(tmp_path: Path, policy: str) -> None:
     records = run(tmp_path / "run", policy, episodes=4, set=("top_k=1",))
     questions = [question for record in records for question in record["questions"]]
-    told = "".join(text for _, text in Page(trace_page(tmp_path / "run")).texts)
-    gone = len(re.findall(r"stored in step \d+, gone in step \d+", told))
-    assert told.count("never stored in these words") + gone == sum(q["evidence"] - q["stored"] for q in questions)
-    assert told.count("not in view when settled") == sum(q["evidence"] - q["retrieved"] for q in questions)
-    assert bool(gone) == (policy == "viewer_policies:forgetful")
+    text = "".join(text for _, text in Page(trace_page(tmp_path / "run")).texts)
+    removed = len(re.findall(r"stored in step \d+, removed in step \d+", text))
+    assert text.count("never stored in these words") + removed == sum(q["evidence"] - q["stored"] for q in questions)
+    assert text.count("not in view when resolved") == sum(q["evidence"] - q["retrieved"] for q in questions)
+    assert bool(removed) == (policy == "viewer_policies:forgetful")
 
 
 @pytest.mark.usefixtures("policies")
@@ -145,14 +145,14 @@ def test_what_a_policy_writes_never_becomes_markup(tmp_path: Path) -> None:
     assert {tag for tag, _ in page.tags} <= ordinary
     assert [tag for tag, _ in page.tags].count("script") == 1
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
-    told = "".join(text for _, text in page.texts)
+    all_text = "".join(text for _, text in page.texts)
     for text in (
         "</article><script>alert('entry')</script> \ufffd\ufffd &amp;",
         "<img src=x",
         "</details><svg",
         '"><b',
     ):
-        assert text in told
+        assert text in all_text
     # created, replaced by another text, and deleted: the old texts are crossed out
     crossed = page.within("del")
     assert crossed == ["</article><script>alert('entry')</script> \ufffd\ufffd &amp;", "newer"]

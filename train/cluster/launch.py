@@ -37,6 +37,7 @@ from rich.console import Console
 from atommem_env.errors import DataError, JobFailed, SettingError
 from atommem_env.plugins import MODULES
 from eval.progress import step_progress
+from eval.provenance import add_session
 from eval.run_folder import read_jsonl, write_atomic
 from train.cluster.jobs import (
     SLURM,
@@ -240,6 +241,7 @@ def write_folder(run: ClusterGRPOConfig) -> None:
     write_prompts(run, len(sources[0]), len(sources[-1]))
     write_run_card(run)
     write_atomic(run.out / "config.json", config)
+    add_session(run.out)
 
 
 def job_environment(run: ClusterGRPOConfig) -> dict[str, str]:

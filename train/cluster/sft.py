@@ -40,6 +40,7 @@ from agents.models.find import find_model
 from atommem_env.errors import MissingDependency, ModelNotFound, SettingError
 from eval.played_as import eval_command
 from eval.progress import step_progress
+from eval.provenance import add_session
 from eval.run_folder import read_jsonl, require_empty_dir, to_jsonl, write_atomic
 from train.cluster.jobs import LocalJob, check_running, ended_by_signals
 from train.cluster.recipe import VERSION, flag_words
@@ -209,6 +210,7 @@ def train(run: ClusterSFTConfig, console: Console) -> dict[str, Any]:
     run.out.mkdir(parents=True, exist_ok=True)
     total = updates(run, write_tokens(run, model))
     write_atomic(run.out / "config.json", json.dumps(dataclasses.asdict(run), indent=2, default=str) + "\n")
+    add_session(run.out)
     words = [sys.executable, "-m", "deepspeed.launcher.runner", *launch_command(run, model)[1:]]
     with ExitStack() as stack, ended_by_signals(), step_progress(console) as progress:
         # In the run's folder: for several machines DeepSpeed puts the working folder into PYTHONPATH.

@@ -304,14 +304,14 @@ def test_a_rejection_is_reported_at_once_and_without_the_key(status: int, servic
 
 
 def test_a_request_that_is_wrong_in_every_form_is_rejected_with_the_services_words(service: Service) -> None:
-    service.rejects = lambda body: "temperature must be non-negative"
+    service.rejects = lambda body: "roads must not be empty"
     model = OpenAIModel("m")
-    with pytest.raises(ModelError, match=r"rejected the request: temperature must be non-negative\."):
+    with pytest.raises(ModelError, match=r"rejected the request: roads must not be empty\."):
         ask(model)
     service.rejects = lambda body: ""
     ask(model)
-    service.rejects, before = lambda body: "temperature must be non-negative", len(service.asked)
-    with pytest.raises(ModelError, match="non-negative"):
+    service.rejects, before = lambda body: "roads must not be empty", len(service.asked)
+    with pytest.raises(ModelError, match="roads"):
         ask(model)
     assert len(service.asked) == before + 1
 
@@ -443,9 +443,10 @@ def test_a_service_that_is_not_there_is_reported_with_its_address(monkeypatch: p
         lambda answer: {**answer, "choices": None},
         lambda answer: {"object": "chat.completion"},
         lambda answer: {**answer, "choices": [{"message": {"role": "assistant", "content": None}}]},
-        lambda answer: {**answer, "choices": [{"message": {"role": "assistant", "content": ["Ada"]}}]},
-        lambda answer: "<html>welcome</html>",
-        lambda answer: "",
+        lambda answer: {**answer, "choices": [{"message": {"role": "assistant", "content": 7}}]},
+        lambda answer: {**answer, "choices": [{"message": {"role": "assistant"}, "finish_reason": "error"}]},
+        lambda answer: {**answer, "choices": [["Ada"]]},
+        lambda answer: {**answer, "choices": {"0": "Ada"}},
         lambda answer: "[]",
         lambda answer: "null",
     ],

@@ -202,7 +202,9 @@ def test_an_embedder_is_loaded_once() -> None:
 
 
 def test_an_unknown_embedder_is_named_with_the_known() -> None:
-    with pytest.raises(SettingError, match="'hashing', 'minilm', 'st:MODEL' or 'openai:MODEL', got 'bert'"):
+    with pytest.raises(
+        SettingError, match="'hashing', 'minilm', 'st:MODEL', 'openai:MODEL' or module:attribute, got 'bert'"
+    ):
         get_embedder("bert")
 
 

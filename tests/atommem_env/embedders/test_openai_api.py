@@ -99,7 +99,7 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
         monkeypatch.setenv("OPENAI_BASE_URL", service.url)
         monkeypatch.delenv("OPENAI_API_KEY", raising=False)
         monkeypatch.setattr(openai_api, "_PATIENCE", 1.0)
-        monkeypatch.setattr(openai_api, "_LAST_TRY", 0.5)
+        monkeypatch.setattr(openai_client, "_LAST_TRY", 0.5)
         yield service
         service.over.set()
         service.shutdown()
@@ -177,7 +177,7 @@ def test_texts_beyond_the_models_window_are_truncated_or_rejected_as_the_service
         np.testing.assert_allclose(embedder.embed(["a " * 60], "document"), hashed(["a " * 50]), atol=1e-6)
     else:
         with pytest.raises(
-            EmbeddingError, match=r"rejected 2 texts, the longest of 120 characters with status 400: no, because"
+            EmbeddingError, match=r"rejected 1 texts, the longest of 120 characters with status 400: no, because"
         ):
             embedder.embed(["a", "a " * 60], "document")
 
@@ -210,7 +210,8 @@ def test_a_service_that_is_not_there_is_reported_with_its_address(
         port = closed.getsockname()[1]
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{port}/v1")
     with pytest.raises(
-        EmbeddingError, match=rf"http://127.0.0.1:{port}/v1 .*does not answer: .*refused.*lasted for 1 s"
+        EmbeddingError,
+        match=rf"http://127.0.0.1:{port}/v1 .*does not answer: .*Connect call failed.*lasted for 1 s, and it has never",
     ):
         OpenAIEmbedder("m")
 
@@ -293,9 +294,9 @@ def test_an_answer_that_is_not_one_unit_vector_a_text_is_an_error(
         embedder.embed(TEXTS[:3], "document")
 
 
-def test_an_environment_takes_it_by_name_and_keeps_its_memories(service: Service, own_data_folder: Path) -> None:
+def test_an_environment_takes_it_by_name_and_keeps_its_memories(service: Service, tmp_path: Path) -> None:
     get_embedder.cache_clear()
-    env = gym.make("AtomMem-Synthetic", embedder="openai:org/m")
+    env = gym.make("AtomMem-Synthetic", embedder="openai:org/m", store=tmp_path)
     observation, _ = env.reset(seed=0)
     env.step(
         f"<create_memory>{observation['chunk']}</create_memory><read_memory>{observation['questions']}</read_memory>"
@@ -304,7 +305,7 @@ def test_an_environment_takes_it_by_name_and_keeps_its_memories(service: Service
     get_embedder.cache_clear()
     asked = [text for request in service.asked for text in request["input"]]
     assert observation["chunk"].strip() in asked
-    assert (own_data_folder / "memory" / "openai:org" / "m" / "journal.lance").is_dir()
+    assert (tmp_path / "journal.lance").is_dir()
 
 
 def test_the_embedding_service_can_have_an_address_of_its_own(

@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -401,6 +402,50 @@ def test_a_folder_in_use_keeps_what_others_read_and_the_last_one_tidies_up(tmp_p
     stores[1].close()
     assert all(files(name) <= 10 for name in ("episodes", "turns", "journal", "entries"))
     assert len(MemoryStore(tmp_path).episodes()) == 12
+
+
+def test_nothing_is_deleted_while_another_process_uses_the_folder(tmp_path: Path) -> None:
+    store, other = MemoryStore(tmp_path), MemoryStore(tmp_path)
+    for seed in range(12):
+        played(store if seed else other, seed, steps=2)
+    before = set(tmp_path.rglob("*"))
+    store.optimize()
+    assert before < set(tmp_path.rglob("*"))
+    assert lancedb.connect(tmp_path).open_table("turns").stats()["fragment_stats"]["num_fragments"] == 1
+    other.close()
+    store.optimize()
+    assert not before <= set(tmp_path.rglob("*"))
+    assert len(store.episodes()) == 12
+
+
+def test_what_a_client_without_our_lock_is_about_to_commit_is_not_deleted(tmp_path: Path) -> None:
+    store = MemoryStore(tmp_path)
+    for seed in range(3):
+        played(store, seed, steps=2)
+    unreferenced = tmp_path / "turns.lance" / "data" / "0123.lance"
+    unreferenced.write_bytes(b"written, and not yet committed")
+    store.optimize()
+    assert lancedb.connect(tmp_path).open_table("turns").stats()["fragment_stats"]["num_fragments"] == 1
+    assert unreferenced.exists()
+
+
+@pytest.mark.parametrize("days", [8, -8])
+def test_with_a_wrong_clock_nothing_is_compacted_or_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, days: int
+) -> None:
+    store = MemoryStore(tmp_path)
+    for seed in range(12):
+        played(store, seed, steps=2)
+    before = set(tmp_path.rglob("*"))
+    clock = time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + days * 86_400)
+    store.optimize()
+    store.close()
+    assert set(tmp_path.rglob("*")) == before
+    monkeypatch.undo()
+    store.optimize()
+    assert set(tmp_path.rglob("*")) != before
+    assert len(store.episodes()) == 12
 
 
 def test_a_checkpoint_reaches_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -227,7 +227,7 @@ BAD: dict[str, tuple[str, Callable[[Path, Path], object]]] = {
         "rows, line 1: field 'context' is missing",
         lambda rows, corpus: write(rows, [{"id": "2hop__1_2", "question": "?", "paragraphs": []}]),
     ),
-    "no row": ("rows: no hotpotqa question", lambda rows, corpus: rows.write_text("[]")),
+    "no row": ("rows: no usable hotpotqa question", lambda rows, corpus: rows.write_text("[]")),
     "corpus without text": (
         "corpus, line 2: field 'text' is missing",
         lambda rows, corpus: write(corpus, [{"title": "A", "text": "a"}, {"title": "B"}]),

@@ -15,9 +15,9 @@ import pytest
 import atommem_env  # noqa: F401
 from atommem_env.chunking import chunk_documents
 from atommem_env.errors import DataError, DatasetNotFound, MissingDependency, SettingError
-from atommem_env.tasks.files import UNGRADED, FilesSource
+from atommem_env.tasks.files import FilesSource
 from atommem_env.tokens import BuiltinTokenizer
-from atommem_env.types import Document, Evidence
+from atommem_env.types import UNGRADED, Document, Evidence
 
 
 def write_pdf(path: Path, pages: list[str]) -> Path:
@@ -182,7 +182,13 @@ def test_an_episode_scores_with_golds_and_goes_without(book: Path) -> None:
     assert "Ada lives\nin Rome." in read
     assert (reward, info["em"], info["golds"]) == (1.0, (1.0,), (("Rome", "Roma"),))
     _, reward, info = play(gym.make("AtomMem-Files", **options), "Rome")
-    assert (reward, info["em"], info["f1"], info["golds"], info["predictions"]) == (0, (0,), (0,), ((),), ("Rome",))
+    assert (reward, info["em"], info["f1"], info["golds"], info["predictions"]) == (
+        0,
+        (None,),
+        (None,),
+        ((),),
+        ("Rome",),
+    )
 
 
 def proof(item: Any) -> dict[str, Any]:

@@ -16,6 +16,9 @@ from hypothesis import strategies as st
 from atommem_env.errors import DataError, DatasetNotFound
 from atommem_env.tasks.jsonl import JsonLines, JsonLinesWriter, read_records
 
+linux_memory = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="reads Linux's own count of a process's memory"
+)
 RECORDS = [{"n": number, "text": 'x]}"\\, é\u2028 ' * (number % 7)} for number in range(50)]
 
 
@@ -94,7 +97,7 @@ def test_damage_is_named_with_file_and_place(tmp_path: Path, content: bytes, mes
     assert message in str(caught.value)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own count of a process's memory")
+@linux_memory
 @pytest.mark.parametrize("form", ["lines", "list", "lines in gzip", "list in gzip"])
 @pytest.mark.parametrize("closed", [True, False])
 def test_a_record_of_100_mb_is_refused_in_little_memory(tmp_path: Path, form: str, closed: bool) -> None:
@@ -118,6 +121,67 @@ def test_a_record_of_100_mb_is_refused_in_little_memory(tmp_path: Path, form: st
     location = "index 1 of the list" if "list" in form else "line 2"
     assert f"{path}, {location}: longer than 16,777,216 characters" in message
     assert int(kilobytes) < 300_000
+
+
+@pytest.mark.parametrize("start", ["", "[", '{"a": 1}\n', '[{"a": 1},', '[{"a": 1}]'])
+@pytest.mark.parametrize("blank", ["\n", " "])
+def test_a_gzip_of_blanks_ends(tmp_path: Path, start: str, blank: str) -> None:
+    path = tmp_path / "blank.gz"
+    with gzip.open(path, "wt", compresslevel=1) as file:
+        file.write(start + blank * (1 << 20) + blank * 3)
+    with pytest.raises(DataError, match=r"blank\.gz, .*: more than 1,048,576 blank characters in a row"):
+        values(path)
+    with gzip.open(path, "wt", compresslevel=1) as file:
+        file.write('{"a": 1}\n' + blank * ((1 << 20) - 1) + '\n{"a": 2}')
+    assert values(path) == [{"a": 1}, {"a": 2}]
+
+
+@linux_memory
+def test_a_text_that_parquet_has_once_for_all_rows_is_not_repeated_in_memory(tmp_path: Path) -> None:
+    """1,500 rows of a megabyte each and 4 GB in a row, in files of a few kilobytes."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+
+    def shared(text: str, count: int) -> Any:
+        return pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * count, pyarrow.int32()), pyarrow.array([text]))
+
+    parquet.write_table(pyarrow.table({"text": shared("x" * 1_000_000, 1500)}), tmp_path / "rows", store_schema=False)
+    lists = pyarrow.ListArray.from_arrays(
+        pyarrow.array([0, 1, 4_000_000], pyarrow.int32()), shared("y" * 1000, 4_000_000)
+    )
+    parquet.write_table(pyarrow.table({"list": lists}), tmp_path / "row", store_schema=False)
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 1_100_000
+    code = (
+        "import sys; from pathlib import Path; from atommem_env.tasks.jsonl import read_records\n"
+        "print(sum(len(row['text']) for _, row in read_records(Path(sys.argv[1], 'rows'))))\n"
+        "try: list(read_records(Path(sys.argv[1], 'row')))\n"
+        "except ValueError as error: print(error)\n"
+        "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    count, message, kilobytes = ran.stdout.splitlines()
+    assert int(count) == 1_500_000_000
+    assert f"{tmp_path}/row, row 1: longer than 16,777,216 characters" in message
+    assert int(kilobytes) < 400_000
+
+
+def test_parquet_whose_columns_are_no_records_is_rejected(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    numbers = pyarrow.ListArray.from_arrays(
+        pyarrow.array([0, (1 << 24) + 1], pyarrow.int32()), pyarrow.nulls((1 << 24) + 1, pyarrow.int8())
+    )
+    parquet.write_table(pyarrow.table({"numbers": numbers}), tmp_path / "file")
+    with pytest.raises(DataError, match=r"row 0: the column 'numbers.list.element' has 16,777,217 values"):
+        values(tmp_path / "file")
+
+
+def test_utf_16_is_read(tmp_path: Path) -> None:
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be"):
+        mark = "" if encoding == "utf-16" else "\ufeff"
+        for text in (json.dumps(RECORDS, ensure_ascii=False), "\n".join(map(json.dumps, RECORDS))):
+            (tmp_path / "file").write_bytes((mark + text).encode(encoding))
+            assert values(tmp_path / "file") == RECORDS
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`eval.benchmarks.crash` with two deaths of each kind, and that it notices what it is for."""
+"""`eval.benchmarks.crash` with two deaths of each kind, and a check that it notices losses."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def test_two_deaths_lose_nothing(durability: str) -> None:
 
 
 def test_what_is_missing_is_noticed(tmp_path: Path) -> None:
-    acknowledged = crash.killed(tmp_path, "step", 3, 2.0)
+    acknowledged = crash.write_and_kill(tmp_path, "step", 3, 2.0)
     assert acknowledged
     assert not [line for line in crash.inspect(tmp_path, acknowledged, 0) if line != "resumed"]
     more = {episode: (steps + 99, over) for episode, (steps, over) in acknowledged.items()}
     lost = [line for line in crash.inspect(tmp_path, more | {"never": (1, False)}, 0) if line.startswith("lost")]
     assert len(lost) == len(more) + 1
     store = MemoryStore(tmp_path)
-    kept = [record for record in store.episodes() if len(store.memory_at(record.episode_id, record.steps))]
-    episode = kept[-1]
+    nonempty = [record for record in store.episodes() if len(store.memory_at(record.episode_id, record.steps))]
+    episode = nonempty[-1]
     store._table("journal").delete(f"episode_id = '{episode.episode_id}' AND operation = 'create'")
-    (found,) = crash.inspect(tmp_path, {}, 0)
-    assert found.startswith(f"inconsistent: The journal of episode {episode.episode_id} is damaged") or (
-        found.startswith("inconsistent: Reply") and episode.episode_id in found
+    (line,) = crash.inspect(tmp_path, {}, 0)
+    assert line.startswith(f"inconsistent: The journal of episode {episode.episode_id} is damaged") or (
+        line.startswith("inconsistent: Reply") and episode.episode_id in line
     )

@@ -33,12 +33,12 @@ def test_every_way_asks_for_all_texts_and_the_figures_are_written(
     made.model.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0]["input_ids"])))
     [step] = embedding.draw_steps(1, 4, 0)
     calls = {}
-    for way in (embedding.one_batch, embedding.call_an_episode, embedding.call_a_text, embedding.the_library):
+    for way in (embedding.one_batch, embedding.call_per_episode, embedding.call_per_text, embedding.call_library):
         rows.clear()
         assert way(made, step).shape == (16, 384)
         assert sum(rows) == 16
         calls[way.__name__] = len(rows)
-    assert calls["one_batch"] < calls["call_an_episode"] < calls["call_a_text"] == 16
+    assert calls["one_batch"] < calls["call_per_episode"] < calls["call_per_text"] == 16
     monkeypatch.setattr(embedding, "MiniLMEmbedder", lambda: made)
     embedding.main(out=tmp_path / "new" / "embedding.json", episodes=4, steps=1, repeats=1)
     figures = json.loads((tmp_path / "new" / "embedding.json").read_text())

@@ -1,4 +1,4 @@
-"""`eval.benchmarks.store` in small: all memories do the same work, and the durable ones keep it."""
+"""`eval.benchmarks.store` in small: all memories do the same work, and the durable ones store it."""
 
 from __future__ import annotations
 

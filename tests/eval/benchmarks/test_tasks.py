@@ -24,7 +24,7 @@ def test_everything_is_measured_on_the_same_work(tmp_path: Path) -> None:
 
 
 def test_repeated_rows_are_others(tmp_path: Path) -> None:
-    rows = list(tasks.made_up_rows())[:2]
+    rows = list(tasks.generate_rows())[:2]
     tasks.write_rows(tmp_path / "rows.json", rows, 5)
     written = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
     assert written[:2] == rows
@@ -33,7 +33,7 @@ def test_repeated_rows_are_others(tmp_path: Path) -> None:
 
 
 def test_ways_that_differ_are_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks.MatchCount, "count", lambda self, text: len(text))
+    monkeypatch.setattr(tasks.MatchingTokenizer, "count", lambda self, text: len(text))
     monkeypatch.setenv("ATOMMEM_DATA", str(tmp_path))
     with pytest.raises(AssertionError, match="the same chunks"):
         tasks.measure(tmp_path, questions=20, sizes=(60,), repeats=1)

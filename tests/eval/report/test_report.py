@@ -38,7 +38,7 @@ def run(folder: Path, policy: str, environment: str = "Easy 10", **changes: Any)
 def table(text: str, heading: str) -> list[dict[str, str]]:
     """The first table after a heading of report.md."""
     lines = text[text.index(heading) :].splitlines()
-    start = next(place for place, line in enumerate(lines) if line.startswith("|"))
+    start = next(index for index, line in enumerate(lines) if line.startswith("|"))
     rows = []
     for line in lines[start:]:
         if not line.startswith("|"):
@@ -117,9 +117,9 @@ def test_what_was_run_is_said_in_full(tree: Path, written: Path) -> None:
     shared = {row["setting"]: row["value"] for row in table(section, "Settings of all runs")}
     rows = table(section, "Easy 10: num\\_docs = 10")
     assert [row["seeds"] for row in rows if row["policy"] == "perfect-rag"] == ["0, 1"]
-    assert {row["settings of its own"] for row in rows} >= {"ablation = no\\_update, operations = create, read, delete"}
+    assert {row["other settings"] for row in rows} >= {"ablation = no\\_update, operations = create, read, delete"}
     assert len(table(section, "Easy 20: num\\_docs = 20")) == 2
-    # Every setting of every run is found in one of the three places.
+    # Every setting of every run is in one of the three tables.
     for path in tree.rglob("config.json"):
         config = json.loads(path.read_text(encoding="utf-8"))
         for name in {**config["options"], **config["settings"], **config["sampling"]}:
@@ -163,9 +163,9 @@ def test_pictures_come_with_the_numbers_that_they_show(written: Path) -> None:
     assert {line["documents"] for line in by_documents} == {"10", "20"}
     assert len({line["row"] for line in by_documents}) == 4
     memory = lines(written / "plots" / "memory-easy-10.csv")
-    kept = [float(line["entries"]) for line in memory if line["row"] == "perfect-rag*"]
-    assert kept == sorted(kept)
-    assert kept[-1] == 10, "one entry a document"
+    entries = [float(line["entries"]) for line in memory if line["row"] == "perfect-rag*"]
+    assert entries == sorted(entries)
+    assert entries[-1] == 10, "one entry for each document"
 
 
 def test_operations_over_steps_add_up_to_those_of_an_episode(tree: Path, written: Path) -> None:
@@ -184,7 +184,7 @@ def test_the_same_runs_give_the_same_bytes(tree: Path, written: Path) -> None:
     )
     assert latex(again) == (written / "results.tex").read_text(encoding="utf-8")
     for plot in pictures:
-        assert csv_text(plot.drawn) == (written / "plots" / f"{plot.name}.csv").read_text(encoding="utf-8")
+        assert csv_text(plot.data) == (written / "plots" / f"{plot.name}.csv").read_text(encoding="utf-8")
 
 
 def test_runs_that_cannot_be_pooled_are_refused(tree: Path, tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def test_published_figures_stand_beside_the_same_method_only(tmp_path: Path, mon
     assert {row["model"] for row in published} == {"Qwen3-8B", "Qwen2.5-7B", "Qwen3-4B"}
     assert {row["metric"] for row in published if row["own"]} == {"judge"}
     assert "67.8 (RAG)" in latex(environments)
-    (drawn,) = [plot.drawn for plot in plots.draw(environments) if plot.name == "em-hotpotqa"]
+    (drawn,) = [plot.data for plot in plots.draw(environments) if plot.name == "em-hotpotqa"]
     assert {line["row"]: line["em"] for line in drawn if "published" in line["row"]} == {
         "rag@mine (published)": 67.8,
         "AtomMem without RL (published)": 65.9,
