@@ -36,7 +36,8 @@ from train.tiny_base import build_tokenizer
 
 COMMANDS = ("collect", "sft", "grpo")
 _KILLS = 2  # of each trial, at most
-_NOT_COMPARED = ("checkpoint.pt", "curve.png", "tensorboard")  # a state with times, and pictures of what is compared
+# a state with times, pictures of what is compared, and dates
+_NOT_COMPARED = ("checkpoint.pt", "curve.png", "tensorboard", "provenance.json")
 _ENV: dict[str, Any] = {
     "env_id": "AtomMem-Synthetic",
     "num_docs": 4,
