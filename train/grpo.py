@@ -45,6 +45,7 @@ from eval.run_folder import read_config, read_jsonl, to_jsonl, write_atomic
 from train.advantages import group_advantages
 from train.estimate import check_memory
 from train.metrics import policy_metrics, training_rewards
+from train.overlap import overlap_warning
 from train.samples import Sample, check_all_trained, make_samples
 from train.settings import GRPOConfig, LocalGRPOConfig, make_env, open_run
 
@@ -88,6 +89,9 @@ class Trainer:
         for driver in filter(None, (self.driver, self.held_out)):
             if not len(driver.source):
                 raise DataError(f"The {driver.source.dataset} source has no tasks; choose another --split.")
+        warning = overlap_warning(self.driver.source, self.held_out.source) if self.held_out else None
+        if warning:
+            self.console.print(warning, soft_wrap=True, markup=False, highlight=False)
         self.specs = episode_specs(len(self.driver.source), run.steps * run.groups, run.seed)
         torch.manual_seed(run.seed)
         self.chat = ChatTokenizer(find_model(run.model))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,11 @@ class HaystackSource:
 
     def __len__(self) -> int:
         return len(self._starts) - 1
+
+    def question_texts(self) -> Iterator[str]:
+        """The text of every question; no context is drawn."""
+        rows = self._questions.rows
+        return (rows[number]["text"] for number in range(len(rows)))
 
     def task(self, index: int, seed: int) -> Task:
         """The task at `index` (0 ≤ index < len), its context drawn and shuffled by `seed` (≥ 0).

@@ -231,7 +231,7 @@ def test_lora_trains_the_adapters_alone_and_leaves_a_plain_model(make_run: Calla
         with trainer.model.disable_adapter():
             assert (trainer.model(ids).logits - adapted).abs().max() > 1e-3
     torch.testing.assert_close(merged, adapted, atol=1e-4, rtol=0)
-    assert load_policy(str(run.out / "model"), trainer.driver.settings, layout="terse").name == "model"
+    assert load_policy(str(run.out / "model"), trainer.driver.settings, layout="terse").name == "run"
 
 
 def test_in_bfloat16_the_sampler_follows_float32_weights(make_run: Callable[..., LocalGRPOConfig]) -> None:

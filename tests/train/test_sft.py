@@ -212,7 +212,8 @@ def ends(run: SFTConfig) -> tuple[list[str], dict[str, bytes]]:
     """What a finished run has logged, but for times, and its model."""
     lines = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
     times = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
-    assert sorted(path.name for path in run.out.iterdir()) == ["config.json", "metrics.jsonl", "model"]
+    left = {"config.json", "metrics.jsonl", "model", "provenance.json"}
+    assert {path.name for path in run.out.iterdir()} == left
     model = {path.name: path.read_bytes() for path in (run.out / "model").iterdir() if path.name != "atommem.json"}
     return [str({name: value for name, value in line.items() if name not in times}) for line in lines], model
 

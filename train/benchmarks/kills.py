@@ -36,7 +36,8 @@ from train.tiny_base import build_tokenizer
 
 COMMANDS = ("collect", "sft", "grpo")
 _KILLS = 2  # of each trial, at most
-_NOT_COMPARED = ("checkpoint.pt", "curve.png", "tensorboard")  # a state with times, and pictures of what is compared
+# a state with times, pictures of what is compared, and dates
+_NOT_COMPARED = ("checkpoint.pt", "curve.png", "tensorboard", "provenance.json")
 _ENV: dict[str, Any] = {
     "env_id": "AtomMem-Synthetic",
     "num_docs": 4,
@@ -100,9 +101,9 @@ def run(command: str, work: Path, out: Path) -> None:
 
 def run_until_killed(command: str, work: str, out: str) -> None:
     """`run` in a process of its own, which prints a line when it may be killed."""
-    import peft  # noqa: F401  # these take seconds, in which nothing could go wrong
-    import trl  # noqa: F401
-
+    if command != "collect":
+        import peft  # noqa: F401  # these take seconds, in which nothing could go wrong
+        import trl  # noqa: F401
     os.write(1, b"\n")
     run(command, Path(work), Path(out))
 

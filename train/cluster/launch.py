@@ -74,6 +74,7 @@ from train.cluster.recipe import (
 from train.curve import draw_curve
 from train.estimate import estimate_table
 from train.grpo import METRICS, report_end
+from train.overlap import overlap_warning
 from train.settings import open_run
 
 _POLL = 2.0  # seconds between looks at the job
@@ -230,13 +231,16 @@ def write_folder(run: ClusterGRPOConfig) -> None:
         DataError: a split has no tasks.
     """
     config = open_run(run)
-    counts = []
+    sources = []
     for split in (run.split, run.eval_split)[: 2 if run.eval_every else 1]:
         source = task_source(run, split)
         if not len(source):
             raise DataError(f"The {source.dataset} source has no tasks in {split!r}; choose another split.")
-        counts.append(len(source))
-    write_prompts(run, counts[0], counts[-1])
+        sources.append(source)
+    warning = overlap_warning(sources[0], sources[1]) if run.eval_every else None
+    if warning:
+        Console(stderr=True).print(warning, soft_wrap=True, markup=False, highlight=False)
+    write_prompts(run, len(sources[0]), len(sources[-1]))
     write_run_card(run)
     write_atomic(run.out / "config.json", config)
     add_session(run.out)

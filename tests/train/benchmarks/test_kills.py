@@ -1,4 +1,4 @@
-"""`train.benchmarks.kills` with one run of a command, and that it notices what it is for."""
+"""`train.benchmarks.kills` with one run of `collect`, and that it notices what it is for."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no kill -9")
-@pytest.mark.parametrize("command", ["collect", "sft"])  # grpo: tests/train/test_grpo.py
-def test_a_run_killed_and_resumed_is_never_killed(command: str, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_killed_and_resumed_is_never_killed(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kills, "_KILLS", 1)
-    result = kills.measure(command, work, 1, 0, Console(quiet=True))
+    result = kills.measure("collect", work, 1, 0, Console(quiet=True))
     assert (result.kills, result.different) == (1, 0)
 
 
