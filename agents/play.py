@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -15,6 +16,7 @@ from agents.registry import METHODS, POLICIES
 from agents.rollout import play_episode
 from atommem_env.dialects import Dialect, get_dialect
 from atommem_env.make import make_env
+from atommem_env.terminal import printable
 from atommem_env.types import Observation, Operation, OperationKind
 
 _SHORT = {
@@ -83,7 +85,7 @@ def main(
     def person(observation: Observation) -> str:
         for name, value in observation.items():
             if value != "" and name not in ("phase", "step", "steps_left"):
-                console.print(Panel(Text(str(value)), title=name, title_align="left"))
+                console.print(Panel(Text(printable(str(value))), title=name, title_align="left"))
         console.print(f"step {observation['step'] + 1}, {observation['steps_left']} left ({observation['phase']})")
         lines: list[str] = []
         while True:
@@ -100,12 +102,13 @@ def main(
     try:
         rollout = play_episode(env, person, seed=seed)
     except _Left:
-        console.print(f"You left; your entries are in {env.store.folder}.")
+        console.print(f"You left; your entries are in {escape(str(env.store.folder))}.")
     else:
-        for question, outcome in zip(env.episode.task.questions if env.episode else (), rollout.questions, strict=True):
-            console.print(
-                f"{question.text}  gold: [bold]{'; '.join(question.answers) or 'none'}[/]  yours: {outcome.prediction}"
-            )
+        asked = env.episode.task.questions if env.episode else ()
+        for question, outcome in zip(asked, rollout.questions, strict=True):
+            texts = (question.text, "; ".join(question.answers) or "none", outcome.prediction or "no answer")
+            text, golds, prediction = (escape(text) for text in texts)
+            console.print(f"{text}  gold: [bold]{golds}[/]  yours: {prediction}", highlight=False)
         graded = any(outcome.em is not None for outcome in rollout.questions)
         console.print(
             f"reward: {rollout.reward:.2f}" if graded else "No question has a gold answer: nothing was graded."

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple, NoReturn
 
 from gymnasium.error import Error as GymnasiumError
 
-from atommem_env.errors import AtomMemError
+from atommem_env.errors import AtomMemError, PluginError
 from atommem_env.packages import PACKAGES, check_packages
-from atommem_env.plugins import suggest
+from atommem_env.plugins import raised_at, suggest
+from atommem_env.terminal import printable
 
 _LAST_SECONDS = 3.0  # until an interrupted process ends, whatever still runs in it
 
@@ -217,7 +218,7 @@ def _run(words: Sequence[str]) -> None:
         _exit_within(_LAST_SECONDS, 130)
         sys.exit(130)
     except (AtomMemError, GymnasiumError, OSError) as error:
-        print(f"{name}: {_message(error)}", file=sys.stderr)
+        print(f"{name}: {printable(_message(error))}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -247,9 +248,15 @@ def _call(command: str, words: Sequence[str]) -> None:
         else:
             tyro.cli(function, prog=f"atommem {command}", args=words, config=(tyro.conf.OmitArgPrefixes,))
     except SystemExit as end:
-        if not end.code and {"-h", "--help"} & set(words):
+        if end.code:
+            raise
+        if {"-h", "--help"} & set(words):
             print(f"\nexample:\n  atommem {command} {COMMANDS[command].example}".rstrip())
-        raise
+            raise
+        if any(word.startswith("--tyro-") for word in words):
+            raise
+        # No command of ours ends so: a policy or another part of the user's did, and the command has not done its work.
+        raise PluginError(f"ended early, by sys.exit({end.code}) ({raised_at(end)}).") from end
 
 
 def _message(error: Exception) -> str:

@@ -53,12 +53,12 @@ def load_module(name: str) -> ModuleType:
             ) from error
         cause = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
         raise PluginError(
-            f"Module {name!r} cannot be imported: {type(error).__name__}: {cause} ({_raised_at(error)})."
+            f"Module {name!r} cannot be imported: {type(error).__name__}: {cause} ({raised_at(error)})."
         ) from error
 
 
-def _raised_at(error: BaseException) -> str:
-    """File and line: the last that is not of an installed package, where there is one."""
+def raised_at(error: BaseException) -> str:
+    """File and line where an error was raised: the last that is not of an installed package, where there is one."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}"
     installed = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))

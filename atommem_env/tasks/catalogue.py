@@ -35,8 +35,10 @@ from atommem_env.errors import DataError, DatasetNotFound, SettingError
 from atommem_env.paths import data_folder
 from atommem_env.plugins import suggest
 from atommem_env.tasks import hotpotqa, musique, twowiki
+from atommem_env.tasks.file_types import short_path
+from atommem_env.tasks.folders import visible_files
 from atommem_env.tasks.jsonl import JsonLines, JsonLinesWriter, read_records
-from atommem_env.tasks.records import Record, excerpt, required
+from atommem_env.tasks.records import Record, excerpt, required, some
 from atommem_env.types import Document
 
 PARSERS: dict[str, Callable[[Mapping[str, Any]], Record | None]] = {
@@ -46,6 +48,7 @@ PARSERS: dict[str, Callable[[Mapping[str, Any]], Record | None]] = {
 }
 FORMAT = 1  # of the folder; an import of another format must be repeated
 
+_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".gz")  # of the files used from a folder
 _FILES = ("rows.jsonl", "rows.offsets.npy", "documents.jsonl", "documents.offsets.npy", "identity.npy", "pool.npy")
 
 
@@ -115,8 +118,8 @@ def import_dataset(
     Args:
         dataset: "hotpotqa", "2wikimultihopqa" or "musique".
         split: the name of the import, e.g. "dev".
-        file: one JSON list, JSON lines (both plain or gzipped) or parquet, with the dataset's own field names; several are read
-            one after the other.
+        file: one JSON list, JSON lines (both plain or gzipped) or parquet, with the dataset's own field names; several, or
+            those of a folder (`question_files`), are read one after the other.
         corpus: documents that fill contexts, in the same forms, with the fields `title` and `text`.
         progress: called regularly with the file being read and the number of bytes read of it.
 
@@ -126,7 +129,7 @@ def import_dataset(
         SettingError: there is no such dataset, no file is given, or the split is not a valid file name.
     """
     check_names(dataset, split)
-    files = (file,) if isinstance(file, Path) else tuple(file)
+    files = question_files((file,) if isinstance(file, Path) else file)
     if not files:
         raise SettingError(f"file must name at least one file of {dataset}, got none.")
     parent = data_folder("data", dataset)
@@ -141,6 +144,58 @@ def import_dataset(
     if previous is not None and previous.is_dir():
         shutil.rmtree(previous)
     return Questions.open(folder).report
+
+
+def question_files(given: Sequence[Path]) -> list[Path]:
+    """The files given, and in place of a folder the files of records in it, in the order of their names.
+
+    Raises:
+        DataError: a folder has no such file, or files of several splits by their names.
+    """
+    files: list[Path] = []
+    for path in given:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        inside = [file for file in visible_files(path) if file.suffix.lower() in _SUFFIXES]
+        if not inside:
+            raise DataError(f"{short_path(path)}: no file in this folder that ends in {', '.join(_SUFFIXES)}.")
+        splits = {
+            "dev" if word.startswith("valid") else word
+            for file in inside
+            for word in re.split(r"[^a-z]+", str(file.relative_to(path)).lower())
+            if word in ("train", "dev", "valid", "validation", "test")
+        }
+        if len(splits) > 1:
+            raise DataError(
+                f"{short_path(path)}: this folder has files of several splits ({', '.join(sorted(splits))}): "
+                f"{some(file.name for file in inside)}. Name the files of one split."
+            )
+        files += inside
+    return files
+
+
+def shared_questions(dataset: str, split: str) -> dict[str, int]:
+    """How many questions of an import are, by id or by text, also in another of the dataset: the other's split -> above 0."""
+    own = list(_names(open_dataset(dataset, split)))
+    shared: dict[str, int] = {}
+    for other in imported_splits(dataset):
+        if other == split:
+            continue
+        try:
+            known = set(chain.from_iterable(_names(open_dataset(dataset, other))))
+        except DatasetNotFound:  # imported by another version
+            continue
+        if count := sum(not known.isdisjoint(names) for names in own):
+            shared[other] = count
+    return shared
+
+
+def _names(questions: Questions) -> Iterator[tuple[str, str]]:
+    """Of each question its id, and its text without regard to case and whitespace."""
+    for number in range(len(questions.rows)):
+        row = questions.rows[number]
+        yield f"id {row['id']}", f"text {' '.join(row['text'].split()).casefold()}"
 
 
 def open_dataset(dataset: str, split: str) -> Questions:

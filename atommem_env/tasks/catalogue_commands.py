@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -21,10 +22,13 @@ from atommem_env.tasks.catalogue import (
     import_dataset,
     imported_splits,
     open_dataset,
+    question_files,
     sha256_of,
+    shared_questions,
     verify_dataset,
 )
 from atommem_env.tasks.download import download, find_published
+from atommem_env.terminal import printable
 
 Dataset = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar=f"{{{','.join(PARSERS)}}}")]
 _COLUMNS = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
@@ -80,27 +84,30 @@ def import_command(
 
     Args:
         dataset: Which dataset the file belongs to.
-        files: The official file, or all its shards: a JSON list or JSON lines, plain or gzipped, or parquet.
+        files: The official file, all its shards, or a folder of them: a JSON list or JSON lines, plain or gzipped, or parquet.
         split: The name to import it under.
         corpus: Documents with `title` and `text` that fill contexts; without it, the other questions' do.
     """
     check_names(dataset, split)
-    _import(Console(), dataset, split, files, corpus)
+    _import(Console(), dataset, split, question_files(files), corpus)
 
 
 def _import(console: Console, dataset: str, split: str, files: Sequence[Path], corpus: Path | None) -> None:
     with Progress(*_COLUMNS, console=console, transient=True) as bar:
         sizes = {path: path.stat().st_size for path in (*files, corpus) if path is not None and path.is_file()}
-        tasks = {path: bar.add_task(f"Reading {path.name}", total=size) for path, size in sizes.items()}
+        tasks = {
+            path: bar.add_task(f"Reading {escape(printable(path.name))}", total=size) for path, size in sizes.items()
+        }
         report = import_dataset(
             dataset, split, files, corpus, lambda path, done: bar.update(tasks[path], completed=done)
         )
     _show(console, [report], "Imported")
+    if shared := shared_questions(dataset, split):
+        others = ", ".join(f"{count:,} of {report.rows:,} in {other!r}" for other, count in shared.items())
+        _print(console, f"Questions that were imported before, under another split: {others}.")
     environment = next(f"AtomMem-{name}" for name, kwargs in ENVIRONMENTS.items() if kwargs.get("source") == dataset)
     option = "" if split == "dev" else f', split="{split}"'
-    console.print(
-        f'Next, in Python: import atommem_env, gymnasium; gymnasium.make("{environment}"{option})', markup=False
-    )
+    _print(console, f'Next, in Python: import atommem_env, gymnasium; gymnasium.make("{environment}"{option})')
 
 
 def verify_command(
@@ -141,11 +148,22 @@ def _show(console: Console, reports: Sequence[ImportReport], title: str) -> None
         table.add_column(heading, justify="right" if heading in ("questions", "documents") else "left")
     for report in reports:
         filled = "other questions" if report.corpus_documents is None else f"corpus of {report.corpus_documents:,}"
-        table.add_row(report.dataset, report.split, f"{report.rows:,}", f"{report.documents:,}", filled)
+        table.add_row(
+            escape(printable(report.dataset)),
+            escape(printable(report.split)),
+            f"{report.rows:,}",
+            f"{report.documents:,}",
+            filled,
+        )
     console.print(table)
     for report in reports:
         notes = {"questions left out: unanswerable": report.unanswerable}
         notes |= {f"questions repaired: {what}": count for what, count in report.repairs.items()}
         notes["corpus rows left out: blank, or the same as another"] = report.corpus_left_out
         for line in (report.folder, *(f"  {count:,} {what}" for what, count in notes.items() if count)):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            _print(console, line)
+
+
+def _print(console: Console, line: str) -> None:
+    """A line with names from data in it."""
+    console.print(printable(line), markup=False, highlight=False, soft_wrap=True)

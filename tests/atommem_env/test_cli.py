@@ -24,7 +24,7 @@ def failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     """What a command says that fails, in an empty folder, for a cause outside this program: one line."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    for name in ("a_script", "broken", "helper", "unfinished"):  # of another test's folder
+    for name in ("a_script", "broken", "helper", "leaves", "unfinished"):  # of another test's folder
         monkeypatch.delitem(sys.modules, name, raising=False)
 
     def run(*words: str) -> str:
@@ -128,6 +128,10 @@ def test_a_reader_that_has_seen_enough_is_no_error(words: tuple[str, ...]) -> No
         (("AtomMem-Synthetic", "--policy", "broken:policy"), "cannot be imported: KeyError: 'x' (HERE/helper.py, line 3)."),
         (("AtomMem-Synthetic", "--policy", "unfinished:policy"), "'(' was never closed (HERE/unfinished.py, line 1)."),
         (("AtomMem-Synthetic", "--policy", "a_script:policy"), "SystemExit: 2 (HERE/a_script.py, line 2)."),
+        (("AtomMem-Synthetic", "--policy", "leaves:policy"), "SystemExit: 0 (HERE/leaves.py, line 2)."),
+        (("leaves:Foo-v0",), "SystemExit: 0 (HERE/leaves.py, line 2)."),
+        (("AtomMem-Synthetic", "--policy", "\x1b[31mred\u202e"), "No policy is called '\\x1b[31mred\\u202e'"),
+        (("AtomMem-Files", "--files", "no\x1b[31m\x9b\u202efile", "--set", "question=?"), "/no\\x1b[31m\\x9b\\u202efile, "),
         (("AtomMem-Synthetic", "--policy", "helper:plicy"), "did you mean 'policy'?"),
     ],
 )  # fmt: skip
@@ -137,6 +141,7 @@ def test_what_is_wrong_with_an_evaluation_is_one_line(
     (tmp_path / "a-file").write_text("")
     (tmp_path / "broken.py").write_text("import helper\nhelper.fail()\n")
     (tmp_path / "helper.py").write_text("policy = None\ndef fail():\n    {}['x']\n")
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit(0)\n")
     (tmp_path / "unfinished.py").write_text("policy = (\n")
     (tmp_path / "a_script.py").write_text("import sys\nsys.exit(2)\n")
     line = failed("eval", *words, "--episodes", "1")
@@ -188,6 +193,16 @@ def test_an_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert called(KeyboardInterrupt(), monkeypatch) == 130
     assert ends == [(3.0, 130)]
     assert capsys.readouterr().err == "atommem policies: interrupted\n"
+
+
+@pytest.mark.parametrize("code", [0, None])
+def test_a_part_that_ends_the_command_as_if_all_were_well_is_an_error(
+    code: int | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert called(SystemExit(code), monkeypatch) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"atommem policies: ended early, by sys.exit({code}) ({__file__}, line ")
+    assert said.count("\n") == 1
 
 
 def test_a_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -380,3 +380,61 @@ def test_commands_parse_as_documented(tmp_path: Path, own_data_folder: Path, cor
     report = open_dataset("hotpotqa", "test").report
     assert isinstance(report, ImportReport)
     assert (report.rows, report.corpus_documents) == (2, 7)
+
+
+# --------------------------------------------------------------------------------------------------- folders and splits
+
+
+def test_a_folder_of_shards_is_one_import(tmp_path: Path, own_data_folder: Path) -> None:
+    folder = tmp_path / "shards"
+    (folder / "more").mkdir(parents=True)
+    write(folder / "part-2.jsonl", [row(2)])
+    (folder / "part-10.json.gz").write_bytes(gzip.compress(json.dumps([row(10), row(11)]).encode()))
+    (folder / "more" / "part-1.json").write_text(json.dumps([row(20)]))
+    for name in ("README.md", ".part-3.jsonl"):
+        (folder / name).write_text("no record")
+    assert import_dataset("hotpotqa", "dev", folder).rows == 4
+    rows = open_dataset("hotpotqa", "dev").rows
+    assert [rows[number]["id"] for number in range(4)] == ["q20", "q2", "q10", "q11"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ((), r"no file in this folder that ends in \.json, "),
+        (("train-00000.jsonl", "validation-00000.jsonl"), r"files of several splits .dev, train.: train-00000\.js"),
+        (("train/0.jsonl", "test/0.jsonl"), r"files of several splits .test, train."),
+    ],
+)
+def test_a_folder_that_is_no_split_is_rejected(tmp_path: Path, names: tuple[str, ...], message: str) -> None:
+    (tmp_path / "shards").mkdir()
+    for name in names:
+        (tmp_path / "shards" / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / "shards" / name, [row(0)])
+    with pytest.raises(DataError, match=message):
+        import_dataset("hotpotqa", "dev", tmp_path / "shards")
+
+
+def test_questions_imported_under_two_splits_are_counted(
+    tmp_path: Path, own_data_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = [row(number) for number in range(6)]
+    same_id, same_text = row(4) | {"question": "Another?"}, row(99) | {"question": " what is  5? "}
+    import_command("hotpotqa", (write(tmp_path / "train", train),), split="train")
+    assert "another split" not in capsys.readouterr().out
+    import_command("hotpotqa", (write(tmp_path / "dev", [same_id, same_text, row(7)]),))
+    said = "Questions that were imported before, under another split: 2 of 3 in 'train'.\n"
+    assert said in capsys.readouterr().out
+    import_command("hotpotqa", (write(tmp_path / "other", [row(8)]),), split="other")
+    assert "another split" not in capsys.readouterr().out
+
+
+def test_names_of_files_cannot_control_the_terminal(
+    tmp_path: Path, own_data_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATOMMEM_DATA", str(tmp_path / "data\x1b[31m[bold]"))
+    import_command("hotpotqa", (write(tmp_path / "dev\x1b]0;title\x07[red]", [row(0)]),))
+    list_command()
+    said = capsys.readouterr().out
+    assert "\x1b" not in said
+    assert "data\\x1b[31m[bold]/data/hotpotqa/dev-" in said
