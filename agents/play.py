@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -16,7 +15,7 @@ from agents.registry import METHODS, POLICIES
 from agents.rollout import play_episode
 from atommem_env.dialects import Dialect, get_dialect
 from atommem_env.make import make_env
-from atommem_env.terminal import printable
+from atommem_env.terminal import escape, printable
 from atommem_env.types import Observation, Operation, OperationKind
 
 _SHORT = {

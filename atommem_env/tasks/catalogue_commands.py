@@ -8,7 +8,6 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -28,7 +27,7 @@ from atommem_env.tasks.catalogue import (
     verify_dataset,
 )
 from atommem_env.tasks.download import download, find_published
-from atommem_env.terminal import printable
+from atommem_env.terminal import escape, printable
 
 Dataset = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar=f"{{{','.join(PARSERS)}}}")]
 _COLUMNS = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
@@ -95,9 +94,7 @@ def import_command(
 def _import(console: Console, dataset: str, split: str, files: Sequence[Path], corpus: Path | None) -> None:
     with Progress(*_COLUMNS, console=console, transient=True) as bar:
         sizes = {path: path.stat().st_size for path in (*files, corpus) if path is not None and path.is_file()}
-        tasks = {
-            path: bar.add_task(f"Reading {escape(printable(path.name))}", total=size) for path, size in sizes.items()
-        }
+        tasks = {path: bar.add_task(f"Reading {escape(path.name)}", total=size) for path, size in sizes.items()}
         report = import_dataset(
             dataset, split, files, corpus, lambda path, done: bar.update(tasks[path], completed=done)
         )
@@ -149,8 +146,8 @@ def _show(console: Console, reports: Sequence[ImportReport], title: str) -> None
     for report in reports:
         filled = "other questions" if report.corpus_documents is None else f"corpus of {report.corpus_documents:,}"
         table.add_row(
-            escape(printable(report.dataset)),
-            escape(printable(report.split)),
+            escape(report.dataset),
+            escape(report.split),
             f"{report.rows:,}",
             f"{report.documents:,}",
             filled,
