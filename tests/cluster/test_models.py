@@ -216,10 +216,10 @@ def test_a_service_that_is_killed_and_started_again_loses_no_reply(
             served.kill()
             served.start()
 
-    with caplog.at_level(logging.WARNING, "agents"):
+    with caplog.at_level(logging.WARNING, "atommem_env"):
         rollouts = play(service, replied)
     assert count == sum(len(rollout.turns) for rollout in rollouts)
-    began, ended = (record.getMessage() for record in caplog.records if record.name == "agents.models.openai_api")
+    began, ended = (record.getMessage() for record in caplog.records if record.name == "atommem_env.openai_client")
     assert "is asked again" in began
     assert "answers again" in ended
     print(ended)
