@@ -213,7 +213,7 @@ def test_a_scoring_rule_is_a_name_a_target_or_a_function() -> None:
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("dialect", f"{MODULE}:Shuting", "has no 'Shuting'; did you mean 'Shouting'"),
+        ("dialect", f"{MODULE}:Shoutingg", "has no 'Shoutingg'; did you mean 'Shouting'"),
         ("dialect", "no_such_module:x", "There is no module 'no_such_module' in the working folder"),
         ("dialect", f"{MODULE}:brief", "A dialect is an object like atommem_env.types.Dialect"),
         ("dialect", "tag", "did you mean 'tags'"),
@@ -255,8 +255,8 @@ def test_the_front_door_opens_without_torch_and_knows_its_names() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "Result(<lambda> on AtomMem-Synthetic, 6 documents: EM 0.0 % [0.0, 0.0], 2 episodes)\n"
-    with pytest.raises(AttributeError, match="no attribute 'evalute'"):
-        atommem_env.evalute  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'evaluat'"):
+        atommem_env.evaluat  # noqa: B018
 
 
 def test_python_and_the_command_line_give_the_same_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_an_attribute_may_be_any_of_these_objects_and_none_is_called(
     with pytest.raises(PolicyError, match="class Model: give Model"):
         load_policy("rag@parts_of_mine:Model", settings)
     with pytest.raises(PolicyError, match=r"'parts_of_mine:polcy' cannot be loaded: .* did you mean 'policy'"):
-        load_policy("parts_of_mine:polcy", settings)
+        load_policy("parts_of_mine:policyy", settings)
     with pytest.raises(ModelNotFound, match="no module 'parts_of_yours'"):
         load_policy("rag@parts_of_yours:model", settings)
     assert not calls
@@ -185,7 +185,7 @@ def test_what_does_not_fit_together_is_rejected(policy: Any, model: Any, message
         load_policy(policy, EpisodeSettings(), model=model)
 
 
-@pytest.mark.parametrize("name", ["oracel", "orcale@tiny", "no_such_module:policy"])
+@pytest.mark.parametrize("name", ["oracel", "oraclee@tiny", "no_such_module:policy"])
 def test_a_misspelt_name_is_rejected_with_what_is_near(name: str) -> None:
     message = (
         "no module 'no_such_module' in the working folder"

@@ -23,7 +23,7 @@ def rendered(width: int, description: str, status: str) -> str:
 @pytest.mark.parametrize(
     ("width", "status"),
     [
-        (60, "12345 replies, reward 0.123"),
+        (64, "12345 replies, reward 0.123"),
         (80, "12345 replies, reward 0.123"),
         (80, "reward 0.123, best held-out EM 0.456"),
     ],

@@ -100,7 +100,7 @@ def test_what_is_set_is_joined_and_the_last_counts(tmp_path: Path) -> None:
     [
         (
             ("episodes = 3", "episode = 3"),
-            r"\[the recipe\] has no 'episode'. It has: episodes, seeds, env, environments",
+            r"\[the recipe\] has no 'episode'; did you mean 'episodes'\? It has: episodes, seeds, env, environments",
         ),
         (("seeds = [0, 1]", "seeds = 0"), "seeds must be a list of whole numbers, got 0"),
         (("seeds = [0, 1]", "seeds = []"), "has no run"),
