@@ -15,7 +15,11 @@ from typing import Any
 
 from gymnasium.envs.registration import register
 
+from atommem_env.usage_reports import switch_off_usage_reports
+
 __all__ = ["ENVIRONMENTS"]
+
+switch_off_usage_reports()
 
 # The arguments of each environment; the dynamics are the paper's, except for smaller chunks where documents are short.
 ENVIRONMENTS: dict[str, dict[str, Any]] = {

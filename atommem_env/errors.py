@@ -65,6 +65,13 @@ class ModelError(AtomMemError, RuntimeError):
     """A model service failed, rejected a request or sent an invalid response; an infrastructure failure, never a reward."""
 
 
+class ReplyRefused(ModelError):
+    """A model service will not reply to this one prompt, however often it is asked: its content policy blocks it.
+
+    Other prompts are not affected; asking again, or `--resume`, does not help.
+    """
+
+
 class PromptTooLong(AtomMemError, ValueError):
     """A prompt and its reply do not fit into the model's context window.
 

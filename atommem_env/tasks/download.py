@@ -6,6 +6,8 @@ A broken download is resumed, also by a later call, if the server supports it (H
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import http.client
 import importlib.metadata
 import json
@@ -23,11 +25,14 @@ from pathlib import Path
 from typing import Protocol
 
 from atommem_env.errors import DataError, DatasetNotFound, SettingError
+from atommem_env.redaction import without_secrets
 from atommem_env.tasks.catalogue import sha256_of
 
 PAUSES = (1.0, 2.0, 4.0, 8.0)  # seconds before each retry
 TIMEOUT = 30.0  # seconds without a byte after which a connection counts as broken
 _PIECE = 1 << 18  # most bytes read at a time
+_RESERVE = 1 << 30  # bytes of the disk that a file of unknown size leaves free; half of what is free where that is less
+_SLOW = 60.0, 60 * 1024  # a connection that brings fewer bytes in so many seconds counts as broken
 _PROGRESS = 1 << 20  # new bytes after which the retries start over: the connection is bad, but it makes progress
 _CONNECTION_ERRORS = (urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException)
 _RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)  # statuses of temporary errors
@@ -101,10 +106,11 @@ def find_published(
         SettingError: `sha256` is not a hash, is given without `url`, or `url` is not of HTTP or HTTPS.
         DatasetNotFound: no published file is known for the split; the message says how to import one by hand.
     """
+    shown = None if url is None else without_secrets(url)
     if sha256 is not None and (url is None or not re.fullmatch("[0-9a-fA-F]{64}", sha256)):
-        raise SettingError(f"sha256 must be 64 hexadecimal digits and goes with url, got {sha256!r} and url {url!r}.")
+        raise SettingError(f"sha256 must be 64 hexadecimal digits and goes with url, got {sha256!r} and url {shown!r}.")
     if url is not None and urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-        raise SettingError(f"url must begin with http:// or https://, got {url!r}.")
+        raise SettingError(f"url must begin with http:// or https://, got {shown!r}.")
     if url and sha256:
         return url, sha256.lower(), None
     known = PUBLISHED.get((dataset, split))
@@ -132,12 +138,14 @@ def download(
         progress: called regularly.
 
     Raises:
-        DatasetNotFound: the server rejects the request, cannot be reached after several retries, or the disk is full.
+        DatasetNotFound: the server rejects the request, cannot be reached after several retries, or the disk is full: nearly so
+            where the server does not report the size.
         DataError: the server sent another file; nothing of it is kept.
     """
     if target.is_file() and sha256_of(target) == sha256:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
+    shown = without_secrets(url)
     part = _Part(target.with_name(f".{target.name}.part"), url)
     most, retries = len(part), 0
     while True:
@@ -149,7 +157,7 @@ def download(
                 error.close()
                 if error.code not in _RETRIED_STATUS:
                     raise DatasetNotFound(
-                        f"{url}: the server responded {error.code} {error.reason}. {_HINT}"
+                        f"{shown}: the server responded {error.code} {error.reason}. {_HINT}"
                     ) from error
             if not isinstance(error, _CONNECTION_ERRORS):  # an error of the disk
                 raise
@@ -158,7 +166,7 @@ def download(
             if retries == len(PAUSES):
                 reason = getattr(error, "reason", None) or error
                 raise DatasetNotFound(
-                    f"{url} could not be downloaded in {retries + 1} attempts: {reason}. "
+                    f"{shown} could not be downloaded in {retries + 1} attempts: {reason}. "
                     f"{len(part):,} bytes are saved to resume from. {_HINT}"
                 ) from error
             time.sleep(PAUSES[retries])
@@ -168,7 +176,7 @@ def download(
         length = len(part)
         part.remove()
         raise DataError(
-            f"{url}: expected the SHA-256 {sha256}, got {actual} ({length:,} bytes"
+            f"{shown}: expected the SHA-256 {sha256}, got {actual} ({length:,} bytes"
             + (f", expected {size:,}" if size is not None else "")
             + f"). Nothing of it is kept. The file was damaged in transit, or is another one. {_HINT}"
         )
@@ -185,6 +193,7 @@ class _Part:
 
     def __init__(self, path: Path, url: str) -> None:
         self.path, self._url = path, url
+        self._url_hash = hashlib.sha256(url.encode()).hexdigest()  # written instead of it: it may hold a password
         self._origin = path.with_name(f"{path.name}.json")
 
     def __len__(self) -> int:
@@ -195,13 +204,13 @@ class _Part:
         if not len(self) or not self._origin.is_file():
             return None
         origin = json.loads(self._origin.read_text(encoding="utf-8"))
-        return origin["etag"] if origin["url"] == self._url else None
+        return origin["etag"] if origin["url"] in (self._url_hash, self._url) else None
 
     def begin(self, etag: str | None) -> None:
         """Removes the partial download, and saves the `ETag` of a new one."""
         self.remove()
         if etag and not etag.startswith("W/"):
-            self._origin.write_text(json.dumps({"url": self._url, "etag": etag}), encoding="utf-8")
+            self._origin.write_text(json.dumps({"url": self._url_hash, "etag": etag}), encoding="utf-8")
 
     def remove(self) -> None:
         self._origin.unlink(missing_ok=True)
@@ -221,7 +230,7 @@ def _fetch(url: str, part: _Part, size: int | None, progress: Progress) -> None:
     if etag:
         headers |= {"Range": f"bytes={len(part)}-", "If-Range": etag}
     try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
+        response = urllib.request.urlopen(_request(url, headers), timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code != 416:
             raise
@@ -239,19 +248,46 @@ def _fetch(url: str, part: _Part, size: int | None, progress: Progress) -> None:
             part.begin(response.headers["ETag"])
         if size is not None and total is not None and total != size:
             part.remove()
-            raise DataError(f"{url}: expected a file of {size:,} bytes, the server has one of {total:,}. {_HINT}")
-        _check_room(part.path.parent, (total or size or 0) - len(part))
-        with part.path.open("ab") as file:
-            while piece := response.read1(
-                _PIECE
-            ):  # read1: bytes are saved as they arrive, in case the connection breaks
-                file.write(piece)
-                progress(file.tell(), total or size)
-                if size is not None and file.tell() > size:
-                    break  # without a Content-Length it might never end; the hash check will fail
+            raise DataError(
+                f"{without_secrets(url)}: expected a file of {size:,} bytes, the server has one of {total:,}. {_HINT}"
+            )
         whole = size if total is None else total
+        _check_room(part.path.parent, (whole or 0) - len(part))
+        free = shutil.disk_usage(part.path.parent).free
+        most = len(part) + free - min(_RESERVE, free // 2) if whole is None else whole
+        began, before = time.monotonic(), len(part)
+        with part.path.open("ab") as file:
+            # read1: bytes are saved as they arrive, in case the connection breaks
+            while piece := response.read1(_PIECE):
+                file.write(piece)
+                progress(file.tell(), whole)
+                if file.tell() > most:
+                    break  # without a Content-Length it might never end
+                seconds, least = _SLOW
+                if (now := time.monotonic()) - began > seconds:
+                    if file.tell() - before < least:
+                        raise ConnectionError(f"only {file.tell() - before:,} bytes came in {now - began:.0f} s")
+                    began, before = now, file.tell()
+        if whole is None and len(part) > most:
+            length = len(part)
+            part.remove()
+            raise DatasetNotFound(
+                f"{without_secrets(url)}: the server did not report the file's size, and sent more than the {length:,} bytes "
+                f"that the disk of {part.path.parent} has room for. Nothing of it is kept. {_HINT}"
+            )
         if whole is not None and len(part) < whole:
             raise ConnectionError(f"the connection ended after {len(part):,} of {whole:,} bytes")
+
+
+def _request(url: str, headers: dict[str, str]) -> urllib.request.Request:
+    """A request; name and password in the address become a header, which does not follow to where the server redirects."""
+    parts = urllib.parse.urlsplit(url)
+    userinfo, _, host = parts.netloc.rpartition("@")
+    request = urllib.request.Request(parts._replace(netloc=host).geturl(), headers=headers)
+    if userinfo:
+        credentials = base64.b64encode(urllib.parse.unquote(userinfo).encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {credentials}")
+    return request
 
 
 def _total(headers: Message) -> int | None:

@@ -52,15 +52,18 @@ class Row:
 
     @cached_property
     def numbers(self) -> dict[str, Any]:
-        """`summarise` of all episodes, and `privileged`, `seconds`, `cached_tokens` and `pass_rate` (None: not all judged)."""
+        """`summarise` of all episodes, and `privileged`, `seconds`, `cached_tokens`, `pass_rate` (None: not all judged alike)."""
         summaries = [run.summary or {} for run in self.runs]
         spent = {
             name: sum(summary[name] * summary["episodes"] for summary in summaries) / len(self.records)
             for name in ("seconds", "cached_tokens")
         }
-        judged = [judgement(run) for run in self.runs]
-        clear = sum(result["pass"] + result["fail"] for result in judged if result)
-        rate = sum(result["pass"] for result in judged if result) / clear if all(judged) and clear else None
+        judged = [result for run in self.runs if (result := judgement(run))]
+        judges = {(result["model"], result["prompt_version"]) for result in judged}
+        questions = sum(result["pass"] + result["fail"] + result["unclear"] for result in judged)
+        rate = None
+        if len(judged) == len(self.runs) and len(judges) == 1 and questions:
+            rate = sum(result["pass"] for result in judged) / questions
         return {**summarise(self.records), **spent, "privileged": summaries[0]["privileged"], "pass_rate": rate}
 
 

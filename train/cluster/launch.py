@@ -35,6 +35,7 @@ from rich.console import Console
 
 from atommem_env.errors import DataError, JobFailed, SettingError
 from atommem_env.plugins import MODULES
+from atommem_env.usage_reports import USAGE_REPORTS_OFF
 from eval.progress import step_progress
 from eval.run_folder import read_jsonl, write_atomic
 from train.cluster.jobs import (
@@ -77,7 +78,8 @@ _POLL = 2.0  # seconds between looks at the job
 # -P: else a `train.py` or an `agents/` of the working folder would be imported instead of ours.
 _JOB = ["-P", "-m", "train.cluster.job"]
 _SECRETS = ("OPENAI_API_KEY", "WANDB_API_KEY")
-_PASSED_ON = ("OPENAI_BASE_URL", "OPENAI_EMBEDDING_BASE_URL", *_SECRETS)  # variables of this process that the job gets
+# Variables of this process that the job gets.
+_PASSED_ON = ("OPENAI_BASE_URL", "OPENAI_EMBEDDING_BASE_URL", *USAGE_REPORTS_OFF, *_SECRETS)
 _FOLDERS = ("ATOMMEM_DATA", MODULES)  # likewise, as absolute paths
 
 

@@ -24,7 +24,7 @@ from agents.models import openai_api
 from agents.models.openai_api import OpenAIModel
 from agents.rollout import Driver, EpisodeSpec
 from atommem_env import openai_client
-from atommem_env.errors import MissingDependency, ModelError, PromptTooLong, SettingError
+from atommem_env.errors import MissingDependency, ModelError, PromptTooLong, ReplyRefused, SettingError
 from atommem_env.types import Message, Reply, Rollout, Usage
 
 CHAT: list[Message] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who lives in Rome?"}]
@@ -36,6 +36,8 @@ Distortion = Callable[[dict[str, Any]], Any]
 class Service(ThreadingHTTPServer):
     """Replies with what it was asked, a letter a token; counts as tokens of a prompt its words."""
 
+    request_queue_size = 64  # connections that wait; with fewer the kernel lets one wait for a second
+
     def __init__(self, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), Handler)
         self.port = self.server_address[1]
@@ -44,6 +46,7 @@ class Service(ThreadingHTTPServer):
         self.failures: list[int | str] = []  # of the next answers: a status, or one of the above
         self.distort: Distortion = lambda answer: answer
         self.rejects: Callable[[dict[str, Any]], str] = lambda body: ""
+        self.refuses = 0  # the status of a refusal by its policy on content
         self.knows_ids = True
         self.window = 10**9
         self.busy = self.busiest = 0
@@ -75,8 +78,11 @@ class Handler(BaseHTTPRequestHandler):
             self._send(failure, {"error": {"message": f"no, because; {KEY}"}})
             return
         tokens = sum(len(message["content"].split()) for message in body["messages"])
-        limit = body.get("max_tokens") or body["max_completion_tokens"]
-        if rejection := self.server.rejects(body):
+        limit = body.get("max_tokens") or body.get("max_completion_tokens") or 1000
+        if self.server.refuses:
+            said = "The prompt triggered the content management policy."
+            self._send(self.server.refuses, {"error": {"message": said, "code": "content_filter"}})
+        elif rejection := self.server.rejects(body):
             self._send(400, {"error": {"message": rejection, "code": 400}})
         elif tokens + limit > self.server.window:
             said = (
@@ -281,6 +287,91 @@ def test_what_a_service_rejects_is_detected_once_and_left_out(
     assert not set(fields) & set(service.asked[-1])
 
 
+def strict(*accepted: str, words: str = "body.{}: Extra inputs are not permitted") -> Callable[[dict[str, Any]], str]:
+    """Rejects each field but those, the first one first."""
+    return lambda body: next((words.format(name) for name in body if name not in accepted), "")
+
+
+@pytest.mark.parametrize(
+    ("accepted", "left_out"),
+    [
+        (("model", "messages", "max_tokens", "temperature", "top_p"), {"seed", "top_k", "logprobs"}),
+        (("model", "messages", "max_completion_tokens", "seed"), {"temperature", "max_tokens"}),
+        (("model", "messages"), {"max_tokens", "max_completion_tokens", "seed", "temperature"}),
+    ],
+)
+def test_fields_that_are_rejected_by_name_are_left_out_with_one_warning(
+    accepted: tuple[str, ...], left_out: set[str], service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    service.rejects = strict(*accepted)
+    model = OpenAIModel("m")
+    for _ in range(3):
+        ask(model)
+    assert set(service.asked[-1]) == set(accepted)
+    assert not service.rejects(service.asked[-2])
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "does not accept" in warning
+    assert all(name in warning for name in left_out)
+
+
+@pytest.mark.parametrize(
+    ("said", "field"),
+    [
+        (
+            "Unsupported value: 'temperature' does not support 0.7 with this model. Only the default (1) is supported.",
+            "temperature",
+        ),
+        ("temperature and top_p cannot both be specified for this model. Please use only one.", "top_p"),
+        ("seed must be less than or equal to 2147483647", "seed"),
+        (
+            "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens'.",
+            "max_tokens",
+        ),
+    ],
+)
+def test_a_value_that_is_rejected_later_is_left_out_then(said: str, field: str, service: Service) -> None:
+    model = OpenAIModel("m")
+    ask(model)
+    service.rejects = lambda body: said if field in body else ""
+    ask(model, temperature=0.7)
+    ask(model, temperature=0.7)
+    first, rejected, other, again = service.asked
+    assert set(first) == set(rejected)
+    assert (
+        set(other)
+        == set(again)
+        == set(first) - {field} | ({"max_completion_tokens"} if field == "max_tokens" else set())
+    )
+
+
+def test_a_limit_that_is_too_large_is_an_error_rather_than_no_limit(service: Service) -> None:
+    service.rejects = lambda body: (
+        "max_tokens is too large: 99. This model supports at most 64"
+        if "max_tokens" in body
+        else "max_completion_tokens is too large: 99."
+    )
+    with pytest.raises(ModelError, match="max_tokens is too large: 99"):
+        ask(OpenAIModel("m"), max_new_tokens=99)
+    assert all("max_tokens" in body or "max_completion_tokens" in body for body in service.asked)
+
+
+@pytest.mark.parametrize("field", ["seed", "temperature"])
+def test_a_service_that_gives_no_reason_is_asked_for_less_and_less(field: str, service: Service) -> None:
+    service.rejects = lambda body: "Bad Request" if field in body else ""
+    model = OpenAIModel("m")
+    ask(model)
+    before = len(service.asked)
+    ask(model)
+    assert len(service.asked) == before + 1
+    assert service.asked[-1]["max_tokens"] == 200
+
+
+@pytest.mark.parametrize(("seed", "sent"), [(2**31 - 1, 2**31 - 1), (2**31, 0), (2**32 - 1, 2**31 - 1), (None, None)])
+def test_seeds_are_sent_below_two_to_the_31st(seed: int | None, sent: int | None, service: Service) -> None:
+    ask(OpenAIModel("m"), seed=seed)
+    assert service.asked[-1].get("seed") == sent
+
+
 def test_a_template_without_a_system_role_is_detected_also_after_chats_that_have_none(service: Service) -> None:
     service.rejects = lambda body: "System role not supported" if body["messages"][0]["role"] == "system" else ""
     model = OpenAIModel("m")
@@ -304,14 +395,14 @@ def test_a_rejection_is_reported_at_once_and_without_the_key(status: int, servic
 
 
 def test_a_request_that_is_wrong_in_every_form_is_rejected_with_the_services_words(service: Service) -> None:
-    service.rejects = lambda body: "temperature must be non-negative"
+    service.rejects = lambda body: "roads must not be empty"
     model = OpenAIModel("m")
-    with pytest.raises(ModelError, match=r"rejected the request: temperature must be non-negative\."):
+    with pytest.raises(ModelError, match=r"rejected the request: roads must not be empty\."):
         ask(model)
     service.rejects = lambda body: ""
     ask(model)
-    service.rejects, before = lambda body: "temperature must be non-negative", len(service.asked)
-    with pytest.raises(ModelError, match="non-negative"):
+    service.rejects, before = lambda body: "roads must not be empty", len(service.asked)
+    with pytest.raises(ModelError, match="roads"):
         ask(model)
     assert len(service.asked) == before + 1
 
@@ -371,6 +462,80 @@ def test_services_say_in_many_words_that_a_prompt_is_too_long(
         ask(OpenAIModel("m"), max_new_tokens=64)
     assert (caught.value.tokens, caught.value.room) == (tokens, room)
     assert len(service.asked) == 1
+
+
+@pytest.mark.parametrize("status", [400, 403, 200])
+def test_a_prompt_that_a_policy_blocks_is_refused_alone(status: int, service: Service) -> None:
+    def distort(answer: dict[str, Any]) -> dict[str, Any]:
+        answer["choices"][0] |= {"finish_reason": "content_filter"}
+        return answer
+
+    model = OpenAIModel("m")
+    ask(model)
+    if status == 200:
+        service.distort = distort
+    else:
+        service.refuses = status
+    with pytest.raises(ReplyRefused, match=r"will not answer this prompt: .*content"):
+        ask(model)
+    service.distort, service.refuses = lambda answer: answer, 0
+    assert ask(model).text == EXPECTED
+    assert len(service.asked) == 3
+
+
+def test_a_prompt_to_which_no_answer_has_a_choice_is_refused_alone(service: Service) -> None:
+    service.distort = lambda answer: {**answer, "choices": []}
+    with pytest.raises(ReplyRefused, match=r"the last of 4 answers to this prompt\."):
+        ask(OpenAIModel("m"))
+
+
+@pytest.mark.parametrize("field", ["reasoning", "reasoning_content"])
+def test_replies_of_thought_alone_are_reported_once_and_counted(
+    field: str, service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    def distort(answer: dict[str, Any]) -> dict[str, Any]:
+        answer["choices"][0]["message"] = {"role": "assistant", "content": "", field: "Is it Ada?"}
+        return answer
+
+    service.distort = distort
+    model = OpenAIModel("m")
+    assert [ask(model).text for _ in range(3)] == [""] * 3
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "replied by reasoning alone" in warning
+    assert model.notices["thought_only"] == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "read", "truncated"), [(6000, 10, True), (6000, 6000, False), (6000, 0, False), (300, 10, False)]
+)
+def test_a_prompt_that_is_read_in_part_is_reported_once_and_counted(
+    words: int, read: int, truncated: bool, service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    def distort(answer: dict[str, Any]) -> dict[str, Any]:
+        answer["usage"]["prompt_tokens"] = read
+        return answer
+
+    service.distort, service.knows_ids = distort, False
+    model = OpenAIModel("m")
+    for _ in range(2):
+        ask(model, [{"role": "user", "content": "boat " * words}])
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == truncated
+    assert model.notices["prompt_truncated"] == 2 * truncated
+    assert not truncated or "read 10 tokens of a prompt of 30,000 characters" in warnings[0]
+
+
+@pytest.mark.parametrize("hostile", ["wide", "deep", "page"])
+def test_an_answer_that_is_hostile_is_one_line_of_an_error(hostile: str, service: Service) -> None:
+    service.distort = {
+        "wide": lambda answer: {**answer, "choices": [{"message": {"content": None, "x": "y" * 9_000_000}}]},
+        "deep": lambda answer: "[" * 1_000_000,
+        "page": lambda answer: f"<html>{'welcome ' * 100_000}</html>",
+    }[hostile]
+    with pytest.raises(ModelError) as caught:
+        ask(OpenAIModel("m"))
+    assert len(str(caught.value)) < 700
+    assert "\n" not in str(caught.value)
 
 
 # -------------------------------------------------------------------------------------------------------------- what goes wrong
@@ -443,9 +608,10 @@ def test_a_service_that_is_not_there_is_reported_with_its_address(monkeypatch: p
         lambda answer: {**answer, "choices": None},
         lambda answer: {"object": "chat.completion"},
         lambda answer: {**answer, "choices": [{"message": {"role": "assistant", "content": None}}]},
-        lambda answer: {**answer, "choices": [{"message": {"role": "assistant", "content": ["Ada"]}}]},
-        lambda answer: "<html>welcome</html>",
-        lambda answer: "",
+        lambda answer: {**answer, "choices": [{"message": {"role": "assistant", "content": 7}}]},
+        lambda answer: {**answer, "choices": [{"message": {"role": "assistant"}, "finish_reason": "error"}]},
+        lambda answer: {**answer, "choices": [["Ada"]]},
+        lambda answer: {**answer, "choices": {"0": "Ada"}},
         lambda answer: "[]",
         lambda answer: "null",
     ],

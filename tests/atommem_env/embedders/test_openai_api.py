@@ -38,6 +38,8 @@ Distortion = Callable[[dict[str, Any]], Any]
 class Service(ThreadingHTTPServer):
     """Embeds by hashing, three times too long and in reverse order; fails and lies as a test wants."""
 
+    request_queue_size = 64  # connections that wait; with fewer the kernel lets one wait for a second
+
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
@@ -48,6 +50,7 @@ class Service(ThreadingHTTPServer):
         self.knows_how_to_cut = True
         self.window = 10**9  # characters
         self.words = ""  # at the end of a rejection
+        self.rejects: Callable[[dict[str, Any]], str] = lambda body: ""
         self.over = threading.Event()
 
 
@@ -62,6 +65,9 @@ class Handler(BaseHTTPRequestHandler):
             self.server.over.wait(30)
         if status <= 0:
             self.close_connection = True
+            return
+        if rejection := self.server.rejects(body):
+            self._send(422, {"detail": rejection})
             return
         if "truncate_prompt_tokens" in body:
             if not self.server.knows_how_to_cut:
@@ -99,7 +105,7 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
         monkeypatch.setenv("OPENAI_BASE_URL", service.url)
         monkeypatch.delenv("OPENAI_API_KEY", raising=False)
         monkeypatch.setattr(openai_api, "_PATIENCE", 1.0)
-        monkeypatch.setattr(openai_api, "_LAST_TRY", 0.5)
+        monkeypatch.setattr(openai_client, "_LAST_TRY", 0.5)
         yield service
         service.over.set()
         service.shutdown()
@@ -177,9 +183,74 @@ def test_texts_beyond_the_models_window_are_truncated_or_rejected_as_the_service
         np.testing.assert_allclose(embedder.embed(["a " * 60], "document"), hashed(["a " * 50]), atol=1e-6)
     else:
         with pytest.raises(
-            EmbeddingError, match=r"rejected 2 texts, the longest of 120 characters with status 400: no, because"
+            EmbeddingError, match=r"rejected 1 texts, the longest of 120 characters with status 400: no, because"
         ):
             embedder.embed(["a", "a " * 60], "document")
+
+
+@pytest.mark.parametrize("most", [1, 10, 16])
+def test_a_smaller_batch_is_found_and_remembered(most: int, service: Service, caplog: pytest.LogCaptureFixture) -> None:
+    embedder = OpenAIEmbedder("m")
+    service.rejects = lambda body: f"batch size must not exceed {most}" if len(body["input"]) > most else ""
+    np.testing.assert_allclose(embedder.embed(TEXTS[:40], "document"), hashed(TEXTS[:40]), atol=1e-6)
+    service.asked.clear()
+    np.testing.assert_allclose(embedder.embed(TEXTS[:40], "document"), hashed(TEXTS[:40]), atol=1e-6)
+    assert max(len(request["input"]) for request in service.asked) <= most
+    assert len([record for record in caplog.records if "texts in a request" in record.getMessage()]) == 1
+
+
+@pytest.mark.parametrize("words", ["{} is not a field", "Bad Request"])
+@pytest.mark.parametrize("fields", [("encoding_format",), ("truncate_prompt_tokens", "encoding_format")])
+def test_options_that_are_rejected_are_left_out(fields: tuple[str, ...], words: str, service: Service) -> None:
+    service.rejects = lambda body: next((words.format(name) for name in fields if name in body), "")
+    service.base64 = False
+    embedder = OpenAIEmbedder("m")
+    np.testing.assert_allclose(embedder.embed(TEXTS[:3], "document"), hashed(TEXTS[:3]), atol=1e-6)
+    assert not set(fields) & set(service.asked[-1])
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["input has {tokens} tokens; maximum input length is 100", "too many tokens: received {tokens}, cannot exceed 100"],
+)
+def test_a_text_that_is_too_long_is_shortened_by_itself(words: str, service: Service) -> None:
+    service.knows_how_to_cut = False
+    service.rejects = lambda body: (
+        words.format(tokens=max(map(len, body["input"]))) if any(len(text) > 100 for text in body["input"]) else ""
+    )
+    embedder = OpenAIEmbedder("m")
+    long = "boat 17 " * 100
+    both = embedder.embed(["Ada", long], "document")
+    accepted = [text for request in service.asked for text in request["input"] if long.startswith(text)]
+    np.testing.assert_allclose(both, hashed(["Ada", min(accepted, key=len)]), atol=1e-6)
+    np.testing.assert_array_equal(both[1:], embedder.embed([long], "document"))
+    assert 50 <= len(min(accepted, key=len)) <= 100
+
+
+def test_a_blank_text_is_a_full_stop_to_a_service_that_rejects_it(service: Service) -> None:
+    embedder = OpenAIEmbedder("m")
+    service.rejects = lambda body: "inputs must not be blank" if any(not text.strip() for text in body["input"]) else ""
+    for _ in range(2):
+        np.testing.assert_allclose(embedder.embed(["Ada", "", "Bo"], "document"), hashed(["Ada", ".", "Bo"]), atol=1e-6)
+    assert service.asked[-1]["input"] == ["Ada", ".", "Bo"]
+
+
+def test_what_cannot_be_adapted_is_an_error_with_the_services_words(service: Service) -> None:
+    embedder = OpenAIEmbedder("m")
+    service.rejects = lambda body: "Ada is not allowed" if "Ada" in body["input"] else ""
+    with pytest.raises(EmbeddingError, match=r"rejected 1 texts, the longest of 3 characters .*Ada is not allowed"):
+        embedder.embed(["Bo", "Ada", "Cy"], "document")
+    assert embedder.embed(["Bo", "Cy"] * 16, "document").shape == (32, D)
+    assert len(service.asked[-1]["input"]) == 32
+
+
+def test_items_without_an_index_are_in_the_order_of_the_texts(service: Service) -> None:
+    def distort(answer: dict[str, Any]) -> dict[str, Any]:
+        items = [{"embedding": item["embedding"]} for item in answer["data"][::-1]]
+        return {"data": items}
+
+    service.distort = distort
+    np.testing.assert_allclose(OpenAIEmbedder("m").embed(TEXTS, "document"), hashed(TEXTS), atol=1e-6)
 
 
 @pytest.mark.parametrize("failures", [[500], [503, 429], [0, 502]])
@@ -210,7 +281,8 @@ def test_a_service_that_is_not_there_is_reported_with_its_address(
         port = closed.getsockname()[1]
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{port}/v1")
     with pytest.raises(
-        EmbeddingError, match=rf"http://127.0.0.1:{port}/v1 .*does not answer: .*refused.*lasted for 1 s"
+        EmbeddingError,
+        match=rf"http://127.0.0.1:{port}/v1 .*does not answer: .*Connect call failed.*lasted for 1 s, and it has never",
     ):
         OpenAIEmbedder("m")
 
@@ -272,6 +344,21 @@ def number(value: float, size: int = D) -> str:
         (lambda answer: {"choices": []}, "sent no embeddings for 3 texts"),
         (lambda answer: "<html>welcome</html>", "welcome"),
         (lambda answer: ["embedding"], "sent no embeddings"),
+        (lambda answer: {**answer, "data": {"0": answer["data"]}}, "sent no embeddings"),
+        (lambda answer: {**answer, "data": [*answer["data"][:2], None]}, "sent no embeddings"),
+        (lambda answer: {**answer, "data": [{**row, "index": "0"} for row in answer["data"]]}, "indices"),
+        (lambda answer: {**answer, "data": [*answer["data"][:2], {"embedding": []}]}, "sent no embeddings"),
+        (lambda answer: {**answer, "data": [{**row, "embedding": []} for row in answer["data"]]}, "array of shape"),
+        (lambda answer: {**answer, "data": [{**row, "embedding": [1e200] * D} for row in answer["data"]]}, "finite"),
+        (
+            lambda answer: {**answer, "data": [{**row, "embedding": [10**400] * D} for row in answer["data"]]},
+            "no embeddings",
+        ),
+        (lambda answer: {**answer, "data": [{**row, "embedding": [None] * D} for row in answer["data"]]}, "finite"),
+        (
+            lambda answer: {**answer, "data": [{**row, "embedding": {"a": 1}} for row in answer["data"]]},
+            "no embeddings",
+        ),
         (lambda answer: {**answer, "data": [{**row, "embedding": number(np.nan)} for row in answer["data"]]}, "finite"),
         (lambda answer: {**answer, "data": [{**row, "embedding": number(0)} for row in answer["data"]]}, "zero"),
         (

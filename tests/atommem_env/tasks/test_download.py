@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import hashlib
 import json
@@ -9,6 +10,7 @@ import re
 import shutil
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterator
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -301,6 +303,68 @@ def test_a_full_disk_is_seen_before(server: Server, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
     with pytest.raises(DatasetNotFound, match=r"needs 3,072,000 more bytes, .* has 1,000,000 free.*ATOMMEM_DATA"):
         get(server, tmp_path / "file")
+
+
+def test_a_file_of_unknown_size_does_not_fill_the_disk(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = 8_000_000
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(free, 0, free))
+    server.script = [endless]
+    with pytest.raises(
+        DatasetNotFound, match=r"did not report the file's size, and sent more than the 4,\d{3},\d{3} bytes"
+    ):
+        get(server, tmp_path / "file", size=None)
+    assert names(tmp_path) == []
+    server.script = [without_length]
+    assert get(server, tmp_path / "file", size=None).read_bytes() == CONTENT
+
+
+def dripping(handler: Handler) -> None:
+    handler.head(200, len(handler.server.content))
+    try:
+        while True:
+            handler.wfile.write(b"x")
+            time.sleep(0.01)
+    except ConnectionError:
+        pass
+
+
+def test_a_connection_that_drips_is_broken_off(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_SLOW", (0.1, 1000))
+    server.script, server.etag = [dripping], None
+    assert get(server, tmp_path / "file").read_bytes() == CONTENT
+    assert len(server.requests) == 2
+    server.script = [dripping] * 9
+    with pytest.raises(DatasetNotFound, match=r"5 attempts: only \d+ bytes came in 0 s"):
+        get(server, tmp_path / "other")
+
+
+def test_a_password_in_the_address_is_sent_to_that_server_alone_and_never_shown(server: Server, tmp_path: Path) -> None:
+    def redirect(handler: Handler) -> None:
+        handler.head(302, 0, Location=handler.server.url.replace("127.0.0.1", "localhost"))
+
+    url = server.url.replace("://", "://me:open-ses%40me@") + "?key=in-the-query"
+    server.script = [redirect]
+    assert download(url, tmp_path / "file", SHA256).read_bytes() == CONTENT
+    first, second = (request["Authorization"] for request in server.requests)
+    assert first == f"Basic {base64.b64encode(b'me:open-ses@me').decode()}"
+    assert second is None
+    shown = []
+    for script, size in ((status(403), None), (status(503), None), (Handler.right, 7), (endless, 9_000_000)):
+        server.script = [script] * 9
+        with pytest.raises((DatasetNotFound, DataError)) as caught:
+            download(url, tmp_path / "other", SHA256, size)
+        shown.append(str(caught.value))
+    server.script = [truncated, status(403)]
+    with pytest.raises(DatasetNotFound):
+        download(url, tmp_path / "third", SHA256)
+    shown += [path.read_text() for path in tmp_path.glob(".*.json")]
+    assert len(shown) == 5
+    assert not [text for text in shown if "ses" in text or "query" in text]
+    with pytest.raises(SettingError, match="must begin with http") as rejected:
+        find_published("hotpotqa", "dev", "ftp://me:open-sesame@host/file")
+    assert "sesame" not in str(rejected.value)
 
 
 def test_no_server(server: Server, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from rich.console import Console
 from atommem_env import cli
 from atommem_env.errors import JobFailed, SettingError
 from atommem_env.plugins import MODULES
+from atommem_env.usage_reports import USAGE_REPORTS_OFF
 from eval.command_line import parse_eval
 from eval.run_folder import to_jsonl
 from train import shapes
@@ -185,6 +186,7 @@ def test_what_is_shown_is_what_would_run(
         assert variables["ATOMMEM_MODULES"] == str(tmp_path)
         assert variables["OPENAI_EMBEDDING_BASE_URL"].endswith(":8100/v1")
         assert {name: variables[name] for name in secrets} == secrets
+        assert variables.items() >= USAGE_REPORTS_OFF.items()
 
 
 def test_a_dry_run_writes_nothing_and_preflight_speaks_first(recipe: str, tmp_path: Path) -> None:
