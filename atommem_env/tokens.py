@@ -5,14 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from atommem_env.errors import MissingDependency, SettingError
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Tokenizer(Protocol):
     """Finds the tokens of a text."""
+
+    @property
+    def additive(self) -> bool:
+        """Whether a text has as many tokens as its parts between white space together, and a token at least one character."""
+        ...
 
     def spans(self, text: str) -> Iterator[tuple[int, int]]:
         """(start, end) of every token, in characters, in order."""
@@ -30,6 +38,7 @@ class BuiltinTokenizer:
     7
     """
 
+    additive = True
     _token = re.compile(r"\w+|[^\w\s]")
 
     def spans(self, text: str) -> Iterator[tuple[int, int]]:
@@ -53,7 +62,12 @@ _CLASSES = "".join(_class_of(chr(number)) for number in range(256)).encode()  # 
 
 
 class FileTokenizer:
-    """A `tokenizer.json` of the Hugging Face `tokenizers` format, to count as a paper's model does."""
+    """A `tokenizer.json` of the Hugging Face `tokenizers` format, to count as a paper's model does.
+
+    What the file says about truncation and padding does not count, nor do special tokens that a model's template adds.
+    """
+
+    additive = False  # white space can be tokens, and a character can be several
 
     def __init__(self, path: Path) -> None:
         try:
@@ -63,12 +77,18 @@ class FileTokenizer:
                 f"tokenizer={str(path)!r} needs the package 'tokenizers': pip install 'atommem[local]'."
             ) from error
         self._backend = Backend.from_file(str(path))
+        self._backend.no_truncation()
+        self._backend.no_padding()
 
     def spans(self, text: str) -> Iterator[tuple[int, int]]:
-        return iter(self._backend.encode(text, add_special_tokens=False).offsets)
+        return iter(self._encode(text).offsets)
 
     def count(self, text: str) -> int:
-        return len(self._backend.encode(text, add_special_tokens=False).ids)
+        return len(self._encode(text).ids)
+
+    def _encode(self, text: str) -> Any:
+        # A lone surrogate, which a task of your own can have, is no Unicode.
+        return self._backend.encode(_SURROGATE.sub("\ufffd", text), add_special_tokens=False)
 
 
 @lru_cache(maxsize=8)
@@ -86,16 +106,18 @@ def get_tokenizer(name: str) -> Tokenizer:
 
 
 def truncate(text: str, limit: int, tokenizer: Tokenizer) -> str:
-    """The longest prefix of `text` with at most `limit` tokens; `text` itself if it fits.
+    """The longest prefix of `text` that ends with a token and has at most `limit` of them; `text` itself if it fits.
 
     >>> truncate("one two three", 2, BuiltinTokenizer())
     'one two'
     """
-    if len(text) <= limit:  # a token has at least one character
+    if tokenizer.additive and len(text) <= limit:
         return text
-    end = 0
-    for index, span in enumerate(tokenizer.spans(text)):
-        if index == limit:
+    ends = [end for _, end in islice(tokenizer.spans(text), limit + 1)]
+    if len(ends) <= limit:
+        return text
+    for end in reversed(ends[:limit]):
+        # Of a token that is a part of a character the prefix has the whole character; and alone it may have other tokens.
+        if tokenizer.additive or tokenizer.count(text[:end]) <= limit:
             return text[:end]
-        end = span[1]
-    return text
+    return ""

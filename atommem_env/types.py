@@ -201,7 +201,9 @@ class EpisodeSettings:
     scratchpad: bool = True  # whether there is a scratchpad
     scratchpad_tokens: int = 2048  # a longer scratchpad is truncated, and a notice says so
     top_k: int = 6  # how many entries a query retrieves
-    memory_tokens: int = 4096  # retrieved entries beyond this many tokens are not shown, and a notice says so
+    memory_tokens: int = (
+        4096  # retrieved entries whose texts exceed this many tokens are not shown, and a notice says so
+    )
     retrieval: str = "top_k"  # by cosine similarity; "bm25": by words; "hybrid": by the ranks of both; "random" entries
     read_latency: int = 1  # 1: a Read's results are shown with the next chunk; 0: with the same chunk, shown once more
     advance: str = "always"  # which replies advance to the next chunk; "on_write": only those that create or update

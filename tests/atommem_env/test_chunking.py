@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizer_files import NAMES, load, texts
 
 from atommem_env.chunking import chunk_documents
 from atommem_env.tokens import BuiltinTokenizer
@@ -61,3 +63,36 @@ def test_chunks_are_those_of_the_plain_way(documents: list[Document], limit: int
     for document in documents:
         text = iter(words)
         assert all(token in text for token in tokens(document.text))  # in order
+
+
+_hostile = st.builds(Document, texts.map(lambda text: text[:6]), texts)
+
+
+@pytest.mark.parametrize("name", ["builtin", *NAMES])
+@settings(max_examples=100, deadline=None)
+@given(st.lists(_hostile, max_size=6), st.integers(1, 90))
+def test_chunks_hold_their_limit_by_any_tokenizer(name: str, documents: list[Document], limit: int) -> None:
+    tokenizer = load(name)
+    chunks = chunk_documents(documents, limit, tokenizer)
+    # A title, and after it a token or the largest character with what joins it, may be too long by themselves.
+    heads = [tokenizer.count(f"{document.title}\n") for document in documents]
+    for chunk in chunks:
+        assert tokenizer.count(chunk) <= max([limit, *(head + 12 for head in heads if head + 12 > limit)])
+    kept = iter("".join("".join(chunks).split()))
+    for document in documents:
+        if document.text.strip():
+            assert all(character in kept for character in "".join(document.text.split()))  # in order
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_chunk_is_as_full_as_its_limit_allows(name: str) -> None:
+    tokenizer = load(name)
+    documents = [Document(f"Ada {number}", "Ada lives in Rome. " * (1 + number % 4)) for number in range(60)]
+    for limit in (64, 200):
+        chunks = chunk_documents(documents, limit, tokenizer)
+        pieces = [piece for chunk in chunks for piece in chunk.split("\n\n")]
+        assert max(map(tokenizer.count, chunks)) <= limit
+        start = 0
+        for chunk in chunks[:-1]:
+            start += len(chunk.split("\n\n"))
+            assert tokenizer.count(f"{chunk}\n\n{pieces[start]}") > limit

@@ -7,10 +7,23 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
+from tokenizer_files import NAMES, load, made, texts
 
+from atommem_env.dialects import get_dialect
+from atommem_env.embedders import embed, get_embedder
 from atommem_env.episode import Episode
 from atommem_env.errors import EmbeddingError, EpisodeStateError, SettingError
-from atommem_env.types import UNGRADED, EpisodeSettings, Fault, OperationKind, Phase, StepResult, StopReason, Task
+from atommem_env.types import (
+    UNGRADED,
+    EpisodeSettings,
+    Fault,
+    Operation,
+    OperationKind,
+    Phase,
+    StepResult,
+    StopReason,
+    Task,
+)
 
 Say = Callable[[Episode, str], StepResult]
 SMALL = EpisodeSettings(chunk_tokens=8)
@@ -482,3 +495,22 @@ def test_under_a_limit_the_longest_start_of_a_reply_is_carried_out(kinds: str, l
     last = [start.rfind(kind) for kind in "r" if kind in start]
     creates = [number for number, kind in enumerate(start) if kind == "c"]
     assert [request.text for request in requests] == [str(number) for number in sorted([*creates, *last])]
+
+
+@pytest.mark.parametrize("name", ["builtin", *NAMES])
+@examples(max_examples=40, deadline=None)
+@given(st.lists(texts, min_size=1, max_size=4), st.integers(1, 30))
+def test_scratchpad_and_shown_entries_hold_their_limits_by_any_tokenizer(
+    name: str, written: list[str], limit: int
+) -> None:
+    tokenizer, path = load(name), made(name) if name != "builtin" else name
+    given = EpisodeSettings(tokenizer=path, scratchpad_tokens=limit, memory_tokens=limit)
+    episode = Episode(Task.of(["Ada"], ["Who?"]), given, seed=0)
+    operations = [Operation(OperationKind.CREATE, " ".join(text.split())) for text in written]
+    operations += [Operation(OperationKind.SCRATCHPAD, "".join(written)), Operation(OperationKind.READ, "Ada")]
+    reply = "".join(map(get_dialect("tags").write, operations))
+    result = episode.resolve(embed(get_embedder("hashing"), episode.submit(reply)))
+    assert tokenizer.count(result.observation["scratchpad"]) <= limit
+    shown = result.observation["retrieved"].splitlines()
+    assert bool(shown) == bool(len(episode.memory))
+    assert sum(tokenizer.count(line.partition(": ")[2]) for line in shown) <= limit

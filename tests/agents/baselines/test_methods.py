@@ -12,6 +12,7 @@ import gymnasium as gym
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizer_files import NAMES, made
 
 from agents import load_policy
 from agents.baselines.answering import answer_in
@@ -207,11 +208,15 @@ def contexts(draw: st.DrawFn) -> list[Document]:
     return documents
 
 
+@pytest.mark.parametrize("tokenizer", ["builtin", *NAMES])
 @settings(max_examples=80, deadline=None)
 @given(contexts(), st.integers(18, 60))
-def test_documents_come_out_of_chunks_as_they_went_in(documents: list[Document], limit: int) -> None:
-    whole = WholeDocuments(EpisodeSettings(chunk_tokens=limit))
-    chunks = chunk_documents(documents, limit, get_tokenizer("builtin"))
+def test_documents_come_out_of_chunks_as_they_went_in(tokenizer: str, documents: list[Document], limit: int) -> None:
+    path = "builtin" if tokenizer == "builtin" else made(tokenizer)
+    if tokenizer != "builtin":
+        limit *= 4  # as many words
+    whole = WholeDocuments(EpisodeSettings(chunk_tokens=limit, tokenizer=path))
+    chunks = chunk_documents(documents, limit, get_tokenizer(path))
     taken = [text for chunk in (*chunks, "") for text in whole.take(chunk)]
     titles = [document.title for document in documents]
     if all(title != following for title, following in itertools.pairwise(titles)):
