@@ -36,6 +36,7 @@ from rich.console import Console
 
 from atommem_env.errors import DataError, JobFailed, SettingError
 from atommem_env.plugins import MODULES
+from atommem_env.redaction import without_secrets
 from atommem_env.usage_reports import USAGE_REPORTS_OFF
 from eval.progress import step_progress
 from eval.provenance import add_session
@@ -287,9 +288,10 @@ def commands(plan: Plan, address: str | None) -> Iterator[str]:
         given = " ".join(f"{name}={_shown(name, value)}" for name, value in environment.items())
         yield f"{given} \\\n{_lines(words)}"
     else:
-        shown = {name: f"${name}" if name in _SECRETS else value for name, value in environment.items()}
+        secrets = [name for name, value in environment.items() if _is_secret(name, value)]
+        shown = {name: f"${name}" if name in secrets else value for name, value in environment.items()}
         text = shlex.quote(json.dumps({"env_vars": shown}))
-        for name in _SECRETS:  # ends the single quotes before it, so that the shell puts in the value
+        for name in secrets:  # ends the single quotes before it, so that the shell puts in the value
             text = text.replace(f'"${name}"', f'"\'"${name}"\'"')
         yield f"ray job submit --address {address} --runtime-env-json {text} -- \\\n{_lines(words)}"
     yield "# or all of this by Slurm, with the words of this command"
@@ -297,7 +299,12 @@ def commands(plan: Plan, address: str | None) -> Iterator[str]:
 
 
 def _shown(name: str, value: str) -> str:
-    return f'"${name}"' if name in _SECRETS else shlex.quote(value)
+    return f'"${name}"' if _is_secret(name, value) else shlex.quote(value)
+
+
+def _is_secret(name: str, value: str) -> bool:
+    """Whether a variable's value is a key, or an address with a password or a key in it."""
+    return name in _SECRETS or (name.endswith("_BASE_URL") and without_secrets(value) != value)
 
 
 def _lines(words: Sequence[str]) -> str:

@@ -216,6 +216,16 @@ def test_a_judges_pass_rate_stands_beside_exact_match(tree: Path, tmp_path: Path
     assert "openai:j, prompt 1" in text
 
 
+@pytest.mark.parametrize(("other", "rate"), [(1, "25.0"), (2, "–")])
+def test_verdicts_of_different_prompts_are_not_pooled(other: int, rate: str, tree: Path, tmp_path: Path) -> None:
+    for seed, version in ((0, 1), (1, other)):
+        folder = shutil.copytree(tree / "10" / "perfect-rag" / f"seed-{seed}", tmp_path / f"seed-{seed}")
+        result = {"model": "openai:j", "prompt_version": version, "pass": 1, "fail": 2, "unclear": 1}
+        (folder / "judge.json").write_text(json.dumps(result), encoding="utf-8")
+    text = markdown(group(find_runs([tmp_path])[0]), [], [])
+    assert table(text, "## Easy 10")[0].get("judge", "–") == rate
+
+
 POLICIES = """
 class Mine:
     privileged = False

@@ -157,8 +157,11 @@ def test_what_is_shown_is_what_would_run(
     run: ClusterGRPOConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "run").mkdir()  # where the shell redirects to
-    secrets = {"WANDB_API_KEY": "se'cret", "OPENAI_API_KEY": "hush"}
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    secrets = {
+        "WANDB_API_KEY": "se'cret",
+        "OPENAI_API_KEY": "hush",
+        "OPENAI_BASE_URL": "https://me:open-sesame@host/v1?key=other",
+    }
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
