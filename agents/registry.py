@@ -12,6 +12,7 @@ from agents.baselines.memagent import memagent
 from agents.baselines.no_memory import no_memory
 from agents.baselines.rag import rag
 from agents.chat_policy import GREEDY, ChatModel, ChatPolicy, Sampling
+from agents.models.find import find_model
 from agents.models.load import MODELS, as_model, is_model, load_model
 from agents.policy import Act, Policy, as_policy, is_method, name_of_function
 from agents.prompting import Method, PromptedPolicy
@@ -140,35 +141,62 @@ def _with_model(
     method: Method, label: str, settings: EpisodeSettings, sampling: Sampling, model: ChatModel | str | None
 ) -> Policy:
     if not model:
-        raise PolicyError(
-            f"{label} needs a model: {label}@smollm2, or model=… in Python. Models are {', '.join(MODELS)}."
-        )
+        raise _lacks_model(label)
     loaded = as_model(model)
     return PromptedPolicy(f"{label}@{loaded.name}", method, loaded, settings, sampling)
 
 
-def _find(name: str, settings: EpisodeSettings) -> tuple[Any, str | None, str | None]:
-    """What a name stands for, as an object; what tables call that, where the object does not say; the model named with it."""
-    if name.startswith("constant="):
-        return sanity.Constant(settings, name.removeprefix("constant=")), None, None
-    if name in POLICIES:
-        return POLICIES[name][0](settings), name, None
-    if is_model(name) or ("/" in name and ":" not in name and "@" not in name):
-        return load_model(name), name, None
-    left, at, model_name = name.partition("@")
+def _lacks_model(label: str) -> PolicyError:
+    return PolicyError(f"{label} needs a model: {label}@smollm2, or model=… in Python. Models are {', '.join(MODELS)}.")
+
+
+def check_policy_name(name: str, *, complete: bool = True) -> None:
+    """Whether `load_policy` can be meant by a name; no model is loaded or looked for, and no module imported.
+
+    Args:
+        complete: whether the name of a method must hold its model.
+
+    Raises:
+        PolicyError: it cannot.
+        ModelNotFound: it is a method with a model that cannot be.
+    """
+    if name.startswith("constant=") or name in POLICIES or _is_model_name(name):
+        return
+    left, at, model = name.partition("@")
     if left in POLICIES:
         raise PolicyError(f"{left} takes no model; call it {left!r}, got {name!r}. Methods are {', '.join(METHODS)}.")
-    if left in METHODS:
-        part: Any = METHODS[left][0]
-    elif is_target(left):
-        try:
-            part = load_attribute(left)
-        except PluginError as error:
-            raise PolicyError(f"The policy {name!r} cannot be loaded: {error}") from error
-    else:
+    if not (left in METHODS or is_target(left)):
         hint = suggest(left, [*POLICIES, *METHODS, *MODELS])
         raise PolicyError(
             f"No policy is called {name!r}{hint or '.'} There are {', '.join([*POLICIES, *MODELS])}, METHOD@MODEL with a METHOD "
             f"of {', '.join(METHODS)}, module:attribute, and module:attribute@MODEL."
         )
+    if left in METHODS and not model and (complete or at):
+        raise _lacks_model(left)
+    if model and not (_is_model_name(model) or is_target(model)):
+        find_model(model)  # says what it could be
+
+
+def _is_model_name(name: str) -> bool:
+    """Whether a name is a model's, on this machine or not."""
+    return is_model(name) or ("/" in name and ":" not in name and "@" not in name)
+
+
+def _find(name: str, settings: EpisodeSettings) -> tuple[Any, str | None, str | None]:
+    """What a name stands for, as an object; what tables call that, where the object does not say; the model named with it."""
+    check_policy_name(name, complete=False)
+    if name.startswith("constant="):
+        return sanity.Constant(settings, name.removeprefix("constant=")), None, None
+    if name in POLICIES:
+        return POLICIES[name][0](settings), name, None
+    if _is_model_name(name):
+        return load_model(name), name, None
+    left, at, model_name = name.partition("@")
+    if left in METHODS:
+        part: Any = METHODS[left][0]
+    else:
+        try:
+            part = load_attribute(left)
+        except PluginError as error:
+            raise PolicyError(f"The policy {name!r} cannot be loaded: {error}") from error
     return part, left, model_name if at else None

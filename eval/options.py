@@ -128,6 +128,8 @@ class EvalConfig(PlayConfig):
     """Name of this run in tables, instead of the policy's name."""
     environment: tyro.conf.Suppress[str | None] = None
     """Name of its environment in tables; set by recipes."""
+    dry_run: bool = False
+    """Check the settings, and print how much there is to reply to and to read; play nothing, and load no model."""
     workers: int = 0
     """Number of Ray workers, each with --in-flight episodes and an equal share of the GPUs, on a running Ray cluster
     (RAY_ADDRESS) or else on this machine; 0: play in this process. All machines must have the working folder, --out and the

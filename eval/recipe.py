@@ -1,7 +1,7 @@
 """`atommem eval RECIPE.toml`: many policies on many environments, each an ordinary run of `eval.run`.
 
     atommem eval quick.toml --out runs/quick
-    atommem eval my_recipe.toml --out runs/mine --dry-run
+    atommem eval my_recipe.toml --dry-run          # the runs, and how much there is to do; no model is needed
 
 A recipe is a TOML file:
 
@@ -42,8 +42,8 @@ import json
 import re
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -53,7 +53,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from agents.rollout import episode_specs
 from atommem_env.errors import AtomMemError, EmbeddingError, EngineDied, ModelError, SettingError
 from atommem_env.terminal import escape
 from eval.command_line import parse_eval
@@ -67,6 +66,7 @@ from eval.run import evaluate
 from eval.run_folder import read_jsonl, require_same_config
 from eval.toml_tables import RecipeFile, fields_of, read_recipe_file, read_table
 from eval.workers import Workers
+from eval.workload import NOTE, Workload, Workloads, check_config
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs" / "eval"
 _OPTIONS = {
@@ -89,10 +89,10 @@ class RecipeConfig:
 
     recipe: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RECIPE.toml")]
     """A TOML file of yours, or one that comes with this package: quick.toml, baselines.toml, paper.toml."""
-    out: Path
-    """Folder of all runs."""
+    out: Path | None = None
+    """Folder of all runs. Left out: runs/ and the recipe's name."""
     dry_run: bool = False
-    """List the runs and what is done already; play nothing."""
+    """List the runs, what is done already, and how much there is to reply to and to read; play nothing, and load no model."""
     workers: int = 0
     """Processes of Ray's that play, see `atommem eval --help`; 0: this process plays."""
 
@@ -227,6 +227,23 @@ def _folder_name(label: str) -> str:
 # -------------------------------------------------------------------------------------------------------------- playing
 
 
+def workloads(runs: Sequence[PlannedRun]) -> dict[PlannedRun, Workload]:
+    """What an episode of each run takes; nothing is written, and no model is loaded or called.
+
+    Raises:
+        SettingError: the recipe cannot be played as it is: an unknown policy, missing data, a wrong setting. All are named.
+    """
+    wrong, known = _Wrong(), Workloads()
+    found: dict[PlannedRun, Workload] = {}
+    for run in runs:
+        with wrong.noting(run):
+            check_config(run.config)
+        with wrong.noting(run):
+            found[run] = known.of(run.config)
+    wrong.reject()
+    return found
+
+
 def check(runs: Sequence[PlannedRun]) -> dict[PlannedRun, str]:
     """Why some runs cannot be played now, after everything was tried that can be without playing; nothing is written.
 
@@ -234,42 +251,57 @@ def check(runs: Sequence[PlannedRun]) -> dict[PlannedRun, str]:
         The cause by run: a service that is out of reach, or a folder that holds a run of another configuration.
 
     Raises:
-        SettingError: the recipe cannot be played as it is: an unknown policy, missing data, a wrong setting. All are named.
+        SettingError: as in `workloads`, before any model is loaded; or a model is missing, or cannot be what its policy needs.
     """
+    workloads(runs)
     troubles: dict[PlannedRun, str] = {}
-    wrong: defaultdict[str, list[PlannedRun]] = defaultdict(list)
-    tried: set[str] = set()  # environments of which a task was made
+    wrong = _Wrong()
     outages: dict[str | None, EmbeddingError] = {}  # by embedder: each was waited for long enough
     for run in runs:
         config = run.config
         try:
             if config.embedder in outages:
                 raise outages[config.embedder]
-            driver, _, opened = prepare_evaluation(config)
-            with closing(driver.store):
-                if run.environment not in tried:
-                    tried.add(run.environment)
-                    (spec,) = episode_specs(opened.tasks, 1, config.seed)
-                    driver.source.task(spec.index, spec.task_seed)
+            with wrong.noting(run):
+                driver, _, opened = prepare_evaluation(config)
+                driver.store.close()
+                try:
+                    if run.finished:
+                        require_same_config(config.out / "config.json", opened.resolved_config)
+                except SettingError as error:
+                    troubles[run] = f"{_message(error)} Move that folder away, or choose another --out."
         except _OUTAGES as error:
             troubles[run] = _message(error)
             if isinstance(error, EmbeddingError):
                 outages[config.embedder] = error
-        except AtomMemError as error:
-            wrong[_message(error)].append(run)
-        else:
-            try:
-                if run.finished:
-                    require_same_config(config.out / "config.json", opened.resolved_config)
-            except SettingError as error:
-                troubles[run] = f"{_message(error)} Move that folder away, or choose another --out."
-    if wrong:
-        lines = (
-            f"\n  {message} ({affected[0].name}{f', and {len(affected) - 1} more' if len(affected) > 1 else ''})"
-            for message, affected in wrong.items()
-        )
-        raise SettingError(f"This recipe cannot be played as it is:{''.join(lines)}")
+    wrong.reject()
     return troubles
+
+
+class _Wrong:
+    """Errors of a recipe, each with the runs that it concerns."""
+
+    def __init__(self) -> None:
+        self._runs: defaultdict[str, dict[PlannedRun, None]] = defaultdict(dict)
+
+    @contextmanager
+    def noting(self, run: PlannedRun) -> Iterator[None]:
+        """Notes an error of the block, unless an hour later the same run may do."""
+        try:
+            yield
+        except _OUTAGES:
+            raise
+        except AtomMemError as error:
+            self._runs[_message(error)][run] = None
+
+    def reject(self) -> None:
+        """Raises what was noted, as one `SettingError`."""
+        if self._runs:
+            lines = (
+                f"\n  {message} ({next(iter(runs)).name}{f', and {len(runs) - 1} more' if len(runs) > 1 else ''})"
+                for message, runs in self._runs.items()
+            )
+            raise SettingError(f"This recipe cannot be played as it is:{''.join(lines)}")
 
 
 def play_recipe(
@@ -342,14 +374,24 @@ def tables(runs: Sequence[PlannedRun], failures: dict[PlannedRun, str]) -> list[
     return made
 
 
-def plan(runs: Sequence[PlannedRun], troubles: dict[PlannedRun, str]) -> Table:
-    """The runs, and how far each is."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for heading in ("environment", "policy", "seed", "episodes done"):
-        table.add_column(heading, justify="right" if heading in ("seed", "episodes done") else "left", overflow="fold")
-    for run in runs:
-        state = "cannot be played" if run in troubles else f"{run.finished} of {run.config.episodes}"
-        table.add_row(escape(run.environment), escape(run.policy), str(run.config.seed), state)
+def plan(runs: Sequence[PlannedRun], episodes: Mapping[PlannedRun, Workload]) -> Table:
+    """The runs, how far each is, and what is missing of it: replies, and tokens to read.
+
+    Args:
+        episodes: of each run, what an episode takes.
+    """
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_footer=True)
+    for heading in ("environment", "policy"):
+        table.add_column(heading, overflow="fold")
+    missing = [episodes[run].times(0 if run.done else max(run.config.episodes - run.finished, 0)) for run in runs]
+    table.add_column("seed", justify="right")
+    table.add_column("episodes done", justify="right")
+    table.add_column("replies", f"{sum(one.replies for one in missing):,}", justify="right")
+    table.add_column("tokens read", f"{sum(one.tokens for one in missing):,}", justify="right")
+    for run, left in zip(runs, missing, strict=True):
+        done = f"{run.finished} of {run.config.episodes}"
+        counts = (str(run.config.seed), done, f"{left.replies:,}", f"{left.tokens:,}")
+        table.add_row(escape(run.environment), escape(run.policy), *counts)
     return table
 
 
@@ -359,22 +401,22 @@ def main(config: RecipeConfig) -> None:
     The same command again plays only what is missing or failed.
     """
     console = Console()
-    runs = read_recipe(config.recipe, config.out)
+    out = config.out or Path("runs") / config.recipe.stem
+    runs = read_recipe(config.recipe, out)
     if config.dry_run:
-        failures = check(runs)
-        console.print(plan(runs, failures))
-    else:
-        with Workers(config.workers) if config.workers else nullcontext() as workers:
-            failures = play_recipe(runs, workers=workers)
-        for table in tables(runs, failures):
-            console.print(table)
+        console.print(plan(runs, workloads(runs)))
+        console.print(NOTE)
+        return
+    with Workers(config.workers) if config.workers else nullcontext() as workers:
+        failures = play_recipe(runs, workers=workers)
+    for table in tables(runs, failures):
+        console.print(table)
     for run, message in failures.items():
         console.print(f"[bold]{escape(run.name)}[/]: {escape(message)}", highlight=False)
     if failures:
         console.print(f"{len(failures)} of {len(runs)} runs failed. The same command again plays only these.")
         raise SystemExit(1)
-    if not config.dry_run:
-        console.print(f"Written to [bold]{escape(str(config.out))}[/]. Tables and plots: atommem report {config.out}")
+    console.print(f"Written to [bold]{escape(str(out))}[/]. Tables and plots: atommem report {escape(str(out))}")
 
 
 def call(command: str, function: Callable[[Any], None], words: Sequence[str]) -> None:

@@ -31,6 +31,7 @@ from eval.provenance import add_session
 from eval.report.tables import answers_table, results_table
 from eval.run_folder import Record, RunFolder, read_records
 from eval.workers import Workers
+from eval.workload import NOTE, check_config, episode_workload
 
 
 def evaluate(
@@ -143,6 +144,13 @@ def main(config: EvalConfig) -> None:
 
     With RECIPE.toml instead of ENV_ID: many policies on many environments, see `atommem eval quick.toml --help`.
     """
+    if config.dry_run:
+        check_config(config)
+        work = episode_workload(config).times(config.episodes)
+        print(
+            f"{config.episodes:,} episodes of {config.env_id}: {work.replies:,} replies, {work.tokens:,} tokens read.\n{NOTE}"
+        )
+        return
     summary = evaluate(config)
     title = f"{config.env_id}, {summary['episodes']} episodes, {summary['questions']} questions"
     console = Console()

@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from atommem_env.env import split_options
 from atommem_env.errors import MissingDependency
-from atommem_env.make import find_spec
 from atommem_env.prompts import get_layout
 from atommem_env.tasks import Source, source_options
 from atommem_env.tasks.haystack import MOST_QUESTIONS
 from atommem_env.tokens import BuiltinTokenizer
 from atommem_env.types import EpisodeSettings, Observation
 from eval.options import EnvConfig
+from eval.workload import environment_of
 
 SHORT = 64  # tokens of a usual entry or reply: a sentence or two
 # Of a usual document, title included: the means over the paragraphs of each dataset.
@@ -86,18 +85,6 @@ def model_size(model: Path | dict[str, Any]) -> ModelSize:
         return ModelSize.of(AutoConfig.for_model(**model))
     except ImportError as error:
         raise MissingDependency(f"Training needs {error.name!r}: pip install 'atommem[train]'.") from error
-
-
-def environment_of(run: EnvConfig) -> tuple[Source, EpisodeSettings, dict[str, Any]]:
-    """Source, settings and source options of a run's environment, which is not made: it needs no data.
-
-    Raises:
-        SettingError: an option that the environment does not have.
-    """
-    options = {**find_spec(run.env_id).kwargs, **run.env_options()}
-    options = {name: value for name, value in options.items() if name not in ("embedder", "store", "durability")}
-    source = options.pop("source", None)
-    return source, *split_options(source, options)
 
 
 @dataclass(frozen=True, slots=True)

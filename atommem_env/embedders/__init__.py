@@ -30,6 +30,21 @@ class Embedder(Protocol):
         ...
 
 
+def check_embedder_name(name: str) -> None:
+    """Whether `get_embedder` can be meant by a name; nothing is loaded, imported or called.
+
+    Raises:
+        SettingError: it cannot.
+    """
+    kind, _, model = name.partition(":")
+    if name in ("hashing", "minilm") or (kind in ("st", "openai") and model) or is_target(name):
+        return
+    raise SettingError(
+        f"embedder must be 'hashing', 'minilm', 'st:MODEL', 'openai:MODEL' or module:attribute, got {name!r}"
+        f"{suggest(name, ('hashing', 'minilm')) or '.'}"
+    )
+
+
 @lru_cache(maxsize=8)
 def get_embedder(name: str) -> CachedEmbedder:
     """The embedder of the setting `embedder`, with a cache; one per process.
@@ -45,6 +60,7 @@ def get_embedder(name: str) -> CachedEmbedder:
         ModelNotFound: the model of "st:MODEL" is not on this machine.
         EmbeddingError: the service of "openai:MODEL" does not answer as it should.
     """
+    check_embedder_name(name)
     if name == "hashing":
         from atommem_env.embedders.hashing import HashingEmbedder
 
@@ -62,18 +78,13 @@ def get_embedder(name: str) -> CachedEmbedder:
         from atommem_env.embedders.openai_api import OpenAIEmbedder
 
         return CachedEmbedder(OpenAIEmbedder(model), _CACHED_ENTRIES)
-    if is_target(name):
-        part = load_part(name)
-        missing = [needed for needed in ("name", "dimension", "embed") if not hasattr(part, needed)]
-        if missing:
-            raise SettingError(
-                f"An embedder is an object like atommem_env.embedders.Embedder; {name} has no {', '.join(missing)}."
-            )
-        return CachedEmbedder(part, _CACHED_ENTRIES)
-    raise SettingError(
-        f"embedder must be 'hashing', 'minilm', 'st:MODEL', 'openai:MODEL' or module:attribute, got {name!r}"
-        f"{suggest(name, ('hashing', 'minilm')) or '.'}"
-    )
+    part = load_part(name)
+    missing = [needed for needed in ("name", "dimension", "embed") if not hasattr(part, needed)]
+    if missing:
+        raise SettingError(
+            f"An embedder is an object like atommem_env.embedders.Embedder; {name} has no {', '.join(missing)}."
+        )
+    return CachedEmbedder(part, _CACHED_ENTRIES)
 
 
 def embed(embedder: Embedder, requests: Sequence[EmbeddingRequest]) -> NDArray[np.float32]:

@@ -18,8 +18,9 @@ from agents.registry import load_policy
 from atommem_env import cli
 from atommem_env.errors import SettingError
 from eval.played_as import record_of, write_card
-from eval.recipe import FOLDER, PlannedRun, _folder_name, check, plan, play_recipe, read_recipe, tables
+from eval.recipe import FOLDER, PlannedRun, _folder_name, check, plan, play_recipe, read_recipe, tables, workloads
 from eval.run_folder import read_jsonl
+from eval.workload import Workload
 
 SMALL = """
 episodes = 3
@@ -314,6 +315,29 @@ def test_an_embedding_service_that_is_gone_fails_its_runs_alone(
 # ------------------------------------------------------------------------------------------------------------------- telling
 
 
+NO_MODELS = """
+episodes = 4
+
+[[environments]]
+env_id = "AtomMem-Synthetic"
+num_docs = [20, 40]
+embedder = "openai:nowhere"
+
+[[policies]]
+policy = "openai:nobody"
+
+[[policies]]
+policy = "rag@vllm:no/model"
+
+[[policies]]
+policy = "no_such_module:policy"
+
+[[policies]]
+policy = "smollm2"
+layout = "terse"
+"""
+
+
 def test_a_dry_run_lists_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -328,6 +352,64 @@ def test_a_dry_run_lists_and_writes_nothing(
     assert (printed.count("3 of 3"), printed.count("0 of 3")) == (1, len(runs) - 1)
 
 
+def test_a_dry_run_needs_no_folder_and_calls_and_loads_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("OPENAI_BASE_URL", "OPENAI_EMBEDDING_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("agents.registry.load_model", lambda name: pytest.fail(f"{name} was loaded"))
+    monkeypatch.setattr("agents.registry.load_attribute", lambda name: pytest.fail(f"{name} was imported"))
+    monkeypatch.chdir(tmp_path)
+    runs = recipe(tmp_path, NO_MODELS)
+    assert atommem(monkeypatch, "eval", "recipe.toml", "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert all(printed.count(name) == 2 for name in ("openai:nobody", "no_such_module:policy", "smollm2"))
+    found = workloads(runs)
+    for run, work in found.items():
+        replies, tokens = f"{4 * work.replies:,}", f"{4 * work.tokens:,}"
+        assert sum(replies in line and tokens in line for line in printed.splitlines()) >= 1, run.name
+    assert f"{sum(4 * work.tokens for work in found.values()):,}" in printed
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_single_run_can_be_a_dry_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ("eval", "AtomMem-Synthetic", "--policy", "rag@openai:nobody", "--episodes", "7", "--dry-run")
+    assert atommem(monkeypatch, *words) == 0
+    assert capsys.readouterr().out.startswith("7 episodes of AtomMem-Synthetic: ")
+    for wrong, message in (
+        (("--policy", "rag"), "rag needs a model"),
+        (("--policy", "rag@smolm2"), "did you mean 'smollm2'"),
+        (("--embedder", "minlm"), "did you mean 'minilm'"),
+        (("--layout", "brief"), "layout must be one of"),
+        (("--set", "top_q=3"), "No setting is called top_q; did you mean 'top_k'"),
+        (("--episodes", "0"), "episodes must be at least 1"),
+    ):
+        assert atommem(monkeypatch, *words, *wrong) != 0
+        assert message in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_wrong_in_a_recipe_comes_before_models_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agents.registry.load_model", lambda name: pytest.fail(f"{name} was loaded"))
+    with pytest.raises(SettingError, match="No policy is called 'rnadom'"):
+        play_recipe(recipe(tmp_path, NO_MODELS + '[[policies]]\npolicy = "rnadom"\n'), QUIET)
+
+
+def test_the_workload_is_that_of_the_episodes_that_are_played(tmp_path: Path) -> None:
+    run = recipe(tmp_path, SMALL.replace('policy = "oracle"', 'policy = "constant=yes"'))[0]
+    work = workloads([run])[run]
+    play_recipe([run], QUIET)
+    steps = [record["steps"] for record in read_jsonl(run.config.out / "episodes.jsonl")]
+    assert work.replies == steps[0]
+    assert 0.8 < sum(steps) / (3 * work.replies) < 1.25
+    assert work.tokens > 20 * 15  # of 20 documents
+
+
 def test_seeds_are_pooled_in_a_table_an_environment(tmp_path: Path) -> None:
     runs = recipe(tmp_path)
     failures: dict[PlannedRun, str] = {runs[1]: "gone", runs[2]: "gone", runs[3]: "gone"}
@@ -340,8 +422,8 @@ def test_seeds_are_pooled_in_a_table_an_environment(tmp_path: Path) -> None:
     assert [line.split()[-1] for line in printed.splitlines() if "no scratchpad!" in line][0] == "failed"  # noqa: RUF015
     assert "Synthetic 40, 6 episodes" in printed
     assert max(map(len, printed.splitlines())) <= 80
-    console.print(plan(runs, failures))
-    assert console.export_text().count("cannot be played") == 3
+    console.print(plan(runs, dict.fromkeys(runs, Workload(2, 30))))
+    assert console.export_text().count("3 of 3") == len(runs)
 
 
 def test_a_single_run_is_what_it_was(
