@@ -8,6 +8,7 @@ import io
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,14 @@ from atommem_env.tasks.file_types import LARGEST, FileType, UnreadableFile, file
 from atommem_env.types import Document
 
 _LONGEST_PART = 8_000  # characters, about 1,600 tokens: several parts fit into a chunk of the default size
-_LARGEST_MEMBER = 1 << 25  # bytes of XML in a Word document; its tree takes about 20 times as many
+_LONGEST_HEADING = 200  # characters of one that is repeated in titles; a longer one is text
+_LONGEST_FIRST_ROW = 2_000  # characters of one that is repeated in every part of a table
+_MOST_DOCUMENTS = 100_000  # of a file
+_LARGEST_XML = 1 << 25  # bytes in a Word document; its tree takes about 20 times as many
 _LARGEST_PACKAGE = 1 << 28  # bytes of a Word document with its pictures, unpacked
 _MOST_PAGES = 10_000
-_HEADING = re.compile(r"(#{1,6})\s+(.+?)\s*#*\s*$")
+_GAP = re.compile(r"\n\s*\n")  # between two paragraphs
+_HEADING = re.compile(r"(#{1,6})\s+")
 _FENCE = re.compile(r"\s{0,3}(```|~~~)")
 _SEPARATOR = re.compile(r"sep=(.)\n")  # the first line, by which spreadsheets name the separator
 
@@ -39,7 +44,9 @@ def read_documents(name: str, path: Path) -> list[Document]:
         MissingDependency: its type needs the extra `files`, which is not installed.
     """
     kind = file_type(path)
-    documents = [Document(*titled) for titled in _READERS[kind](name, path)]
+    documents = [Document(*titled) for titled in islice(_READERS[kind](name, path), _MOST_DOCUMENTS + 1)]
+    if len(documents) > _MOST_DOCUMENTS:
+        raise unreadable(path, f"more than {_MOST_DOCUMENTS:,} pages, sections or parts; split the file")
     if not documents:
         pictures = "; the pages may be pictures: recognise their text (OCR) first" if kind == "pdf" else ""
         raise unreadable(path, f"no text in it{pictures}")
@@ -90,18 +97,18 @@ def _sections(name: str, blocks: Iterable[Block]) -> Iterator[Titled]:
     [('a.md', 'Hello.\\n'), ('a.md: Safety', ''), ('a.md: Safety › Fire', 'Run.\\n'), ('a.md: End', 'Bye.')]
     """
     path: list[tuple[int, str]] = []  # (level, heading) from the top to the current section
-    texts: list[str] = []
+    texts = io.StringIO()  # where millions of lines take no object each
 
     def section() -> Titled:
-        return name + (": " + " › ".join(heading for _, heading in path) if path else ""), "".join(texts)
+        return name + (": " + " › ".join(heading for _, heading in path) if path else ""), texts.getvalue()
 
     for level, text in blocks:
-        if level:
+        if level and len(text) <= _LONGEST_HEADING:
             yield section()
-            path, texts = [item for item in path if item[0] < level], []
+            path, texts = [item for item in path if item[0] < level], io.StringIO()
             path.append((level, text))
         else:
-            texts.append(text)
+            texts.write(f"{text}\n\n" if level else text)
     yield section()
 
 
@@ -111,18 +118,25 @@ def _parts_of(pieces: Iterable[Titled]) -> Iterator[Titled]:
 
 def _parts(title: str, text: str) -> Iterator[Titled]:
     """(title, text) of the parts of a text; none of a blank one. A paragraph that is too long is not split."""
-    parts: list[list[str]] = []  # each of paragraphs
-    length = 0  # of the last part
-    for paragraph in re.split(r"\n\s*\n", text):
-        if parts and length + 2 + len(paragraph) <= _LONGEST_PART:
-            parts[-1].append(paragraph)
-            length += 2 + len(paragraph)
-        else:
-            parts.append([paragraph])
-            length = len(paragraph)
-    joined = ("\n\n".join(part) for part in parts)
-    stripped = (part.strip("\n") for part in joined if part.strip())
-    return ((title if number == 1 else f"{title} ({number})", part) for number, part in enumerate(stripped, 1))
+    number = 0
+    for part in _joined_paragraphs(text):
+        if part.strip():
+            number += 1
+            yield title if number == 1 else f"{title} ({number})", part.strip("\n")
+
+
+def _joined_paragraphs(text: str) -> Iterator[str]:
+    """As many paragraphs at a time as a part has room for, at least one."""
+    part: list[str] = []
+    length = begin = 0
+    for end, following in chain(((gap.start(), gap.end()) for gap in _GAP.finditer(text)), [(len(text), 0)]):
+        if part and length + 2 + end - begin > _LONGEST_PART:
+            yield "\n\n".join(part)
+            part, length = [], 0
+        length += end - begin + (2 if part else 0)
+        part.append(text[begin:end])
+        begin = following
+    yield "\n\n".join(part)
 
 
 # ------------------------------------------------------------------------------------------------------------- Markdown
@@ -133,8 +147,9 @@ def _markdown_blocks(text: str) -> Iterator[Block]:
     for line in io.StringIO(text):
         if mark := _FENCE.match(line):
             fence = "" if fence == mark[1] else fence or mark[1]
-        heading = None if fence else _HEADING.match(line)
-        yield (len(heading[1]), heading[2]) if heading else (0, line)
+        start = None if fence else _HEADING.match(line)
+        heading = line[start.end() :].rstrip() if start else ""
+        yield (len(start[1]), heading.rstrip("#").rstrip() or heading[0]) if start and heading else (0, line)
 
 
 # ----------------------------------------------------------------------------------------------------------------- HTML
@@ -148,29 +163,36 @@ _PARAGRAPHS = (
 _BLOCKS = set(_PARAGRAPHS.split())
 
 
-def _html_blocks(path: Path) -> list[Block]:
+def _html_blocks(path: Path) -> Iterator[Block]:
     etree = _package(path, "an HTML page", "lxml.etree")
     page = _Page()
     parser = etree.HTMLParser(target=page, encoding="utf-8")
     text = read_text(path, html=True)
-    if text.strip():
-        try:
-            for begin in range(0, len(text), 1 << 16):
-                parser.feed(text[begin : begin + (1 << 16)].encode())
-            parser.close()
-        except etree.LxmlError as error:
-            raise unreadable(path, f"a damaged HTML page ({error})") from error
-    return page.blocks
+    if not text.strip():
+        return  # which the parser would reject
+    try:
+        for begin in range(0, len(text), 1 << 16):
+            parser.feed(text[begin : begin + (1 << 16)].encode())
+            yield from page.take_blocks()
+        parser.close()
+    except etree.LxmlError as error:
+        raise unreadable(path, f"a damaged HTML page ({error})") from error
+    yield from page.take_blocks()
 
 
 class _Page:
     """Collects the text of a page from a parser's events; no tree of it is in memory."""
 
     def __init__(self) -> None:
-        self.blocks: list[Block] = []
+        self._blocks: list[Block] = []
         self._texts: list[str] = []  # since the last block
         self._dropped = 0  # open elements that are not shown
         self._exact = 0  # open elements whose whitespace counts
+
+    def take_blocks(self) -> list[Block]:
+        """The blocks since the last call."""
+        blocks, self._blocks = self._blocks, []
+        return blocks
 
     def start(self, tag: str, attributes: object) -> None:
         self._dropped += tag in _DROPPED
@@ -201,7 +223,7 @@ class _Page:
         if not self._exact:
             text = "\n".join(filter(None, (re.sub(r" +", " ", line).strip() for line in text.split("\n"))))
         if text.strip():
-            self.blocks.append((level, " ".join(text.split())) if level else (0, f"{text}\n\n"))
+            self._blocks.append((level, " ".join(text.split())) if level else (0, f"{text}\n\n"))
 
 
 # ----------------------------------------------------------------------------------------------------------------- Word
@@ -217,12 +239,10 @@ def _docx_blocks(path: Path) -> list[Block]:
     try:
         with zipfile.ZipFile(path) as archive:
             sizes = {member.filename: member.file_size for member in archive.infolist()}
-        xml = max((size for name, size in sizes.items() if name.endswith((".xml", ".rels"))), default=0)
-        if xml > _LARGEST_MEMBER or sum(sizes.values()) > _LARGEST_PACKAGE:
-            raise unreadable(
-                path,
-                f"a Word document that unpacks to {sum(sizes.values()):,} bytes, {xml:,} of them in one part; split it",
-            )
+        whole = sum(sizes.values())
+        xml = sum(size for name, size in sizes.items() if name.endswith((".xml", ".rels")))
+        if xml > _LARGEST_XML or whole > _LARGEST_PACKAGE:
+            raise unreadable(path, f"a Word document that unpacks to {whole:,} bytes, {xml:,} of XML; split it")
         document = docx.Document(str(path))
         levels = {style.style_id: _level(style) for style in document.styles if hasattr(style, "base_style")}
         blocks = list(_word_blocks(document.element.body, levels))
@@ -351,28 +371,31 @@ def _rows(text: str, separator: str) -> Iterator[list[str]]:
 
 
 def _read_table(name: str, path: Path) -> Iterator[Titled]:
-    """(title, text) of as many rows as a part has room for, each part under the first row of all."""
-    header: str | None = None
-    parts: list[tuple[int, list[str]]] = []  # (row of the table, from 1, of the first, rows)
-    length = number = 0
-    for number, (_, cells) in enumerate(read_table(path), 1):
+    parts = _row_parts(cells for _, cells in read_table(path))
+    begun = list(islice(parts, 2))
+    for first, last, text in chain(begun, parts):
+        yield name if len(begun) == 1 else f"{name}, rows {first} to {last}", text
+
+
+def _row_parts(rows: Iterable[list[str]]) -> Iterator[tuple[int, int, str]]:
+    """(first row, last row, text) of as many rows as a part has room for, each part under the first row of all, row 1."""
+    header, lines = "", list[str]()
+    first, number, length = 2, 0, 0
+    for number, cells in enumerate(rows, 1):
         line = " | ".join(" ".join(cell.split()) for cell in cells)
-        if header is None:
+        if number == 1:
             header = line
-            continue
-        if not parts or length + 1 + len(line) > _LONGEST_PART:
-            parts.append((number, []))
-            length = len(header)
-        parts[-1][1].append(line)
+        elif number > first and length + 1 + len(line) > _LONGEST_PART:
+            yield first, number - 1, "\n".join(lines)
+            lines = [header] if len(header) <= _LONGEST_FIRST_ROW else []
+            first, length = number, len(header) if lines else 0
+        lines.append(line)
         length += 1 + len(line)
-    if header is not None and len(parts) < 2:
-        yield name, "\n".join([header, *(line for _, lines in parts for line in lines)])
-    elif header is not None:
-        for first, lines in parts:
-            yield f"{name}, rows {first} to {first + len(lines) - 1}", "\n".join([header, *lines])
+    if lines:
+        yield first, number, "\n".join(lines)
 
 
-_READERS: dict[FileType, Callable[[str, Path], Iterable[Titled]]] = {
+_READERS: dict[FileType, Callable[[str, Path], Iterator[Titled]]] = {
     "text": _read_plain,
     "markdown": _read_markdown,
     "html": _read_html,

@@ -153,3 +153,44 @@ def test_the_lines_of_a_table_count_all_that_stands_before_them(tmp_path: Path) 
         (5, ["Who\nis it?", "Ada; Bo"]),
         (7, ["Why?", "So"]),
     ]
+
+
+@pytest.mark.parametrize(
+    ("line", "title"),
+    [
+        ("# Fire", "Fire"),
+        ("## Fire ##", "Fire"),
+        ("# #", "#"),
+        ("#\tC# sharp", "C# sharp"),
+        ("# ", None),
+        ("#Fire", None),
+        ("####### Fire", None),
+    ],
+)
+def test_headings_of_markdown(tmp_path: Path, line: str, title: str | None) -> None:
+    (tmp_path / "a.md").write_text(f"{line}\nText.")
+    (document,) = read_documents("a.md", tmp_path / "a.md")
+    assert document.title == ("a.md" if title is None else f"a.md: {title}")
+
+
+@pytest.mark.parametrize("line", ["# " + "#" * 200_000 + "x", "# a" + " " * 200_000 + "x", "\n" + " " * 200_000 + "x"])
+def test_no_line_takes_more_than_linear_time(tmp_path: Path, line: str) -> None:
+    (tmp_path / "a.md").write_text(f"{line}\nText.")
+    assert sum(len(document.text) for document in read_documents("a.md", tmp_path / "a.md")) >= 200_000
+
+
+def test_what_is_repeated_is_short(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text(f"# {'x' * 201}\n" + "## Part\nText.\n" * 100)
+    documents = read_documents("a.md", tmp_path / "a.md")
+    assert documents[0] == Document("a.md", "x" * 201)
+    assert {document.title for document in documents[1:]} == {"a.md: Part"}
+    (tmp_path / "a.csv").write_text("y" * 2001 + "\n" + "row\n" * 4000)
+    texts = [document.text for document in read_documents("a.csv", tmp_path / "a.csv")]
+    assert sum(text.count("y") for text in texts) == 2001
+    assert sum(text.count("row") for text in texts) == 4000
+
+
+def test_a_file_of_too_many_sections_is_rejected(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("# a\nb\n" * 100_001)
+    with pytest.raises(UnreadableFile, match="more than 100,000 pages, sections or parts"):
+        read_documents("a.md", tmp_path / "a.md")
