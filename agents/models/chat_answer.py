@@ -20,7 +20,6 @@ _FILTERED = (
     *("sensitive", "guardrail_intervened"),
 )
 _MOST = 2**53  # a count beyond that is none
-_NOT_REPORTED = 0  # what `Usage` says of a count that the service does not report
 
 
 class NoChoice(Malformed):
@@ -35,7 +34,7 @@ class Answer:
     is_thought_only: bool  # the model thought, and nothing stands outside the thought
 
 
-def read_answer(answer: Any, temperature: float) -> Answer:
+def read_answer(answer: Any, temperature: float, thinking: bool = False) -> Answer:
     """The reply in the parsed JSON of an answer.
 
     The text is the message's content; a list of parts is joined. Calls of functions follow it, as the dialect `tool_calls`
@@ -43,6 +42,7 @@ def read_answer(answer: Any, temperature: float) -> Answer:
 
     Args:
         temperature: that was asked for.
+        thinking: whether the model was asked to think.
 
     Raises:
         Malformed: there is no reply in it.
@@ -61,7 +61,8 @@ def read_answer(answer: Any, temperature: float) -> Answer:
     text, thought = _content(message)
     if (text is None and not (thought or ended)) or ended == "error":
         raise Malformed(f"sent no reply but {describe_answer(answer)}")
-    text = without_thought(text or "", opened=None)
+    truncated = ended in _LENGTH
+    text = without_thought(text or "", opened=None, thinking=thinking and not thought, truncated=truncated)
     completion_ids = _ids(choice.get("token_ids"))
     logprobs = _logprobs(choice.get("logprobs"))
     prompt_ids = _ids(answer.get("prompt_token_ids"))
@@ -72,7 +73,7 @@ def read_answer(answer: Any, temperature: float) -> Answer:
         prompt_ids=prompt_ids,
         completion_ids=completion_ids,
         logprobs=logprobs if sampled_from else (),
-        stop="length" if ended in _LENGTH else "stop",
+        stop="length" if truncated else "stop",
         usage=_usage(answer.get("usage"), prompt_ids, completion_ids),
     )
     return Answer(reply, thought and not text.strip())
@@ -116,8 +117,9 @@ def _calls(message: Mapping[str, Any]) -> str:
 
 def _ids(value: Any) -> tuple[int, ...]:
     """Token ids; none where the service does not report them as such."""
-    ids = value if isinstance(value, list) else []
-    return tuple(ids) if all(_count(item) is not None for item in ids) else ()
+    counts = [_count(item) for item in value] if isinstance(value, list) else []
+    ids = tuple(count for count in counts if count is not None)
+    return ids if len(ids) == len(counts) else ()
 
 
 def _logprobs(value: Any) -> tuple[float, ...]:
@@ -142,9 +144,9 @@ def _usage(value: Any, prompt_ids: Sequence[int], completion_ids: Sequence[int])
         completion = len(completion_ids)
     return Usage(
         calls=1,
-        prompt_tokens=_NOT_REPORTED if prompt is None else prompt,
-        completion_tokens=_NOT_REPORTED if completion is None else completion,
-        cached_tokens=_NOT_REPORTED if cached is None or cached > (prompt or 0) else cached,
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        cached_tokens=None if cached is None or cached > (prompt or 0) else cached,
     )
 
 

@@ -165,7 +165,7 @@ class OpenAIModel:
                 answer = await self._service.ask(
                     "/chat/completions",
                     self._request(call, form),
-                    lambda answer: read_answer(answer, call.temperature),
+                    lambda answer: read_answer(answer, call.temperature, call.thinking),
                 )
             except Rejected as rejection:
                 self._raise_unless_of_form(rejection, call)

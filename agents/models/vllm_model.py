@@ -144,5 +144,5 @@ def reply_of(output: Any, chat: ChatTokenizer) -> Reply:
         completion_ids=ids,
         logprobs=tuple(chances[token].logprob for token, chances in zip(ids, sampled.logprobs, strict=True)),
         stop="length" if sampled.finish_reason == "length" else "stop",
-        usage=Usage(1, len(prompt), len(ids), output.num_cached_tokens or 0),
+        usage=Usage(1, len(prompt), len(ids), output.num_cached_tokens),
     )

@@ -20,8 +20,8 @@ def answer(message: Any, ended: Any = "stop", **fields: Any) -> Any:
     return {"choices": [{"index": 0, "message": message, "finish_reason": ended}], **fields}
 
 
-def read(message: Any, ended: Any = "stop", **fields: Any) -> Reply:
-    return read_answer(answer(message, ended, **fields), 0.0).reply
+def read(message: Any, ended: Any = "stop", thinking: bool = False, **fields: Any) -> Reply:
+    return read_answer(answer(message, ended, **fields), 0.0, thinking).reply
 
 
 @pytest.mark.parametrize(
@@ -70,6 +70,30 @@ def test_calls_of_functions_become_operations_of_the_dialect() -> None:
 def test_a_reply_without_room_is_truncated(ended: str, message: dict[str, Any]) -> None:
     reply = read(message, ended)
     assert (reply.text, reply.stop) == (message.get("content") or "", "length")
+
+
+@pytest.mark.parametrize(
+    ("message", "ended", "thinking", "text"),
+    [
+        (
+            {"content": "Is it <final_answer>Ada</final_answer>? I"},
+            "length",
+            True,
+            "",
+        ),  # the template opened the thought
+        ({"content": "Is it <final_answer>Ada</final_answer>? I"}, "stop", True, None),
+        ({"content": "Is it <final_answer>Ada</final_answer>? I"}, "length", False, None),
+        ({"content": "<final_answer>Ada</fin", "reasoning_content": "Ada?"}, "length", True, None),  # of the reply
+        ({"content": "Ada?</think><final_answer>Ada</fin"}, "length", True, "<final_answer>Ada</fin"),
+        ({"content": "<think><final_answer>Bo</final_answer>"}, "length", False, ""),
+    ],
+)
+def test_a_draft_in_a_thought_that_was_cut_is_no_reply(
+    message: dict[str, str], ended: str, thinking: bool, text: str | None
+) -> None:
+    reply = read(message, ended, thinking)
+    assert reply.text == (message["content"] if text is None else text)
+    assert reply.stop == ended
 
 
 @pytest.mark.parametrize("ended", ["content_filter", "SAFETY", "RECITATION", "sensitive"])
@@ -140,14 +164,14 @@ def test_a_reply_that_is_a_thought_alone_says_so(message: dict[str, Any], alone:
     ],
 )
 def test_counts_that_are_none_are_not_reported(usage: Any) -> None:
-    assert read({"content": "Ada"}, usage=usage).usage == Usage(calls=1)
+    assert read({"content": "Ada"}, usage=usage).usage == Usage(1, None, None, None)
 
 
 def test_counts_that_are_reported_count() -> None:
     usage = {"prompt_tokens": 7.0, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 2}}
     assert read({"content": "Ada"}, usage=usage).usage == Usage(1, 7, 3, 2)
     usage["prompt_tokens_details"] = {"cached_tokens": 8}  # more than there were
-    assert read({"content": "Ada"}, usage=usage).usage == Usage(1, 7, 3, 0)
+    assert read({"content": "Ada"}, usage=usage).usage == Usage(1, 7, 3, None)
 
 
 @pytest.mark.parametrize(

@@ -249,7 +249,7 @@ def test_a_service_may_tell_thoughts_apart(field: str, content: str | None, text
 def test_a_service_that_ignores_what_it_does_not_know_will_do(service: Service) -> None:
     service.knows_ids = False
     service.distort = lambda answer: {**answer, "usage": None}
-    assert ask(OpenAIModel("m")) == Reply(EXPECTED, usage=Usage(calls=1))
+    assert ask(OpenAIModel("m")) == Reply(EXPECTED, usage=Usage(1, None, None, None))
 
 
 @pytest.mark.parametrize(
