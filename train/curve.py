@@ -20,7 +20,7 @@ def draw_curve(metrics: Path, picture: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingDependency(f"A picture needs {error.name!r}: pip install 'atommem[train]'.") from error
+        raise MissingDependency(f"A picture needs {error.name!r}: pip install 'atommem[plots]'.") from error
     lines = read_jsonl(metrics)
     steps = [line for line in lines if "reward" in line]
     if not steps:

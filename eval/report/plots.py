@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import cycle
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,7 @@ def draw(environments: Sequence[Environment]) -> list[Plot]:
     try:
         import matplotlib
     except ImportError as error:
-        raise MissingDependency(f"Plots need {error.name!r}: pip install 'atommem[train]'.") from error
+        raise MissingDependency(f"Plots need {error.name!r}: pip install 'atommem[plots]'.") from error
     names = dict.fromkeys(row.name for environment in environments for row in environment.rows)
     looks = zip(names, cycle(_COLOURS), cycle(_MARKERS), strict=False)
     styles = {name: {"color": colour, "marker": marker} for name, colour, marker in looks}
@@ -54,6 +55,17 @@ def draw(environments: Sequence[Environment]) -> list[Plot]:
                 plots.append(_evidence(environment))
             plots += [_cost(environment, styles), _memory(environment, styles), _operations(environment)]
     return plots
+
+
+def save(plot: Plot, folder: Path) -> None:
+    """Writes a plot as PNG, PDF and SVG; the same plot gives the same bytes."""
+    import matplotlib
+
+    with matplotlib.rc_context(
+        {"pdf.fonttype": 42, "svg.hashsalt": plot.name}
+    ):  # 42: text that can be searched and edited
+        for form, metadata in (("png", {}), ("pdf", {"CreationDate": None}), ("svg", {"Date": None})):
+            plot.figure.savefig(folder / f"{plot.name}.{form}", metadata=metadata)
 
 
 def _figure(width: float, height: float) -> Figure:

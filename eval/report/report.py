@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import re
 import tomllib
@@ -26,11 +27,11 @@ import tyro
 from rich.console import Console
 
 from atommem_env import ENVIRONMENTS
-from atommem_env.errors import SettingError
+from atommem_env.errors import MissingDependency, SettingError
 from atommem_env.terminal import escape
 from atommem_env.types import ABLATIONS, EpisodeSettings
 from eval.compare import Run, read_run
-from eval.report.plots import draw
+from eval.report.plots import draw, save
 from eval.report.rows import Environment, Published, Row, plain
 from eval.report.tables import csv_text, latex, markdown, results
 from eval.run_folder import write_atomic
@@ -42,6 +43,7 @@ _ROW_SETTINGS = {
     *("top_k", "memory_tokens", "retrieval", "capacity"),
 }
 _DEFAULTS: dict[str, Any] = json.loads(json.dumps(EpisodeSettings().record()))
+_log = logging.getLogger(__name__)
 _PUBLISHED = Path(__file__).with_name("published.toml")
 
 
@@ -173,23 +175,27 @@ def _is_same_method(run: Run, published: Published) -> bool:
 
 
 def report(folders: Sequence[Path], out: Path) -> list[Environment]:
-    """Writes the report of all finished runs in `folders` into `out`.
+    """Writes the report of all finished runs in `folders` into `out`; without plots, and a warning, where matplotlib is missing.
 
     Raises:
         SettingError: as in `find_runs` and `group`.
-        MissingDependency: matplotlib is not installed; then nothing is written.
     """
     runs, unfinished = find_runs(folders)
     environments = group(runs)
-    plots = draw(environments)
+    try:
+        plots = draw(environments)
+    except MissingDependency as error:
+        _log.warning("The report has no plots. %s", error)
+        plots = []
     root = os.path.commonpath([folder.resolve().parent for folder in folders])
 
     def relative(folder: Path) -> str:
         return Path(os.path.relpath(folder.resolve(), root)).as_posix()
 
-    (out / "plots").mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     for plot in plots:
-        plot.figure.savefig(out / "plots" / f"{plot.name}.png")
+        (out / "plots").mkdir(exist_ok=True)
+        save(plot, out / "plots")
         write_atomic(out / "plots" / f"{plot.name}.csv", csv_text(plot.data))
     write_atomic(out / "report.md", markdown(environments, [relative(folder) for folder in unfinished], plots))
     write_atomic(out / "results.csv", csv_text(results(environments, relative)))
@@ -208,4 +214,5 @@ def main(config: ReportConfig) -> None:
     rows = [row for environment in environments for row in environment.rows]
     runs = sum(len(row.runs) for row in rows)
     counts = f"Runs: {runs:,}; rows: {len(rows):,}; tables: {len(environments):,}."
-    Console().print(f"{counts}\nWritten to [bold]{escape(str(out))}[/]: report.md, results.csv, results.tex, plots/.")
+    plots = ", plots/" if (out / "plots").is_dir() else ""
+    Console().print(f"{counts}\nWritten to [bold]{escape(str(out))}[/]: report.md, results.csv, results.tex{plots}.")

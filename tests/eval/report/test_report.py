@@ -12,11 +12,11 @@ pytest.importorskip("matplotlib")
 
 from agents.registry import METHODS
 from atommem_env.cli import main as atommem
-from atommem_env.errors import MissingDependency, SettingError
+from atommem_env.errors import SettingError
 from eval.metrics import summarise
 from eval.options import EvalConfig
 from eval.report import plots
-from eval.report.report import ReportConfig, find_runs, group, main, read_published, report
+from eval.report.report import ReportConfig, find_runs, group, main, read_published
 from eval.report.tables import csv_text, latex, markdown
 from eval.run import evaluate
 from eval.run_folder import read_jsonl
@@ -300,14 +300,30 @@ def test_published_figures_are_shares_of_the_datasets_that_there_are() -> None:
             assert all(0 < figure < 100 for figure in one.figures.values())
 
 
-def test_without_matplotlib_the_extra_is_named_and_nothing_written(
-    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_without_matplotlib_there_are_tables_and_a_word_on_plots(
+    tree: Path, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    out = tmp_path / "out"
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(MissingDependency, match=r"atommem\[train\]"):
-        report([tree], tmp_path / "out")
-    monkeypatch.setattr(sys, "argv", ["atommem", "report", str(tree), "--out", str(tmp_path / "out")])
-    with pytest.raises(SystemExit):
-        atommem()
-    assert "atommem[train]" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(sys, "argv", ["atommem", "report", str(tree), "--out", str(out)])
+    atommem()
+    (record,) = caplog.records
+    assert record.getMessage().startswith("The report has no plots. ")
+    assert "pip install 'atommem[plots]'" in record.getMessage()
+    assert {path.name for path in out.iterdir()} == {"report.md", "results.csv", "results.tex"}
+    for name in ("results.csv", "results.tex"):
+        assert (out / name).read_bytes() == (written / name).read_bytes()
+    assert "plots/" not in (out / "report.md").read_text()
+
+
+def test_plots_are_pictures_for_the_web_and_for_papers_and_the_same_bytes_each_time(
+    tree: Path, written: Path, tmp_path: Path
+) -> None:
+    files = {path.name for path in (written / "plots").iterdir()}
+    names = {name.partition(".")[0] for name in files}
+    assert files == {f"{name}.{form}" for name in names for form in ("csv", "pdf", "png", "svg")}
+    for again in (tmp_path / "one", tmp_path / "two"):
+        again.mkdir()
+        plots.save(plots.draw(group(find_runs([tree])[0]))[0], again)
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
