@@ -38,7 +38,7 @@ from eval.played_as import read_card
 from eval.players import LocalPlayer, Parts, PolicyLike
 from eval.run import evaluate as evaluate_config
 from eval.run import evaluate_async as evaluate_config_async
-from eval.run_folder import read_records, require_empty_dir
+from eval.run_folder import read_records, require_empty_dir, require_trusted
 
 EnvLike = str | gym.Env[Any, Any] | Task | Sequence[Task] | TaskSource
 _Config = TypeVar("_Config", bound=PlayConfig)
@@ -196,6 +196,7 @@ def configure(
     """
     recorded: tuple[str, ...] = ()
     if issubclass(kind, EvalConfig) and isinstance(policy, str) and (card := read_card(policy)):
+        require_trusted(card.values, card.path, trust=bool(options.get("trust")))
         if isinstance(env, str | None):
             fields = default_fields(None, card, env)
         else:

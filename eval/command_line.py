@@ -16,6 +16,7 @@ import tyro
 
 from eval.options import EnvConfig, EvalConfig
 from eval.played_as import PlayRecord, read_card, read_run, set_text
+from eval.run_folder import require_trusted
 
 _Config = TypeVar("_Config")
 _OF_THE_MODEL = ("layout", "dialect", "max_new_tokens")
@@ -68,7 +69,7 @@ def parse_eval(prog: str, description: str, words: Sequence[str]) -> tuple[EvalC
     environment: layout, dialect and the length of a reply. So it is, for either, where ENV_ID names another environment.
 
     Raises:
-        SettingError: the other run, or `atommem.json`, cannot be read.
+        SettingError: the other run, or `atommem.json`, cannot be read, or names modules that are not trusted.
     """
     description = f"{description}\n\n{_LIKE}"
     run, words = take_option(prog, words, "--like")
@@ -76,6 +77,8 @@ def parse_eval(prog: str, description: str, words: Sequence[str]) -> tuple[EvalC
     like, card = read_run(Path(run)) if run else None, read_card(policy) if policy else None
     if not (like or card):
         return parse_config(EvalConfig, prog, description, words), []
+    for record in filter(None, (like, card)):
+        require_trusted(record.values, record.path, trust="--trust" in words)
     default = EvalConfig(**default_fields(like, card))
     config = parse_config(EvalConfig, prog, description, words, default)
     if config.env_id != default.env_id:

@@ -35,7 +35,7 @@ from atommem_env.types import Message, Question
 from eval.compare import Run, read_run
 from eval.metrics import bootstrap_ci95
 from eval.progress import step_progress
-from eval.run_folder import read_jsonl, to_jsonl, write_atomic
+from eval.run_folder import read_jsonl, require_trusted, to_jsonl, write_atomic
 
 PROMPT_VERSION = 2  # incremented with any change of _PROMPT: judgements of different prompts are not comparable
 _PROMPT = """\
@@ -74,6 +74,8 @@ class JudgeConfig:
     """Judge: a model from `atommem policies`, for example openai:NAME."""
     in_flight: int = 16
     """Answers judged at the same time; changes the speed only."""
+    trust: bool = False
+    """Import the modules that the run's config.json names; they run code."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,7 @@ def judge(config: JudgeConfig, console: Console | None = None) -> dict[str, Any]
         AtomMemError: the judge cannot be loaded, or failed. Its earlier judgements are saved.
     """
     run = read_run(config.run)
+    require_trusted(run.config, config.run / "config.json", trust=config.trust)
     questions = _answers(run, config.model)
     answers = [answer for answer in questions if answer.question.answers]
     if not answers:

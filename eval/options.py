@@ -136,6 +136,8 @@ class EvalConfig(PlayConfig):
     data."""
     resume: bool = False
     """Resume an interrupted run in the same folder: only the missing episodes are played."""
+    trust: bool = False
+    """Import the modules that the run of --like, or the atommem.json of a model, names; they run code."""
 
 
 def has_splits(env_id: str, source: Source | None) -> bool:

@@ -32,7 +32,7 @@ from atommem_env.plugins import name_of
 from atommem_env.types import ABLATIONS, EpisodeSettings
 from eval.options import EnvConfig
 from eval.provenance import commit, hash_folder, versions
-from eval.run_folder import Record, read_config, write_atomic
+from eval.run_folder import Record, named_modules, read_config, write_atomic
 from eval.toml_tables import fields_of, read_table
 
 CARD = "atommem.json"
@@ -114,8 +114,10 @@ def _unseen(env_id: str, options: dict[str, Any]) -> dict[str, str]:
 
 def eval_command(model: Path) -> str:
     """The command that evaluates a trained model; ENV_ID stands for what is not known of one without `atommem.json`."""
-    env_id = [] if (model / CARD).is_file() else ["ENV_ID"]
-    return shlex.join(["atommem", "eval", *env_id, "--policy", str(model)])
+    card = read_record(model / CARD)
+    env_id = [] if card else ["ENV_ID"]
+    trust = ["--trust"] if card and named_modules(card.values) else []
+    return shlex.join(["atommem", "eval", *env_id, "--policy", str(model), *trust])
 
 
 @dataclass(frozen=True, slots=True)

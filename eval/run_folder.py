@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from atommem_env.errors import DataError, SettingError
+from atommem_env.packages import PACKAGES
+from atommem_env.plugins import is_target
 from atommem_env.types import EpisodeSettings
 from eval.metrics import SCHEMA_VERSION
 
@@ -28,6 +30,8 @@ if sys.platform != "win32":
 Record = dict[str, Any]
 _ABSENT = object()
 _SINCE_3 = ("data", "fingerprints")  # fields of config.json that came with schema 3
+_PARTS = ("source", "dialect", "reward", "embedder")  # options that can name a part as module:attribute
+_OUR_PACKAGES = ("atommem_env", *PACKAGES)
 _RENAMED = {"replies_cut": "replies_truncated"}  # fields of records in schema 2
 
 
@@ -214,6 +218,38 @@ def read_config(path: Path) -> Record:
     if config.get("schema_version") == 2:
         config["schema_version"] = SCHEMA_VERSION
     return config
+
+
+def named_modules(config: Record) -> list[str]:
+    """The modules, other than ours, that making what a `config.json` or `atommem.json` describes would import.
+
+    >>> named_modules({"env_id": "mine:Env-v0", "layout": "terse", "options": {"embedder": "st:a", "reward": "own:short"}})
+    ['mine', 'own']
+    """
+    env_id, settings, options = str(config["env_id"]), config.get("settings", {}), config.get("options", {})
+    values = [config.get("layout"), *(part.get(name) for part in (options, settings) for name in _PARTS)]
+    modules = [value.partition(":")[0] for value in values if is_target(value)]
+    if ":" in env_id:
+        modules.append(env_id.rpartition(":")[0])
+    ours = ("openai", "st", "vllm", "public_code")  # before a colon that names no attribute
+    return sorted({name for name in modules if name not in ours and name.partition(".")[0] not in _OUR_PACKAGES})
+
+
+def require_trusted(config: Record, path: Path, *, trust: bool) -> None:
+    """Rejects a file that would make this process import modules, which run code, unless its reader trusts them.
+
+    Args:
+        path: of the file, for the message.
+
+    Raises:
+        SettingError: it names modules, and `trust` is off.
+    """
+    modules = named_modules(config)
+    if modules and not trust:
+        raise SettingError(
+            f"{path} names {', '.join(modules)}, and importing a module runs its code. If you trust whoever made this file, and "
+            "the modules of these names here, say so by --trust."
+        )
 
 
 def read_records(path: Path) -> list[Record]:

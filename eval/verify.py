@@ -23,6 +23,7 @@ from rich.table import Table
 from agents.rollout import episode_specs
 from atommem_env.errors import AtomMemError
 from atommem_env.make import make_env
+from atommem_env.plugins import is_target
 from atommem_env.store.memory_store import MemoryStore
 from atommem_env.store.recorder import INTERRUPTED
 from atommem_env.tasks.digests import files_of, task_digest
@@ -33,6 +34,7 @@ from eval.options import EvalConfig
 from eval.played_as import read_run as read_played
 from eval.players import Parts, prepare
 from eval.provenance import read_sessions, versions
+from eval.run_folder import require_trusted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +43,8 @@ class VerifyConfig:
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Run folder that `atommem eval` wrote."""
+    trust: bool = False
+    """Import the modules that the run's config.json names; they run code."""
 
 
 class Check(NamedTuple):
@@ -51,13 +55,14 @@ class Check(NamedTuple):
     detail: str
 
 
-def verify(folder: Path) -> list[Check]:
+def verify(folder: Path, *, trust: bool = False) -> list[Check]:
     """What of a run still holds.
 
     Raises:
-        SettingError: there is no run, or an earlier version wrote it.
+        SettingError: there is no run, an earlier version wrote it, or it names modules and `trust` is off.
     """
     run = read_run(folder)
+    require_trusted(run.config, folder / "config.json", trust=trust)
     checks = [_summary(run), _versions(folder)]
     options = {**run.config["options"], "durability": "off", "embedder": "hashing"}  # nothing is played
     try:
@@ -65,7 +70,7 @@ def verify(folder: Path) -> list[Check]:
             checks += [_equal("data", run.config.get("data"), files_of(env.source)), _tasks(run, env.source)]
     except AtomMemError as error:
         checks.append(Check("data", False, str(error)))
-    return [*checks, _fingerprints(run), _memory(run)]
+    return [*checks, _fingerprints(run, trust), _memory(run)]
 
 
 def _equal(name: str, before: dict[str, str] | None, now: dict[str, str]) -> Check:
@@ -116,7 +121,7 @@ def _tasks(run: Run, source: object) -> Check:
     return Check("tasks", not changed, detail)
 
 
-def _fingerprints(run: Run) -> Check:
+def _fingerprints(run: Run, trust: bool) -> Check:
     if "fingerprints" not in run.config:
         return Check("weights and sources", None, "an earlier version did not record them")
     if not run.config["fingerprints"]:
@@ -124,6 +129,8 @@ def _fingerprints(run: Run) -> Check:
     try:
         played = read_played(run.folder)
         fields = played.environment() | played.playing() | {"durability": "off", "policy": run.config["policy"]}
+        if not trust and is_target(run.config["policy"].partition("@")[0]):
+            return Check("weights and sources", None, "the policy is a module's, which is not imported without --trust")
         driver, _, now = prepare(EvalConfig(**fields, out=run.folder), Parts())
         driver.store.close()
     except AtomMemError as error:
@@ -147,7 +154,7 @@ def _memory(run: Run) -> Check:
 
 def main(config: VerifyConfig) -> None:
     """Check whether a run's data, weights, sources, memory and summary are still those that it was played with."""
-    checks = verify(config.run)
+    checks = verify(config.run, trust=config.trust)
     table = Table(title=escape(str(config.run)), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for heading in ("", "holds", "detail"):
         table.add_column(heading, overflow="fold")

@@ -45,6 +45,7 @@ from atommem_env.types import (
 )
 from eval.compare import read_run
 from eval.metrics import summarise
+from eval.run_folder import require_trusted
 
 MOST_EPISODES = 50  # a larger page is slow to open
 
@@ -63,11 +64,13 @@ class TraceConfig:
     """Only this episode: its number in episodes.jsonl, from 0. Default: the first 50."""
     out: Path | None = None
     """File of the page. Default: trace.html, or trace-N.html of one episode, in the run folder."""
+    trust: bool = False
+    """Import the modules that the run's config.json names; they run code."""
 
 
 def main(config: TraceConfig) -> None:
     """Write a run, or one episode, as an HTML page."""
-    page = trace_page(config.run, config.episode)
+    page = trace_page(config.run, config.episode, trust=config.trust)
     name = "trace.html" if config.episode is None else f"trace-{config.episode}.html"
     out = config.out or config.run / name
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -75,16 +78,18 @@ def main(config: TraceConfig) -> None:
     print(f"Written to {out}; open it in a browser.")
 
 
-def trace_page(run: Path, episode: int | None = None) -> str:
+def trace_page(run: Path, episode: int | None = None, *, trust: bool = False) -> str:
     """The page (HTML) of a run folder, or of one of its episodes; the same bytes for the same run.
 
     Raises:
-        SettingError: the folder has no run, or no memory (durability off), or there is no such episode.
+        SettingError: the folder has no run, or no memory (durability off), there is no such episode, or `trust` is off and the
+            run names modules other than ours.
         StoreError: the replay of an episode ends differently.
         DatasetNotFound: the run's dataset no longer exists.
     """
     played = read_run(run)
     config, records = played.config, played.records
+    require_trusted(config, run / "config.json", trust=trust)
     if config["options"].get("durability") == "off":
         raise SettingError(f"The run in {run} stored no memory (durability off). Run it again without that setting.")
     chosen = [record for record in records if episode in (None, record["episode"])][:MOST_EPISODES]

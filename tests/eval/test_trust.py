@@ -167,12 +167,12 @@ def test_a_run_is_extended_and_never_shortened(tmp_path: Path) -> None:
 def test_verify_names_what_no_longer_holds(tmp_path: Path, own_policy: Path) -> None:
     files = questions(tmp_path / "book") | {"durability": "episode"}
     evaluate(config(tmp_path / "run", policy=f"{MODULE}:policy", **files))
-    assert not [check for check in verify(tmp_path / "run") if check.holds is False]
+    assert not [check for check in verify(tmp_path / "run", trust=True) if check.holds is False]
     (tmp_path / "book" / "safety.md").write_text("# Fire\nLeave by the south door.\n")
     own_policy.write_text(own_policy.read_text() + "# changed\n")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     (tmp_path / "run" / "summary.json").write_text(json.dumps(summary | {"em": 0.5}))
-    changed = {check.name for check in verify(tmp_path / "run") if check.holds is False}
+    changed = {check.name for check in verify(tmp_path / "run", trust=True) if check.holds is False}
     assert changed == {"summary", "data", "tasks", "weights and sources"}
 
 
@@ -272,3 +272,39 @@ def test_labels_control_neither_terminal_nor_spreadsheet_nor_tex(
     assert "'=HYPERLINK" in table
     for text in (table, (tmp_path / "report" / "results.tex").read_text(encoding="utf-8")):
         assert not {"\x00", "\x1b", "\u202e"} & set(text)
+
+
+# ------------------------------------------------------------------------------------------ what lets nothing in
+
+
+def test_what_one_is_handed_runs_no_code_unless_it_is_trusted(tmp_path: Path, own_policy: Path) -> None:
+    from eval.command_line import parse_eval
+    from eval.judge import JudgeConfig, judge
+    from eval.played_as import record_of, write_card
+    from eval.viewer.trace import trace_page
+
+    run, model = tmp_path / "run", tmp_path / "model"
+    evaluate(config(run, durability="episode", episodes=1))
+    hostile = "raise SystemExit('this ran')\n"
+    (tmp_path / "theirs.py").write_text(hostile)
+    before = json.loads((run / "config.json").read_text())
+    for part in (
+        {"env_id": "theirs:Env-v0"},
+        {"options": {**before["options"], "source": "theirs:source"}},
+        {"settings": {**before["settings"], "reward": "theirs:reward"}, "layout": "theirs:layout"},
+    ):
+        (run / "config.json").write_text(json.dumps(before | part))
+        for reader in (trace_page, verify, lambda path: judge(JudgeConfig(run=path, model="tiny"))):
+            with pytest.raises(SettingError, match="names theirs, and importing a module runs its code"):
+                reader(run)
+        with pytest.raises(SettingError, match="say so by --trust"):
+            parse_eval("atommem eval", "", ["--like", str(run)])
+    model.mkdir()
+    write_card(model, record_of(config(run)), 8, command="atommem sft", run=run)
+    card = json.loads((model / "atommem.json").read_text())
+    (model / "atommem.json").write_text(json.dumps(card | {"layout": "theirs:layout"}))
+    with pytest.raises(SettingError, match="names theirs"):
+        parse_eval("atommem eval", "", ["--policy", str(model)])
+    with pytest.raises(SettingError, match="names theirs"):
+        atommem_env.evaluate(str(model), episodes=1)
+    assert "theirs" not in sys.modules
