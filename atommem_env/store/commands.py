@@ -19,6 +19,7 @@ from atommem_env.errors import SettingError, StoreError
 from atommem_env.memory import WorkingMemory
 from atommem_env.store.memory_store import MemoryStore
 from atommem_env.store.recorder import INTERRUPTED, EpisodeRecord
+from atommem_env.store.tables import TABLES
 from atommem_env.types import EmbeddingRequest
 
 _ID = 10  # characters of an episode's id that tables show
@@ -33,7 +34,9 @@ def ls_command(store: Store, /, *, last: int = 50) -> None:
         store: The store's folder, for example `memory` in a folder that `atommem eval --out` wrote.
         last: How many to list, the latest ones; 0: all.
     """
-    records = _open(store).episodes()
+    opened = _open(store)
+    _check(opened)
+    records = opened.episodes()
     shown = records[-last:] if last else records
     table = Table(title=f"{len(shown):,} of {len(records):,} episodes in {store}", title_justify="left")
     for heading in ("episode", "environment", "task", "status", "reward", "steps", "committed (UTC)"):
@@ -55,6 +58,7 @@ def show_command(store: Store, episode: Text, /) -> None:
     """
     opened = _open(store)
     record = _find(opened, episode)
+    changes, memory = opened.changes(record.episode_id), opened.memory_at(record.episode_id, record.steps)
     console = Console()
     for name, value in zip(
         ("episode", "environment", "task", "status", "reward", "replies"), _cells(record), strict=True
@@ -65,10 +69,10 @@ def show_command(store: Store, episode: Text, /) -> None:
     table = Table(title="Changes and searches", title_justify="left")
     for heading in ("step", "operation", "entry", "text"):
         table.add_column(heading, justify="right" if heading == "step" else "left")
-    for change in opened.changes(record.episode_id):
+    for change in changes:
         table.add_row(str(change["step"]), change["operation"], change["entry_id"], escape(change["text"]))
     console.print(table)
-    _print_entries(console, opened.memory_at(record.episode_id, record.steps), "At the end")
+    _print_entries(console, memory, "At the end")
 
 
 def at_step_command(store: Store, episode: Text, step: Annotated[int, tyro.conf.Positional], /) -> None:
@@ -98,6 +102,8 @@ def search_command(
     """
     opened = _open(store)
     episode_id = None if episode is None else _find(opened, episode).episode_id
+    if episode_id is None:
+        _check(opened)
     vector = embed(get_embedder(embedder), [EmbeddingRequest(text, "query")])[0]
     table = Table()
     for heading in ("score", "episode", "entry", "text"):
@@ -132,6 +138,7 @@ def export_command(
         raise SettingError(f"{out} exists; name another file, or remove it.")
     opened = _open(store)
     out.parent.mkdir(parents=True, exist_ok=True)
+    _check(opened)
     rows = list(_rows(opened, what, vectors))
     if out.suffix == ".jsonl":
         lines = (json.dumps(row, ensure_ascii=False, default=_as_json) + "\n" for row in rows)
@@ -150,11 +157,27 @@ def _open(folder: Path) -> MemoryStore:
     Raises:
         StoreError: there is none; the message names stores in its subfolders.
     """
-    if not (folder / "episodes.lance").is_dir():
+    if not any((folder / f"{name}.lance").is_dir() for name in TABLES):
         below = sorted(path.parent for path in folder.glob("*/episodes.lance"))
         hint = f"Did you mean {', '.join(map(str, below[:5]))}?" if below else "Name the folder that `store=` named."
         raise StoreError(f"There is no memory store in {folder}. {hint}")
     return MemoryStore(folder)
+
+
+def _check(store: MemoryStore) -> None:
+    """Checks that all episodes are complete, and says on stderr how many are not listed.
+
+    Raises:
+        StoreError: an episode is incomplete.
+    """
+    if unlisted := store.check():
+        Console(stderr=True).print(
+            f"{unlisted:,} more episodes in {store.folder} have replies, and no row in 'episodes': a process still plays them, "
+            "or was killed before their first commit was whole, or a file is missing.",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _find(store: MemoryStore, prefix: str) -> EpisodeRecord:

@@ -18,13 +18,11 @@ is used until an error, or until the episode ends or is resumed; then a new writ
 from __future__ import annotations
 
 import json
-import os
-import sys
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -32,15 +30,17 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
-from atommem_env.errors import MissingDependency, SettingError, StoreError
+from atommem_env.errors import SettingError, StoreError
 from atommem_env.memory import WorkingMemory, unit
 from atommem_env.paths import remove_with, temporary_folder
+from atommem_env.store.checks import check_tables
+from atommem_env.store.connection import StoreTables, forked_after_lancedb
+from atommem_env.store.failures import RESTORE, convert_errors, ignore_conflicts
 from atommem_env.store.folder_lock import FolderLock
 from atommem_env.store.recorder import INTERRUPTED, Commit, EpisodeRecord, Recorder, batches_of, dimensions_of
 from atommem_env.store.tables import (
     SCHEMA_VERSION,
     TABLES,
-    VERSION_KEY,
     reader_of,
     replace_surrogates,
     schema_of,
@@ -54,19 +54,6 @@ _MOST_FILES = 10  # of a table when the store is closed
 _AT_ONCE = timedelta(milliseconds=1)  # LanceDB warns about anything shorter
 _NEVER = timedelta(days=36_500)
 _CLOCK_TOLERANCE = timedelta(days=1)  # LanceDB deletes files of nobody that are older than 7 days
-_CACHE_BYTES = 4 << 20  # without a limit LanceDB's caches grow with every commit
-_DISK_FULL = ("No space left", "os error 28", "File too large", "os error 27", "quota", "os error 122")
-
-_forked_after_lancedb = False
-
-
-def _note_fork() -> None:
-    global _forked_after_lancedb
-    _forked_after_lancedb = _forked_after_lancedb or "lancedb" in sys.modules
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_note_fork)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +96,7 @@ class MemoryStore:
         self.durability = durability
         self._folder_lock = FolderLock(self.folder)
         self._lock = threading.RLock()  # of writing and compaction
-        self._connection: Any = None
-        self._tables: dict[str, Any] = {}
+        self._tables = StoreTables(self._folder_lock)
         self._commits = 0
         self._remove: Callable[[], object] | None = None  # of a temporary store
 
@@ -171,9 +157,9 @@ class MemoryStore:
         """The recorder that continues an interrupted episode; its first reply is number `steps` + 1.
 
         Raises:
-            StoreError: no such episode, or it is over.
+            StoreError: no such episode, it is incomplete, or it is over.
         """
-        record = self.episode(episode_id)
+        record = self._complete(episode_id)
         if record.status != INTERRUPTED:
             raise StoreError(f"Episode {episode_id} is over ({record.status}); only an interrupted one can be resumed.")
         return Recorder(self.durability, record, changes=len(self._changes(record)), replaced=record.writers)
@@ -203,10 +189,10 @@ class MemoryStore:
             self._commits += 1
             if self._commits % _OPTIMIZE_EVERY == 0:
                 with self._folder_lock.acquire_exclusive() as exclusive:
-                    for table in self._tables.values():
+                    for table in self._tables.opened():
                         if self._needs_compaction(table):
                             self._optimize(table, exclusive)
-                self._connection, self._tables = None, {}  # an open connection holds some memory of each commit
+                self._tables.close()  # an open connection holds some memory of each commit
 
     def checkpoint(self) -> None:
         """Returns when all that was written is on the disk and survives a loss of power, which LanceDB does not ensure.
@@ -227,7 +213,7 @@ class MemoryStore:
         Raises:
             StoreError: the folder cannot be written.
         """
-        tables = [table for name in TABLES if (table := self._table(name)) is not None]
+        tables = [table for name in TABLES if (table := self._tables.get(name)) is not None]
         with self._lock, self._folder_lock.acquire_exclusive() as exclusive:
             for table in tables:
                 self._optimize(table, exclusive)
@@ -238,15 +224,16 @@ class MemoryStore:
         A temporary folder is removed.
         """
         with self._lock:
-            if self._remove is None and not _forked_after_lancedb:
+            if self._remove is None and not forked_after_lancedb():
                 with self._folder_lock.acquire_exclusive(leaving=True) as exclusive:
                     for name in TABLES if self._commits else ():
-                        table = self._table(name)
+                        table = self._tables.get(name)
                         if table is None:
                             continue
                         if self._count_files(name) > _MOST_FILES if exclusive else self._needs_compaction(table):
                             self._optimize(table, exclusive)
-            self._connection, self._tables, self._commits = None, {}, 0
+            self._tables.close()
+            self._commits = 0
             if self._remove is not None:
                 self._remove()
                 self._remove_later()  # in case a later call creates it again
@@ -260,7 +247,7 @@ class MemoryStore:
         It is when the table has grown by half since the last time, judged by its largest file. After a fixed number of
         commits instead, the time would grow with the square of the episodes.
         """
-        with self._convert_errors("read"):
+        with self._convert_errors("read", table.name):
             stats = table.stats()
         parts, largest = stats["fragment_stats"]["num_fragments"], stats["fragment_stats"]["lengths"]["max"]
         return parts > 1 and (stats["num_rows"] - largest >= largest / 2 or parts > _MOST_PARTS)
@@ -272,27 +259,29 @@ class MemoryStore:
         left, because a client of LanceDB without our lock may be about to commit them. With a clock that differs from
         the file system's every new file could seem that old: then nothing is compacted.
         """
-        with self._convert_errors("optimize"), _ignore_conflicts():
+        with self._convert_errors("optimize", table.name), ignore_conflicts():
             if abs(self._folder_lock.clock_difference()) <= _CLOCK_TOLERANCE.total_seconds():
                 table.optimize(cleanup_older_than=_AT_ONCE if exclusive else _NEVER, delete_unverified=False)
 
     def _write(self, commits: list[Commit]) -> None:
         """Appends the rows of a group, in an order that leaves whole steps, then removes what they replace."""
         for name in TABLES:  # a table of another version raises before any is created
-            self._table(name)
+            self._tables.get(name)
         dimension = self._agreed_dimension(dimensions_of(commits))
         with self._convert_errors("write"):
             self._folder_lock.acquire_shared(make=True)
+            # In this order a table that is missing beside a later one was lost. Tables with vectors are created even without
+            # rows, so that the folder has a dimension.
+            needed = reversed(TABLES if dimension else ("turns", "episodes"))
+            tables = {name: self._tables.ensure(name, dimension) for name in needed}
             for names in (("journal", "entries"), ("turns",), ("episodes",)):
                 pending = []
                 for name in names:
                     batches = batches_of(name, commits, dimension)
                     first = next(batches, None)
-                    # A table with vectors is created even without rows, so that the folder has a dimension.
-                    if first is not None or (dimension and name in ("journal", "entries")):
-                        table = self._ensure_table(name, dimension)
-                        if first is not None:
-                            pending.append((table, reader_of(first, batches)))
+                    if first is not None:
+                        columns = tables[name].schema.names  # fewer than ours in a folder of an earlier version
+                        pending.append((tables[name], reader_of(first, batches, columns)))
                 if len(pending) > 1:
                     with ThreadPoolExecutor(len(pending)) as threads:
                         list(threads.map(lambda pair: pair[0].add(pair[1]), pending))
@@ -300,13 +289,13 @@ class MemoryStore:
                     pending[0][0].add(pending[0][1])
             if replaced := [writer for commit in commits if commit.row for writer in commit.replaced]:
                 for name in ("episodes", "entries"):
-                    if (table := self._table(name)) is not None:
-                        with _ignore_conflicts():
+                    if (table := self._tables.get(name)) is not None:
+                        with ignore_conflicts():
                             table.delete(_writer_in(replaced))
 
     def _agreed_dimension(self, dimensions: set[int]) -> int | None:
         """The one dimension D of vectors of these lengths and of those in the folder; None where there are none yet."""
-        table = self._table("journal")
+        table = self._tables.get("journal")
         stored = None if table is None else table.schema.field("vector").type.list_size
         expected = stored or min(dimensions, default=None)
         if others := sorted(dimensions - {expected}):
@@ -319,8 +308,22 @@ class MemoryStore:
     # ---------------------------------------------------------------------------------------------------------- reading
 
     def episodes(self) -> list[EpisodeRecord]:
-        """All episodes, in the order in which they were committed."""
+        """All episodes, in the order in which they were committed; `check` says whether all their rows are there."""
         return self._records()
+
+    def check(self) -> int:
+        """Checks that all rows of all episodes are there, which those of a copy made while a process wrote may not be.
+
+        Returns:
+            How many more episodes have replies and no row in `episodes`, because a process was killed or is writing.
+
+        Raises:
+            StoreError: an episode is incomplete; the message names it and the table.
+        """
+        records = self._records()
+        self._check(records)
+        stored = self._read("turns", None, ["episode_id"]).column("episode_id").unique().to_pylist()
+        return len({*stored} - {record.episode_id for record in records})
 
     def episode(self, episode_id: str) -> EpisodeRecord:
         """One episode.
@@ -339,40 +342,40 @@ class MemoryStore:
         """An episode's replies, exactly as given.
 
         Raises:
-            StoreError: no such episode.
+            StoreError: no such episode, or it is incomplete.
         """
         return [
             row["reply"] if row["reply_raw"] is None else row["reply_raw"].decode("utf-8", "surrogatepass")
-            for row in self._turns(self.episode(episode_id), ["reply", "reply_raw"])
+            for row in self._turns(self._complete(episode_id), ["reply", "reply_raw"])
         ]
 
     def turns(self, episode_id: str) -> list[dict[str, Any]]:
         """An episode's turns, lone surrogates replaced: step, reply, and the notice, query and scratchpad after it.
 
         Raises:
-            StoreError: no such episode.
+            StoreError: no such episode, or it is incomplete.
         """
         names = ["step", "reply", "notice", "query", "scratchpad"]
-        return [{name: row[name] for name in names} for row in self._turns(self.episode(episode_id), names)]
+        return [{name: row[name] for name in names} for row in self._turns(self._complete(episode_id), names)]
 
     def changes(self, episode_id: str) -> list[dict[str, Any]]:
         """An episode's journal, in order: seq, step, operation, entry_id, text, vector ([D], or None for a Delete).
 
         Raises:
-            StoreError: no such episode.
+            StoreError: no such episode, or it is incomplete.
         """
         names = ["seq", "step", "operation", "entry_id", "text", "vector"]
-        return [{name: row[name] for name in names} for row in self._changes(self.episode(episode_id))]
+        return [{name: row[name] for name in names} for row in self._changes(self._complete(episode_id))]
 
     def vectors(self, episode_id: str) -> dict[tuple[EmbeddingKind, str], Vector]:
         """The unit vectors [D] of all texts that an episode stored or searched for, to replay it without an embedder.
 
         Raises:
-            StoreError: no such episode.
+            StoreError: no such episode, or it is incomplete.
         """
         return {
             ("query" if row["operation"] == OperationKind.READ else "document", row["text"]): row["vector"]
-            for row in self._changes(self.episode(episode_id))
+            for row in self._changes(self._complete(episode_id))
             if row["vector"] is not None
         }
 
@@ -380,9 +383,9 @@ class MemoryStore:
         """An episode's memory, without its capacity, after `step` replies; 0: empty.
 
         Raises:
-            StoreError: no such episode, or it has fewer replies.
+            StoreError: no such episode, it has fewer replies, or it is incomplete.
         """
-        record = self.episode(episode_id)
+        record = self._complete(episode_id)
         if not 0 <= step <= record.steps:
             raise StoreError(
                 f"Episode {episode_id} has {record.steps} replies; step must be from 0 to {record.steps}, got {step}."
@@ -402,7 +405,17 @@ class MemoryStore:
                 else:
                     memory.delete(entry_id)
             if not fits:
-                raise StoreError(f"The journal of episode {episode_id} is damaged: {kind} of {entry_id} does not fit.")
+                raise StoreError(
+                    f"The journal of episode {episode_id} in {self.folder} is damaged: {kind} of {entry_id} does not fit. "
+                    + RESTORE
+                )
+        if step == record.steps and record.status != INTERRUPTED:
+            rows = self._rows("entries", _writer_in(record.writers[-1:]), ["entry_id", "text"])
+            if {row["entry_id"]: row["text"] for row in rows} != {entry.id: entry.text for entry in memory.entries()}:
+                raise StoreError(
+                    f"The tables 'entries' and 'journal' in {self.folder} are damaged: the entries at the end of episode "
+                    f"{episode_id} are not those that its changes lead to. {RESTORE}"
+                )
         return memory
 
     def search(self, query_vector: ArrayLike, k: int, episode_id: str | None = None) -> list[SearchResult]:
@@ -410,16 +423,16 @@ class MemoryStore:
 
         Raises:
             EmbeddingError: the vector is zero or not finite.
-            StoreError: no such episode, or the vector has another dimension than those in the folder.
+            StoreError: no such episode, it is incomplete, or the vector has another dimension than those in the folder.
         """
         query = unit(query_vector)
-        where = None if episode_id is None else _writer_in(self.episode(episode_id).writers[-1:])
-        if (table := self._table("entries")) is None:
+        where = None if episode_id is None else _writer_in(self._complete(episode_id).writers[-1:])
+        if (table := self._tables.get("entries")) is None:
             return []
         self._agreed_dimension({len(query)})
         limit, rows = k, []
         while True:
-            with self._convert_errors("search"):
+            with self._convert_errors("search", "entries"):
                 builder = table.search(query, vector_column_name="vector").distance_type("cosine").limit(limit)
                 matches = (builder if where is None else builder.where(where, prefilter=True)).to_list()
             rows = matches
@@ -432,10 +445,27 @@ class MemoryStore:
             limit *= 2
         return [SearchResult(row["episode_id"], row["entry_id"], row["text"], 1 - row["_distance"]) for row in rows[:k]]
 
+    def _complete(self, episode_id: str) -> EpisodeRecord:
+        """One episode, all of whose rows are there."""
+        record = self.episode(episode_id)
+        self._check([record], _writer_in(record.writers))
+        return record
+
+    def _check(self, records: Sequence[EpisodeRecord], where: str | None = None) -> None:
+        turns = self._tables.get("turns")
+        counted = turns is not None and "changes" in turns.schema.names
+
+        def read(name: str, columns: Sequence[str]) -> Any:
+            return self._read(name, where, columns)
+
+        check_tables(self.folder, records, read, counted=counted)
+
     def _records(self, where: str | None = None) -> list[EpisodeRecord]:
         latest: dict[str, EpisodeRecord] = {}
         for row in self._rows("episodes", where, list(EpisodeRecord.__dataclass_fields__)):
-            record = EpisodeRecord(**row | {"settings": json.loads(row["settings"]), "writers": tuple(row["writers"])})
+            with self._convert_errors("read", "episodes"):
+                settings = json.loads(row["settings"])
+            record = EpisodeRecord(**row | {"settings": settings, "writers": tuple(row["writers"])})
             # A crash can leave an episode's old row next to the new one.
             rival = latest.get(record.episode_id)
             if rival is None or (len(rival.writers), rival.committed_at) < (len(record.writers), record.committed_at):
@@ -465,105 +495,23 @@ class MemoryStore:
 
     def _rows(self, name: str, where: str | None, columns: list[str]) -> list[dict[str, Any]]:
         """Rows as dictionaries, "vector" as float32 array [D] or None; none where the table does not exist."""
-        if (table := self._table(name)) is None:
-            return []
-        with self._convert_errors("read"):
-            query = table.search().select(columns)
-            matches = (query if where is None else query.where(where)).to_arrow()
+        matches = self._read(name, where, columns)
         rows: list[dict[str, Any]] = matches.select([column for column in columns if column != "vector"]).to_pylist()
         if "vector" in columns:
             for row, vector in zip(rows, matches.column("vector"), strict=True):
                 row["vector"] = vector.values.to_numpy() if vector.is_valid else None
         return rows
 
-    # ---------------------------------------------------------------------------------------------------------- opening
+    def _read(self, name: str, where: str | None, columns: Sequence[str]) -> Any:
+        """Columns of a table's rows as an Arrow table; no rows where the table does not exist."""
+        if (table := self._tables.get(name)) is None:
+            return schema_of(name, None).empty_table().select(columns)
+        with self._convert_errors("read", name):
+            query = table.search().select(list(columns))
+            return (query if where is None else query.where(where)).to_arrow()
 
-    def _table(self, name: str) -> Any:
-        """A table, or None where there is none; creates neither table nor folder."""
-        if _forked_after_lancedb:
-            raise StoreError(
-                "This process was forked from one that had loaded LanceDB, which hangs or crashes in such a child. "
-                "Start processes with multiprocessing.get_context('spawn'), or use threads."
-            )
-        if name not in self._tables:
-            if self._connection is None and not self.folder.exists():
-                return None
-            with self._convert_errors("open"):
-                try:
-                    table = self._connect().open_table(name)
-                except ValueError as error:
-                    if "not found" not in str(error):
-                        raise
-                    return None
-                self._check_version(name, table.schema.metadata)
-            self._tables[name] = table
-        return self._tables[name]
-
-    def _ensure_table(self, name: str, dimension: int | None) -> Any:
-        """A table, created where there is none."""
-        if (table := self._table(name)) is None:
-            try:
-                self._connect().create_table(name, schema=schema_of(name, dimension))
-            except ValueError as error:
-                if "already exists" not in str(error):  # another process was faster
-                    raise
-            table = self._table(name)
-        return table
-
-    def _connect(self) -> Any:
-        if self._connection is None:
-            self._folder_lock.acquire_shared(make=False)
-            try:
-                import lancedb
-            except ImportError as error:
-                raise MissingDependency(
-                    "A memory store needs the package lancedb: pip install lancedb, or set durability='off'."
-                ) from error
-            self._connection = lancedb.connect(
-                self.folder,
-                read_consistency_interval=timedelta(0),  # so that commits of other processes are visible
-                session=lancedb.Session(
-                    index_cache_size_bytes=_CACHE_BYTES,
-                    metadata_cache_size_bytes=_CACHE_BYTES,
-                ),
-            )
-        return self._connection
-
-    def _check_version(self, name: str, metadata: dict[bytes, bytes] | None) -> None:
-        version = (metadata or {}).get(VERSION_KEY)
-        if version is None:
-            raise StoreError(f"The table {name!r} in {self.folder} is not one of AtomMem's; choose another folder.")
-        if int(version) > SCHEMA_VERSION:
-            raise StoreError(
-                f"The table {name!r} in {self.folder} has schema version {int(version)}, and this AtomMem reads up to "
-                f"{SCHEMA_VERSION}. Upgrade atommem, or choose another folder."
-            )
-
-    @contextmanager
-    def _convert_errors(self, action: str) -> Iterator[None]:
-        """Converts LanceDB's exceptions into a StoreError."""
-        try:
-            yield
-        except StoreError:
-            raise
-        except (OSError, RuntimeError, ValueError) as error:
-            full = any(sign in str(error) for sign in _DISK_FULL)
-            advice = (
-                "Free some space and write again: everything is still buffered."
-                if full
-                else "Name a folder that this user can write, or set durability='off'."
-            )
-            raise StoreError(f"Cannot {action} the memory store in {self.folder}: {error}. {advice}") from error
-
-
-@contextmanager
-def _ignore_conflicts() -> Iterator[None]:
-    """For cleanup: another process did the same at that moment, no row is at stake, and a later call completes it."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "conflict" not in str(error).lower():
-            raise
+    def _convert_errors(self, action: str, table: str = "") -> AbstractContextManager[None]:
+        return convert_errors(self.folder, action, table)
 
 
 def _quote(text: str) -> str:

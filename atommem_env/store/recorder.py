@@ -180,7 +180,8 @@ def batches_of(name: str, commits: list[Commit], dimension: int | None) -> Itera
 def _turns(commit: Commit) -> Iterator[tuple[object, ...]]:
     for step, reply, result in commit.steps:
         after = result.observation
-        yield step, reply, surrogate_bytes(reply), after["notice"], after["query"], after["scratchpad"]
+        texts = after["notice"], after["query"], after["scratchpad"]
+        yield step, reply, surrogate_bytes(reply), *texts, len(result.mutations)
 
 
 def _journal(commit: Commit) -> Iterator[tuple[object, ...]]:

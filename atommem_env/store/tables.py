@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1 had no column `changes`
 VERSION_KEY = b"atommem_schema_version"  # in every table's metadata
-TABLES = ("journal", "entries", "turns", "episodes")  # in the order in which a commit writes them
+TABLES = ("journal", "entries", "turns", "episodes")  # in the order in which a commit writes them; created in reverse
 _SURROGATES = re.compile(r"[\ud800-\udfff]")
 
 
@@ -29,6 +29,7 @@ def schema_of(name: str, dimension: int | None) -> Any:
             "notice": text,
             "query": text,
             "scratchpad": text,
+            "changes": number,  # rows of the step in `journal`
         },
         "journal": {
             "seq": number,
@@ -70,11 +71,12 @@ def batch_of(name: str, columns: Sequence[Sequence[Any]], dimension: int | None)
     return pa.record_batch(arrays, schema=schema)
 
 
-def reader_of(first: Any, others: Iterator[Any]) -> Any:
-    """A reader of batches that makes each one when the one before has been consumed."""
+def reader_of(first: Any, others: Iterator[Any], columns: Sequence[str]) -> Any:
+    """A reader of these columns of batches that makes each one when the one before has been consumed."""
     import pyarrow as pa
 
-    return pa.RecordBatchReader.from_batches(first.schema, chain([first], others))
+    batches = (batch.select(columns) for batch in chain([first], others))
+    return pa.RecordBatchReader.from_batches(first.select(columns).schema, batches)
 
 
 def replace_surrogates(text: str) -> str:

@@ -177,8 +177,9 @@ def inspect(
     """
     import lancedb
 
-    store, source = MemoryStore(folder, "step"), make_source("synthetic")
+    store = MemoryStore(folder, "step")
     try:
+        store.check()
         records = {record.episode_id: record for record in store.episodes()}
         for name in TABLES if records else ():
             lancedb.connect(folder).open_table(name).to_arrow()
@@ -190,8 +191,24 @@ def inspect(
         if row is None or row.steps < steps or (ended and row.status == INTERRUPTED):
             yield f"lost: {episode_id} had {steps} replies{' and its end' if ended else ''}, now {row}"
     new = [record for record in records.values() if record.committed_at.timestamp() >= after]
-    over = [record for record in new if record.status != INTERRUPTED]
-    for record in over[-_REPLAYED:] + [record for record in new if record.status == INTERRUPTED]:
+    yield from replay_last(store, new, resume)
+    store.optimize()
+    store.close()
+    for name in TABLES if records else ():
+        files = sum(path.is_file() for path in (folder / f"{name}.lance").rglob("*"))
+        if files > _MOST_FILES:
+            yield f"too_many_files: {files} of {name}"
+
+
+def replay_last(store: MemoryStore, records: Sequence[EpisodeRecord], resume: bool) -> Iterator[str]:
+    """Replays the last of these episodes, and all interrupted ones; yields a line for each that ends otherwise.
+
+    Args:
+        resume: plays interrupted episodes to their end.
+    """
+    source = make_source("synthetic")
+    over = [record for record in records if record.status != INTERRUPTED]
+    for record in over[-_REPLAYED:] + [record for record in records if record.status == INTERRUPTED]:
         episode = initial_episode(record, source, _SETTINGS)
         try:
             for _ in replay(episode, store, record.episode_id):
@@ -208,15 +225,8 @@ def inspect(
             or (record.status != INTERRUPTED and status != record.status)
         ):
             yield f"inconsistent: {record}, played again {episode.steps} replies, {status}"
-            continue
-        if record.status == INTERRUPTED and resume:
+        elif record.status == INTERRUPTED and resume:
             yield _resume(store, record, episode)
-    store.optimize()
-    store.close()
-    for name in TABLES if records else ():
-        files = sum(path.is_file() for path in (folder / f"{name}.lance").rglob("*"))
-        if files > _MOST_FILES:
-            yield f"too_many_files: {files} of {name}"
 
 
 def _resume(store: MemoryStore, record: EpisodeRecord, episode: Episode) -> str:

@@ -469,9 +469,10 @@ def test_search_over_thousands_of_entries_is_exact_and_passes_over_what_does_not
     recorders = []
     for index in range(40):
         memory = WorkingMemory()
-        for vector in unit(rng.standard_normal((75, DIMENSION))):
-            memory.create("text", vector)
+        rows = unit(rng.standard_normal((75, DIMENSION)))
+        created = [Mutation(OperationKind.CREATE, memory.create("text", vector), "text", vector) for vector in rows]
         recorders.append(recorder := begin(store, index))
+        recorder.record(1, "75 creates", step_result(created))
         recorder.end("answered", 1.0, memory)
         vectors |= {
             (recorder.episode_id, entry.id): vector
@@ -585,7 +586,7 @@ def test_vectors_of_another_dimension_are_refused_before_anything_is_written(tmp
     assert len(plain_rows(tmp_path, "episodes")) == 1
 
 
-@pytest.mark.parametrize("version", ["2", None])
+@pytest.mark.parametrize("version", ["3", None])
 @pytest.mark.parametrize("table", ["episodes", "journal"])
 def test_tables_of_a_newer_version_or_of_somebody_else_are_not_touched(
     tmp_path: Path, table: str, version: str | None
@@ -608,7 +609,7 @@ def test_every_table_says_its_schema_version(tmp_path: Path) -> None:
     played(store)
     store.close()
     for table in ("episodes", "turns", "journal", "entries"):
-        assert lancedb.connect(tmp_path).open_table(table).schema.metadata[b"atommem_schema_version"] == b"1"
+        assert lancedb.connect(tmp_path).open_table(table).schema.metadata[b"atommem_schema_version"] == b"2"
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
