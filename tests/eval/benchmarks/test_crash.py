@@ -32,5 +32,5 @@ def test_what_is_missing_is_noticed(tmp_path: Path) -> None:
     episode = nonempty[-1]
     store._tables.get("journal").delete(f"episode_id = '{episode.episode_id}' AND operation = 'create'")
     (line,) = crash.inspect(tmp_path, {}, 0)
-    assert line.startswith("inconsistent: ")
+    assert line.startswith("unreadable: ")
     assert f"of episode {episode.episode_id} the table 'journal' has" in line
