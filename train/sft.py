@@ -83,6 +83,7 @@ def train(run: SFTConfig) -> dict[str, Any]:
         CheckpointError: the checkpoint to resume from cannot be read without unpickling, which is not done.
         MissingDependency: the extra `train` is not installed.
     """
+    check_memory(run)
     resolved_config = open_run(run, samples_sha256=sha256_of(_samples_file(run.samples)))
     metrics = run.out / "metrics.jsonl"
     if metrics.is_file():  # written last: nothing is left to do
@@ -99,7 +100,6 @@ def train(run: SFTConfig) -> dict[str, Any]:
         raise MissingDependency(f"Training needs {error.name!r}: pip install 'atommem[train]'.") from error
     from train.checkpoints import check_disk
 
-    check_memory(run)
     disable_progress_bar()  # of loading and saving: ours shows more
     folder = find_model(run.model)
     chat = ChatTokenizer(folder)

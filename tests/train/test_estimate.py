@@ -112,7 +112,7 @@ def test_samples_are_counted_by_their_characters(tmp_path: Path) -> None:
         for prompt, reply in chats
     ]
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), tmp_path / "samples.parquet")
-    run = SFTConfig(samples=tmp_path, micro_batch_size=3)
+    run = SFTConfig(samples=tmp_path, batch_size=15, micro_batch_size=3)
     assert sizes(run, "trains") == {
         "weights": 4000,
         "gradients": 4000,
