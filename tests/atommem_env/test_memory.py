@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -213,3 +214,46 @@ def test_unit_is_idempotent_bit_for_bit(values: list[float]) -> None:
     assert abs(float(np.linalg.norm(once.astype(np.float64))) - 1) < 1e-6
     assert unit(once).tobytes() == once.tobytes()
     assert unit([values, values])[1].tobytes() == once.tobytes()
+
+
+def test_a_row_of_unit_length_stays_bit_for_bit_beside_others_that_are_scaled() -> None:
+    rows = np.random.default_rng(0).standard_normal((50, 7))
+    once = unit(rows)
+    scaled = unit(np.concatenate([once, 3 * rows]))
+    assert scaled[:50].tobytes() == once.tobytes()
+    assert np.allclose(scaled[50:], once)
+
+
+def test_unit_vectors_are_float32_whatever_comes() -> None:
+    for given_ in ([1, 0], np.array([1.0, 0.0]), np.array([[1, 0]]), np.zeros((0, 3)), np.zeros((0, 3), np.float32)):
+        assert unit(given_).dtype == np.float32
+        assert unit(given_).shape == np.shape(given_)
+    empty = WorkingMemory().vectors()
+    assert (empty.shape, empty.dtype) == ((0, 0), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("stored", "vector", "message"),
+    [
+        (True, [1.0, 0.0, 0.0], "Expected a vector of shape [2] in this memory, got [3]; use one embedder."),
+        (False, [[1.0, 0.0]], "Expected a vector of shape [D] in this memory, got [1, 2]; use one embedder."),
+        (True, [], "Expected vectors of shape [D] or [n, D], got (0,); check the embedder."),
+        (True, [0, 0], "Expected vectors with a direction, got one that is zero; check the embedder."),
+        (
+            True,
+            [1, float("inf")],
+            "Expected finite vectors, got one with an infinite or NaN value; check the embedder.",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_vector_is_said(stored: bool, vector: list[float], message: str) -> None:
+    memory = WorkingMemory()
+    if stored:
+        memory.create("a", [1, 0])
+    with pytest.raises(EmbeddingError, match=f"^{re.escape(message)}$"):
+        memory.create("b", vector)
+
+
+def test_a_search_by_words_needs_a_k() -> None:
+    with pytest.raises(SettingError, match=r"^k must be at least 1, got 0\.$"):
+        WorkingMemory().search_words("Ada", 0)

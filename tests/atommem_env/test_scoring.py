@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from atommem_env.errors import DataError, SettingError
-from atommem_env.scoring import RULES, holds, score
-from atommem_env.types import Score
+from atommem_env.scoring import RULES, holds, rule_of, score
+from atommem_env.types import Score, Task
 
 
 def test_equals_the_official_scripts_on_every_row(shared_data: Path) -> None:
@@ -68,8 +72,33 @@ def test_each_metric_takes_its_own_maximum() -> None:
 
 
 def test_a_rule_that_does_not_exist_is_named() -> None:
-    with pytest.raises(SettingError, match=r"hotpotqa.*got 'squad'"):
-        score("Paris", ["Paris"], "squad")
+    known = "hotpotqa, 2wikimultihopqa, musique, synthetic, files"
+    says = f"A scoring rule must be one of {known}, module:attribute, or a function (prediction, golds) -> Score, got "
+    for rule, rest in (("squad", "'squad'."), ("hotpot", "'hotpot'; did you mean hotpotqa?"), (7, "7.")):
+        with pytest.raises(SettingError, match=f"^{re.escape(says)}") as wrong:
+            score("Paris", ["Paris"], rule)  # type: ignore[arg-type]
+        assert str(wrong.value).removeprefix(says).replace("'hotpotqa'", "hotpotqa") == rest
+
+
+def first_letter(prediction: str, golds: Sequence[str]) -> Score:
+    return Score.exact(float(prediction[:1] == golds[0][:1]))
+
+
+def test_a_rule_of_your_own_is_an_object_or_a_name_of_one() -> None:
+    for rule in (first_letter, "test_scoring_rule:first_letter"):
+        sys.modules["test_scoring_rule"] = sys.modules[__name__]
+        assert score("Rhine", ["Rome"], rule) == Score(1, 1, 1, 1)
+    del sys.modules["test_scoring_rule"]
+    with pytest.raises(SettingError, match=r"must return an atommem_env\.Score, got 1\.0 for 'Rhine'\.$"):
+        score("Rhine", ["Rome"], lambda prediction, golds: 1.0)  # type: ignore[arg-type,return-value]
+
+
+def test_the_rule_of_a_task_is_its_own_else_its_datasets_else_that_of_hotpotqa() -> None:
+    def of(dataset: str, scoring: Any = None) -> Any:
+        return rule_of(Task.of(["Ada"], ["Who?"], dataset=dataset, scoring=scoring))
+
+    assert (of("musique"), of("files"), of("riddles")) == ("musique", "files", "hotpotqa")
+    assert (of("musique", "files"), of("riddles", first_letter)) == ("files", first_letter)
 
 
 @pytest.mark.parametrize("golds", [[], (), "Paris"])
@@ -94,6 +123,10 @@ def test_any_text_has_a_score_between_0_and_1(prediction: str, golds: list[str],
         ("Turin lies in Italy.", "Turin in Italy", False),
         ("Turinlies", "Turin lies", False),
         ("", "Turin", False),
+        ("He wrote < b>x<  /b> there.", "wrote <b>x</b>", True),  # as `render_reply` stores it
+        ("He wrote <b>x</b> there.", "wrote < b>x", True),
+        ("He wrote < b>x", "wrote <c>x", False),
+        ("wrote b x", "wrote <b x", False),
     ],
 )
 def test_holds_folds_whitespace_and_keeps_case(text: str, passage: str, held: bool) -> None:
