@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Annotated, Any
 
 import tyro
@@ -108,10 +109,9 @@ def main(
             texts = (question.text, "; ".join(question.answers) or "none", outcome.prediction or "no answer")
             text, golds, prediction = (escape(text) for text in texts)
             console.print(f"{text}  gold: [bold]{golds}[/]  yours: {prediction}", highlight=False)
-        graded = any(outcome.em is not None for outcome in rollout.questions)
-        console.print(
-            f"reward: {rollout.reward:.2f}" if graded else "No question has a gold answer: nothing was graded."
-        )
+        graded = [outcome.em for outcome in rollout.questions if outcome.em is not None]
+        em = f"{fmean(graded):.2f}" if graded else "–"
+        console.print(f"exact match: {em}; reward: {rollout.reward:.2f}")
     finally:
         env.close()
 

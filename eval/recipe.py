@@ -63,7 +63,7 @@ from eval.players import prepare_evaluation
 from eval.progress import step_progress
 from eval.report.tables import results_table
 from eval.run import evaluate
-from eval.run_folder import read_jsonl, require_same_config
+from eval.run_folder import read_jsonl, require_same_config, require_trusted
 from eval.toml_tables import RecipeFile, fields_of, read_recipe_file, read_table
 from eval.workers import Workers
 from eval.workload import NOTE, Workload, Workloads, check_config
@@ -186,6 +186,7 @@ def _as_trained(row: dict[str, Any]) -> dict[str, Any]:
     card = read_card(row["policy"])
     if card is None:
         return {}
+    require_trusted(card.values, card.path, trust=bool(row.get("trust")))
     trained: dict[str, Any] = {"layout": card.layout, "max_new_tokens": card.max_new_tokens}
     if "dialect" not in row:
         trained["set"] = (f"dialect={card.dialect}",)  # not as an option, which the `set` of [env] would come before
