@@ -50,6 +50,7 @@ from atommem_env.types import EmbeddingKind, OperationKind, Vector
 DURABILITIES = ("off", "episode", "step")
 _OPTIMIZE_EVERY = 64  # commits, each of which leaves a few small files a table
 _MOST_PARTS = 1000  # of a table, whatever it costs to compact them: each commit writes a list of all
+_ATTEMPTS = 3  # at compacting a table of which no other process has a part
 _MOST_FILES = 10  # of a table when the store is closed
 _AT_ONCE = timedelta(milliseconds=1)  # LanceDB warns about anything shorter
 _NEVER = timedelta(days=36_500)
@@ -230,8 +231,11 @@ class MemoryStore:
                         table = self._tables.get(name)
                         if table is None:
                             continue
-                        if self._count_files(name) > _MOST_FILES if exclusive else self._needs_compaction(table):
-                            self._optimize(table, exclusive)
+                        for _ in range(
+                            _ATTEMPTS if exclusive else 1
+                        ):  # a conflict with LanceDB's own threads is no error
+                            if self._count_files(name) > _MOST_FILES if exclusive else self._needs_compaction(table):
+                                self._optimize(table, exclusive)
             self._tables.close()
             self._commits = 0
             if self._remove is not None:
