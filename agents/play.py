@@ -108,7 +108,7 @@ def main(
             )
         graded = any(outcome.em is not None for outcome in rollout.questions)
         console.print(
-            f"reward: {rollout.reward:.2f}" if graded else "No question has a gold answer: nothing was graded."
+            f"exact match: {rollout.reward:.2f}" if graded else "No question has a gold answer: nothing was graded."
         )
     finally:
         env.close()

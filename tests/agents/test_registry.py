@@ -157,7 +157,7 @@ def test_an_attribute_may_be_any_of_these_objects_and_none_is_called(
         load_policy("parts_of_mine:Model", settings)
     with pytest.raises(PolicyError, match="class Model: give Model"):
         load_policy("rag@parts_of_mine:Model", settings)
-    with pytest.raises(PolicyError, match=r"'parts_of_mine:polcy' cannot be loaded: .* did you mean 'policy'"):
+    with pytest.raises(PolicyError, match=r"'parts_of_mine:policyy' cannot be loaded: .* did you mean 'policy'"):
         load_policy("parts_of_mine:policyy", settings)
     with pytest.raises(ModelNotFound, match="no module 'parts_of_yours'"):
         load_policy("rag@parts_of_yours:model", settings)
