@@ -97,7 +97,7 @@ def _cuts(text: str, starts: Sequence[int], room: int, head: str, limit: int, to
         cuts.append(places[begin])
 
         def fits(end: int, begin: int = begin) -> bool:
-            return tokenizer.count(head + text[places[begin] : places[end]]) <= limit
+            return tokenizer.count(head + text[places[begin] : places[end]].strip()) <= limit
 
         guess = max(bisect_right(numbers, numbers[begin] + room) - 1, begin + 1)
         begin = _last_that_fits(guess, fits, range(begin + 1, len(places)))

@@ -84,6 +84,12 @@ def test_chunks_hold_their_limit_by_any_tokenizer(name: str, documents: list[Doc
             assert all(character in kept for character in "".join(document.text.split()))  # in order
 
 
+def test_a_piece_is_counted_as_it_is_shown() -> None:
+    tokenizer = load("merged")  # " Rome" is one token, "Rome" more
+    document = Document("Ada", " Rome.AdaAdaAdaAdaAdaAdaAdaAdaRome.é–中")
+    assert max(map(tokenizer.count, chunk_documents([document], 20, tokenizer))) <= 20
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_chunk_is_as_full_as_its_limit_allows(name: str) -> None:
     tokenizer = load(name)
