@@ -17,6 +17,7 @@ from gymnasium.error import Error as GymnasiumError
 from atommem_env.errors import AtomMemError
 from atommem_env.packages import PACKAGES, check_packages
 from atommem_env.plugins import suggest
+from atommem_env.terminal import printable
 
 
 class Command(NamedTuple):
@@ -239,7 +240,7 @@ def _message(error: Exception) -> str:
         if isinstance(error, OSError) and error.strerror:
             text = error.strerror + ("" if error.filename is None else f": {error.filename}")
         text = " ".join(text.split()) or type(error).__name__
-    return " ".join([text, *(f"({note})" for note in getattr(error, "__notes__", ()))])
+    return printable(" ".join([text, *(f"({note})" for note in getattr(error, "__notes__", ()))]))
 
 
 def _reject(words: Sequence[str]) -> NoReturn:

@@ -8,7 +8,6 @@ service), `summary.json` (the numbers, once all episodes are played) and `memory
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from atommem_env.errors import DataError, SettingError
+from atommem_env.packages import PACKAGES
+from atommem_env.paths import replacing
+from atommem_env.plugins import is_target
 from atommem_env.types import EpisodeSettings
 from eval.metrics import SCHEMA_VERSION
 
@@ -139,17 +141,69 @@ def read_config(path: Path) -> Record:
     Raises:
         DataError: it is not a JSON object.
     """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is damaged: {error}. Expected the JSON that `atommem` wrote.") from error
-    if not isinstance(config, dict):
-        raise DataError(f"{path} must be a JSON object, as `atommem` writes it, got {type(config).__name__}.")
+    config = read_json(path)
     if isinstance(config.get("settings"), dict):
         config["settings"] = json.loads(json.dumps(EpisodeSettings().record())) | config["settings"]
     if config.get("schema_version") == 2:
         config["schema_version"] = SCHEMA_VERSION
     return config
+
+
+def read_json(path: Path) -> Record:
+    """The object in a JSON file.
+
+    Raises:
+        DataError: it is no JSON object.
+    """
+    return _json_object(path.read_bytes(), str(path))
+
+
+def _json_object(data: bytes, where: str) -> Record:
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is damaged: {error}. It must be the JSON that `atommem` wrote.") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{where} must hold a JSON object, got {type(value).__name__}.")
+    return value
+
+
+def named_modules(config: Record) -> list[str]:
+    """The modules, other than this project's, that a `config.json` names, and that are imported to make its environment.
+
+    >>> named_modules({"env_id": "my_tasks:Mine-v0", "options": {"dialect": "tags", "reward": ["other.rewards:brief"]}})
+    ['my_tasks', 'other.rewards']
+    """
+    module, colon, _ = str(config.get("env_id", "")).partition(":")  # of gymnasium, which has hyphens
+    names = {module} if colon else set()
+    names |= {text.partition(":")[0] for name in ("options", "settings", "layout") for text in _texts(config.get(name))}
+    return sorted(name for name in names if name.partition(".")[0] not in ("atommem_env", *PACKAGES))
+
+
+def _texts(value: object) -> Iterator[str]:
+    """All texts of the form `module:attribute` in a value of JSON."""
+    if is_target(value):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _texts(name)
+            yield from _texts(item)
+
+
+def require_trusted(folder: Path, config: Record, trust: bool) -> None:
+    """Whether the environment of the run in `folder` may be made, which imports the modules that its `config` names.
+
+    Raises:
+        SettingError: it names modules that are not this project's, and `trust` is false.
+    """
+    modules = named_modules(config)
+    if modules and not trust:
+        raise SettingError(
+            f"{folder} names modules whose code would run: {', '.join(modules)}; add --trust if you trust whoever made it."
+        )
 
 
 def read_records(path: Path) -> list[Record]:
@@ -167,8 +221,12 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     An incomplete last line, left by a run that was killed, is ignored. Lines end with "\\n" only: a prediction can contain
     other characters that Python treats as line ends.
     """
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].split("\n") if line]
+    data = path.read_bytes() if path.exists() else b""
+    records = []
+    for number, line in enumerate(data[: data.rfind(b"\n") + 1].split(b"\n"), start=1):
+        if line:
+            records.append(_json_object(line, f"{path}, line {number},"))
+    return records
 
 
 def to_jsonl(record: dict[str, Any]) -> str:
@@ -177,7 +235,6 @@ def to_jsonl(record: dict[str, Any]) -> str:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Writes a file atomically: a reader sees the old or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
+    """Writes a whole file at once: a reader sees the old or the new one."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")

@@ -12,7 +12,7 @@ from atommem_env.env import AtomMemEnv
 from atommem_env.errors import SettingError, StoreError
 from eval.options import EvalConfig
 from eval.run import evaluate
-from eval.viewer.trace import MOST_EPISODES, TraceConfig, main, trace_page
+from eval.viewer.trace import MOST_EPISODES, TraceConfig, main, page_parts
 
 VOID = {"meta", "input", "br", "link", "img", "hr"}
 
@@ -56,6 +56,10 @@ def run(folder: Path, policy: str = "random", **changes: Any) -> list[dict[str, 
     options = {"env_id": "AtomMem-Synthetic", "episodes": 3, "questions": 2, **changes}
     evaluate(EvalConfig(out=folder, policy=policy, **options))
     return [json.loads(line) for line in (folder / "episodes.jsonl").read_text().splitlines()]
+
+
+def trace_page(folder: Path, episode: int | None = None) -> str:
+    return "".join(page_parts(folder, episode))
 
 
 POLICIES = r"""
