@@ -24,6 +24,30 @@ from eval.metrics import SCHEMA_VERSION
 
 Record = dict[str, Any]
 _ABSENT = object()
+_Kinds = dict[str, type | tuple[type, ...]]
+_NUMBER = (int, float)
+CONFIG_FIELDS: _Kinds = {  # of config.json, those that readers of any run need
+    "env_id": str,
+    "episodes": int,
+    "layout": str,
+    "options": dict,
+    "policy": str,
+    "sampling": dict,
+    "settings": dict,
+}
+_RECORD_FIELDS: _Kinds = {
+    **dict.fromkeys(("episode", "seed", "steps", "replies_truncated", "calls", "retrievals", "dropped_tokens"), int),
+    **dict.fromkeys(("task_id", "stop_reason"), str),
+    **dict.fromkeys(("operations", "faults", "tokens"), dict),
+    "questions": list,
+    "reward": _NUMBER,
+}
+_QUESTION_FIELDS: _Kinds = {
+    **dict.fromkeys(("hops", "evidence", "stored", "retrieved"), int),
+    **dict.fromkeys(("id", "kind"), str),
+    **dict.fromkeys(("em", "f1"), _NUMBER),
+    "prediction": (str, type(None)),
+}
 _RENAMED = {"replies_cut": "replies_truncated"}  # fields of records in schema 2
 
 
@@ -207,12 +231,35 @@ def require_trusted(folder: Path, config: Record, trust: bool) -> None:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The finished episodes of an `episodes.jsonl`, with fields renamed as in this version."""
-    records = [{_RENAMED.get(name, name): value for name, value in record.items()} for record in read_jsonl(path)]
-    for record in records:
+    """The finished episodes of an `episodes.jsonl`, under the names that this version gives their fields.
+
+    Raises:
+        DataError: a line is damaged, or lacks a field.
+    """
+    records = []
+    for number, line in enumerate(read_jsonl(path), start=1):
+        record = {_RENAMED.get(name, name): value for name, value in line.items()}
+        require_fields(record, _RECORD_FIELDS, f"{path}, record {number},")
+        for question in record["questions"]:
+            require_fields(question, _QUESTION_FIELDS, f"{path}, record {number}, a question")
         if "cut" in record["faults"]:  # schema 2
             record["faults"] = {"truncated" if name == "cut" else name: n for name, n in record["faults"].items()}
+        records.append(record)
     return records
+
+
+def require_fields(value: object, kinds: _Kinds, where: str) -> None:
+    """Checks that an object of JSON has fields of these kinds, and maybe others.
+
+    Raises:
+        DataError: it has not; the message begins with `where`.
+    """
+    if not isinstance(value, dict):
+        raise DataError(f"{where} must be a JSON object, got {type(value).__name__}.")
+    for name, kind in kinds.items():
+        if not isinstance(value.get(name, _ABSENT), kind):
+            got = type(value[name]).__name__ if name in value else "no such field"
+            raise DataError(f"{where} is damaged: {name} is not as `atommem eval` writes it, got {got}.")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -62,12 +62,9 @@ def show_command(store: Store, episode: Words, /) -> None:
     record = _find(opened, episode)
     changes, memory = opened.changes(record.episode_id), opened.memory_at(record.episode_id, record.steps)
     console = Console()
-    for name, value in zip(
-        ("episode", "environment", "task", "status", "reward", "replies"), _cells(record), strict=True
-    ):
-        console.print(
-            _safe(f"{name:<12}{record.episode_id}") if name == "episode" else Text(f"{name:<12}").append(value)
-        )
+    names = ("episode", "environment", "task", "status", "reward", "replies")
+    for name, value in zip(names, (_safe(record.episode_id), *_cells(record)[1:]), strict=True):
+        console.print(Text(f"{name:<12}").append(value))
     settings = ", ".join(f"{name} {value}" for name, value in record.settings.items())
     console.print(_safe(f"{'settings':<12}{settings}"))
     table = Table(title="Changes and searches", title_justify="left")
