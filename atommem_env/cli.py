@@ -266,7 +266,7 @@ def _message(error: Exception) -> str:
         if isinstance(error, OSError) and error.strerror:
             text = error.strerror + ("" if error.filename is None else f": {error.filename}")
         text = " ".join(text.split()) or type(error).__name__
-    return " ".join([text, *(f"({note})" for note in getattr(error, "__notes__", ()))])
+    return printable(" ".join([text, *(f"({note})" for note in getattr(error, "__notes__", ()))]))
 
 
 def _reject(words: Sequence[str]) -> NoReturn:

@@ -4,7 +4,8 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import platformdirs
@@ -14,6 +15,31 @@ def data_folder(*parts: str) -> Path:
     """The folder `ATOMMEM_DATA`, else `atommem` in the user's cache folder, joined with `parts`; not created here."""
     root = os.environ.get("ATOMMEM_DATA")
     return (Path(root) if root else platformdirs.user_cache_path("atommem", appauthor=False)).joinpath(*parts)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to, which replaces it at the end of the block; after an error `path` is as it was before.
+
+    A symbolic link stays, and what it points to is replaced. A device or a pipe is written itself.
+
+    Raises:
+        OSError: from the block; it names `path` where it named no file.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        yield target
+        return
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    except OSError as error:
+        if error.filename in (None, str(temporary), temporary):
+            error.filename, error.filename2 = str(path), None
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def temporary_folder(purpose: str) -> Path:

@@ -18,7 +18,7 @@ def printable(text: str) -> str:
     >>> printable("\x1b[31mred\x07\tand\nplain, \u202egnp.exe, é, \ud800")
     '\\x1b[31mred\\x07\tand\nplain, \\u202egnp.exe, é, \\ud800'
     """
-    return _UNPRINTABLE.sub(_escape, text)
+    return _UNPRINTABLE.sub(_escape, text.replace("\r\n", "\n"))
 
 
 def escape(text: str) -> str:

@@ -26,7 +26,7 @@ from atommem_env.env import SETTING_NAMES, AtomMemEnv
 from atommem_env.errors import SettingError
 from atommem_env.terminal import escape, printable
 from eval.metrics import SCHEMA_VERSION, bootstrap_ci95
-from eval.run_folder import read_config, read_records, write_atomic
+from eval.run_folder import CONFIG_FIELDS, read_config, read_json, read_records, require_fields, write_atomic
 
 _FLIPS = 10_000
 _NO_EFFECT = ("durability",)  # options that do not change the episodes
@@ -93,13 +93,16 @@ def read_run(folder: Path) -> Run:
             f"{folder} was written in schema {config.get('schema_version')}, but this version reads {SCHEMA_VERSION}; run "
             "`atommem eval` again, into another folder."
         )
+    require_fields(config, CONFIG_FIELDS, str(config_path))
     records = sorted(read_records(lines_path), key=lambda record: record["episode"])
     if not records:
         raise SettingError(
             f"No episode in {folder} is finished yet; wait, or resume the run with `atommem eval --resume`."
         )
     summary_path = folder / "summary.json"
-    summary = json.loads(summary_path.read_text(encoding="utf-8")) if summary_path.is_file() else None
+    summary = read_json(summary_path) if summary_path.is_file() else None
+    if summary is not None:
+        require_fields(summary, {"label": str}, str(summary_path))
     return Run(folder, config, tuple(records), summary)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from atommem_env.errors import DataError, SettingError
 from atommem_env.packages import PACKAGES
+from atommem_env.paths import replacing
 from atommem_env.plugins import is_target
 from atommem_env.types import EpisodeSettings
 from eval.metrics import SCHEMA_VERSION
@@ -32,6 +33,30 @@ _ABSENT = object()
 _SINCE_3 = ("data", "fingerprints")  # fields of config.json that came with schema 3
 _PARTS = ("source", "dialect", "reward", "embedder")  # options that can name a part as module:attribute
 _OUR_PACKAGES = ("atommem_env", *PACKAGES)
+_Kinds = dict[str, type | tuple[type, ...]]
+_NUMBER = (int, float)
+CONFIG_FIELDS: _Kinds = {  # of config.json, those that readers of any run need
+    "env_id": str,
+    "episodes": int,
+    "layout": str,
+    "options": dict,
+    "policy": str,
+    "sampling": dict,
+    "settings": dict,
+}
+_RECORD_FIELDS: _Kinds = {
+    **dict.fromkeys(("episode", "seed", "steps", "replies_truncated", "calls", "retrievals", "dropped_tokens"), int),
+    **dict.fromkeys(("task_id", "stop_reason"), str),
+    **dict.fromkeys(("operations", "faults", "tokens"), dict),
+    "questions": list,
+    "reward": _NUMBER,
+}
+_QUESTION_FIELDS: _Kinds = {
+    **dict.fromkeys(("hops", "evidence", "stored", "retrieved"), int),
+    **dict.fromkeys(("id", "kind"), str),
+    **dict.fromkeys(("em", "f1"), (*_NUMBER, type(None))),  # None: no gold
+    "prediction": (str, type(None)),
+}
 _RENAMED = {"replies_cut": "replies_truncated"}  # fields of records in schema 2
 
 
@@ -207,17 +232,31 @@ def read_config(path: Path) -> Record:
     Raises:
         DataError: it is not a JSON object.
     """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is damaged: {error}. Expected the JSON that `atommem` wrote.") from error
-    if not isinstance(config, dict):
-        raise DataError(f"{path} must be a JSON object, as `atommem` writes it, got {type(config).__name__}.")
+    config = read_json(path)
     if isinstance(config.get("settings"), dict):
         config["settings"] = json.loads(json.dumps(EpisodeSettings().record())) | config["settings"]
     if config.get("schema_version") == 2:
         config["schema_version"] = SCHEMA_VERSION
     return config
+
+
+def read_json(path: Path) -> Record:
+    """The object in a JSON file.
+
+    Raises:
+        DataError: it is no JSON object.
+    """
+    return _json_object(path.read_bytes(), str(path))
+
+
+def _json_object(data: bytes, where: str) -> Record:
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is damaged: {error}. It must be the JSON that `atommem` wrote.") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{where} must hold a JSON object, got {type(value).__name__}.")
+    return value
 
 
 def named_modules(config: Record) -> list[str]:
@@ -253,12 +292,35 @@ def require_trusted(config: Record, path: Path, *, trust: bool) -> None:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The finished episodes of an `episodes.jsonl`, with fields renamed as in this version."""
-    records = [{_RENAMED.get(name, name): value for name, value in record.items()} for record in read_jsonl(path)]
-    for record in records:
+    """The finished episodes of an `episodes.jsonl`, under the names that this version gives their fields.
+
+    Raises:
+        DataError: a line is damaged, or lacks a field.
+    """
+    records = []
+    for number, line in enumerate(read_jsonl(path), start=1):
+        record = {_RENAMED.get(name, name): value for name, value in line.items()}
+        require_fields(record, _RECORD_FIELDS, f"{path}, record {number},")
+        for question in record["questions"]:
+            require_fields(question, _QUESTION_FIELDS, f"{path}, record {number}, a question")
         if "cut" in record["faults"]:  # schema 2
             record["faults"] = {"truncated" if name == "cut" else name: n for name, n in record["faults"].items()}
+        records.append(record)
     return records
+
+
+def require_fields(value: object, kinds: _Kinds, where: str) -> None:
+    """Checks that an object of JSON has fields of these kinds, and maybe others.
+
+    Raises:
+        DataError: it has not; the message begins with `where`.
+    """
+    if not isinstance(value, dict):
+        raise DataError(f"{where} must be a JSON object, got {type(value).__name__}.")
+    for name, kind in kinds.items():
+        if not isinstance(value.get(name, _ABSENT), kind):
+            got = type(value[name]).__name__ if name in value else "no such field"
+            raise DataError(f"{where} is damaged: {name} is not as `atommem eval` writes it, got {got}.")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -267,8 +329,12 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     An incomplete last line, left by a run that was killed, is ignored. Lines end with "\\n" only: a prediction can contain
     other characters that Python treats as line ends.
     """
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].split("\n") if line]
+    data = path.read_bytes() if path.exists() else b""
+    records = []
+    for number, line in enumerate(data[: data.rfind(b"\n") + 1].split(b"\n"), start=1):
+        if line:
+            records.append(_json_object(line, f"{path}, line {number},"))
+    return records
 
 
 def to_jsonl(record: dict[str, Any]) -> str:
@@ -277,7 +343,6 @@ def to_jsonl(record: dict[str, Any]) -> str:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Writes a file atomically: a reader sees the old or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
+    """Writes a whole file at once: a reader sees the old or the new one."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")

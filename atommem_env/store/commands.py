@@ -12,19 +12,21 @@ import numpy as np
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from atommem_env.embedders import embed, get_embedder
 from atommem_env.errors import SettingError, StoreError
 from atommem_env.memory import WorkingMemory
+from atommem_env.paths import replacing
 from atommem_env.store.memory_store import MemoryStore
 from atommem_env.store.recorder import INTERRUPTED, EpisodeRecord
 from atommem_env.store.tables import TABLES
-from atommem_env.terminal import escape
+from atommem_env.terminal import printable
 from atommem_env.types import EmbeddingRequest
 
 _ID = 10  # characters of an episode's id that tables show
 Store = Annotated[Path, tyro.conf.Positional]
-Text = Annotated[str, tyro.conf.Positional]
+Words = Annotated[str, tyro.conf.Positional]
 
 
 def ls_command(store: Store, /, *, last: int = 50) -> None:
@@ -38,7 +40,7 @@ def ls_command(store: Store, /, *, last: int = 50) -> None:
     _check(opened)
     records = opened.episodes()
     shown = records[-last:] if last else records
-    table = Table(title=f"{len(shown):,} of {len(records):,} episodes in {store}", title_justify="left")
+    table = Table(title=_safe(f"{len(shown):,} of {len(records):,} episodes in {store}"), title_justify="left")
     for heading in ("episode", "environment", "task", "status", "reward", "steps", "committed (UTC)"):
         table.add_column(heading, justify="right" if heading in ("reward", "steps") else "left")
     for record in shown:
@@ -46,10 +48,10 @@ def ls_command(store: Store, /, *, last: int = 50) -> None:
     console = Console()
     console.print(table)
     if shown:
-        console.print(f"Next: atommem memory show {store} {shown[-1].episode_id[:_ID]}", markup=False, soft_wrap=True)
+        console.print(_safe(f"Next: atommem memory show {store} {shown[-1].episode_id[:_ID]}"), soft_wrap=True)
 
 
-def show_command(store: Store, episode: Text, /) -> None:
+def show_command(store: Store, episode: Words, /) -> None:
     """Show an episode: its outcome, its changes to the memory step by step, and the entries at its end.
 
     Args:
@@ -60,22 +62,21 @@ def show_command(store: Store, episode: Text, /) -> None:
     record = _find(opened, episode)
     changes, memory = opened.changes(record.episode_id), opened.memory_at(record.episode_id, record.steps)
     console = Console()
-    for name, value in zip(
-        ("episode", "environment", "task", "status", "reward", "replies"), _cells(record), strict=True
-    ):
-        console.print(f"{name:<12}{record.episode_id if name == 'episode' else value}", markup=False, highlight=False)
+    names = ("episode", "environment", "task", "status", "reward", "replies")
+    for name, value in zip(names, (_safe(record.episode_id), *_cells(record)[1:]), strict=True):
+        console.print(Text(f"{name:<12}").append(value))
     settings = ", ".join(f"{name} {value}" for name, value in record.settings.items())
-    console.print(f"{'settings':<12}{settings}", markup=False, highlight=False)
+    console.print(_safe(f"{'settings':<12}{settings}"))
     table = Table(title="Changes and searches", title_justify="left")
     for heading in ("step", "operation", "entry", "text"):
         table.add_column(heading, justify="right" if heading == "step" else "left")
     for change in changes:
-        table.add_row(str(change["step"]), change["operation"], change["entry_id"], escape(change["text"]))
+        table.add_row(str(change["step"]), *(_safe(change[name]) for name in ("operation", "entry_id", "text")))
     console.print(table)
     _print_entries(console, memory, "At the end")
 
 
-def at_step_command(store: Store, episode: Text, step: Annotated[int, tyro.conf.Positional], /) -> None:
+def at_step_command(store: Store, episode: Words, step: Annotated[int, tyro.conf.Positional], /) -> None:
     """Show an episode's memory as it was after some replies.
 
     Args:
@@ -89,7 +90,7 @@ def at_step_command(store: Store, episode: Text, step: Annotated[int, tyro.conf.
 
 
 def search_command(
-    store: Store, text: Text, /, *, embedder: str = "hashing", k: int = 10, episode: str | None = None
+    store: Store, text: Words, /, *, embedder: str = "hashing", k: int = 10, episode: str | None = None
 ) -> None:
     """Search the entries at the end of episodes by meaning: exact search, by cosine similarity.
 
@@ -109,7 +110,7 @@ def search_command(
     for heading in ("score", "episode", "entry", "text"):
         table.add_column(heading, justify="right" if heading == "score" else "left")
     for hit in opened.search(vector, k, episode_id):
-        table.add_row(f"{hit.score:.3f}", hit.episode_id[:_ID], hit.entry_id, escape(hit.text))
+        table.add_row(f"{hit.score:.3f}", _safe(hit.episode_id[:_ID]), _safe(hit.entry_id), _safe(hit.text))
     Console().print(table)
 
 
@@ -137,18 +138,20 @@ def export_command(
     if out.exists():
         raise SettingError(f"{out} exists; name another file, or remove it.")
     opened = _open(store)
-    out.parent.mkdir(parents=True, exist_ok=True)
     _check(opened)
     rows = list(_rows(opened, what, vectors))
-    if out.suffix == ".jsonl":
-        lines = (json.dumps(row, ensure_ascii=False, default=_as_json) + "\n" for row in rows)
-        out.write_text("".join(lines), encoding="utf-8")
-    else:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out) as temporary:
+        if out.suffix == ".jsonl":
+            lines = (json.dumps(row, ensure_ascii=False, default=_as_json) + "\n" for row in rows)
+            with temporary.open("w", encoding="utf-8", newline="\n") as file:
+                file.writelines(lines)
+        else:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
 
-        pq.write_table(pa.Table.from_pylist(rows), out)
-    Console().print(f"{len(rows):,} {what} written to {out}", markup=False, highlight=False, soft_wrap=True)
+            pq.write_table(pa.Table.from_pylist(rows), temporary)
+    Console().print(_safe(f"{len(rows):,} {what} written to {out}"), soft_wrap=True)
 
 
 def _open(folder: Path) -> MemoryStore:
@@ -171,13 +174,11 @@ def _check(store: MemoryStore) -> None:
         StoreError: an episode is incomplete.
     """
     if unlisted := store.check():
-        Console(stderr=True).print(
+        note = (
             f"{unlisted:,} more episodes in {store.folder} have replies, and no row in 'episodes': a process still plays them, "
-            "or was killed before their first commit was whole, or a file is missing.",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
+            "or was killed before their first commit was whole, or a file is missing."
         )
+        Console(stderr=True).print(_safe(note), soft_wrap=True)
 
 
 def _find(store: MemoryStore, prefix: str) -> EpisodeRecord:
@@ -197,10 +198,15 @@ def _find(store: MemoryStore, prefix: str) -> EpisodeRecord:
     raise StoreError(f"No episode begins with {prefix!r}. List them: atommem memory ls {store.folder}")
 
 
-def _cells(record: EpisodeRecord) -> list[str]:
+def _safe(text: str) -> Text:
+    """Text of the data, whose brackets are no markup and whose control characters are visible."""
+    return Text(printable(text))
+
+
+def _cells(record: EpisodeRecord) -> list[Text]:
     reward = "" if record.status == INTERRUPTED else f"{record.reward:.3f}"
-    names = [record.episode_id[:_ID], record.env_id, record.task_id]
-    return [*map(escape, names), record.status, reward, str(record.steps)]
+    names = [record.episode_id[:_ID], record.env_id, record.task_id, record.status, reward, str(record.steps)]
+    return [_safe(name) for name in names]
 
 
 def _print_entries(console: Console, memory: WorkingMemory, title: str) -> None:
@@ -208,7 +214,7 @@ def _print_entries(console: Console, memory: WorkingMemory, title: str) -> None:
     table.add_column("entry")
     table.add_column("text")
     for entry in memory.entries():
-        table.add_row(entry.id, escape(entry.text))
+        table.add_row(_safe(entry.id), _safe(entry.text))
     console.print(table)
 
 

@@ -10,7 +10,14 @@ from pathlib import Path
 from atommem_env.errors import StoreError
 
 _DISK_FULL = ("No space left", "os error 28", "File too large", "os error 27", "quota", "os error 122")
-_UNUSABLE = ("Permission denied", "Read-only", "Operation not permitted", "File exists", "Not a directory")
+_UNUSABLE = (
+    "Permission denied",
+    "Read-only",
+    "Operation not permitted",
+    "File exists",
+    "Not a directory",
+    "parse path",
+)
 # of no use to a reader
 _FROM_RUST = re.compile(r"lance error: |LanceError\(\w+\): |Generic N/A error: |Wrapped error: |,? /\S+\.rs:\d+(:\d+)?")
 _PANICS = ("RustPanic", "PanicException")  # of LanceDB's Rust on damaged bytes, by name: they cannot be imported

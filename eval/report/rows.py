@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import atommem_env  # noqa: F401  (registers the environments)
 from eval.compare import Run
 from eval.metrics import summarise
+from eval.run_folder import read_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -94,7 +94,7 @@ class Environment:
 def judgement(run: Run) -> dict[str, Any] | None:
     """The contents of `judge.json`, which `atommem judge` writes; None: the run was not judged."""
     path = run.folder / "judge.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def slug(text: str) -> str:

@@ -13,8 +13,8 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Template
 from typing import Annotated, Any
@@ -27,10 +27,12 @@ from atommem_env.dialects import get_dialect
 from atommem_env.episode import Episode, legal_text
 from atommem_env.errors import SettingError, StoreError
 from atommem_env.make import make_env
+from atommem_env.paths import replacing
 from atommem_env.scoring import holds
 from atommem_env.store.memory_store import MemoryStore
 from atommem_env.store.recorder import INTERRUPTED, EpisodeRecord
 from atommem_env.store.replay import initial_episode, replay
+from atommem_env.terminal import printable
 from atommem_env.types import (
     Evidence,
     Fault,
@@ -42,6 +44,7 @@ from atommem_env.types import (
     Question,
     QuestionOutcome,
     StepResult,
+    Task,
 )
 from eval.compare import read_run
 from eval.metrics import summarise
@@ -70,20 +73,25 @@ class TraceConfig:
 
 def main(config: TraceConfig) -> None:
     """Write a run, or one episode, as an HTML page."""
-    page = trace_page(config.run, config.episode, trust=config.trust)
+    parts = page_parts(config.run, config.episode, trust=config.trust)
     name = "trace.html" if config.episode is None else f"trace-{config.episode}.html"
     out = config.out or config.run / name
+    first = next(parts)  # an error comes before anything is written
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8", newline="\n")
-    print(f"Written to {out}; open it in a browser.")
+    with replacing(out) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(first)
+        file.writelines(parts)
+    print(f"Written to {printable(str(out))}; open it in a browser.")
 
 
-def trace_page(run: Path, episode: int | None = None, *, trust: bool = False) -> str:
-    """The page (HTML) of a run folder, or of one of its episodes; the same bytes for the same run.
+def page_parts(run: Path, episode: int | None = None, *, trust: bool = False) -> Iterator[str]:
+    """The page (HTML) of a run folder, or of one of its episodes, in parts; the same bytes for the same run.
+
+    Args:
+        trust: imports the modules that the run's configuration names, which runs their code.
 
     Raises:
-        SettingError: the folder has no run, or no memory (durability off), there is no such episode, or `trust` is off and the
-            run names modules other than ours.
+        SettingError: the folder has no run, no memory (durability off), or no such episode, or names modules without `trust`.
         StoreError: the replay of an episode ends differently.
         DatasetNotFound: the run's dataset no longer exists.
     """
@@ -101,7 +109,7 @@ def trace_page(run: Path, episode: int | None = None, *, trust: bool = False) ->
     env = make_env(config["env_id"], **options)
     # Of two with the same key, the later one is in episodes.jsonl: the run was killed after the first had been committed.
     stored = {(row.task_id, row.episode_seed): row for row in env.store.episodes() if row.status != INTERRUPTED}
-    items, articles = [], []
+    pairs = []
     for record in chosen:
         row = stored.get((record["task_id"], record["seed"]))
         if row is None:
@@ -109,56 +117,87 @@ def trace_page(run: Path, episode: int | None = None, *, trust: bool = False) ->
                 f"The memory of episode {record['episode']} is not in {env.store.folder}; run `atommem eval` again, "
                 "with durability on and into another folder."
             )
-        replayed = _Replay(record["episode"], initial_episode(row, env.source, env.settings), env.store, row)
-        replayed.check(record)
-        items.append(_list_item(record, replayed))
-        articles.append(_episode(record, replayed))
-    env.close()
+        pairs.append((record, row))
     note = ""
     if episode is not None:
         note = f"This page shows only episode {episode} of {len(records)}; the figures are of all."
     elif len(chosen) < len(records):
         note = f"The first {len(chosen)} of {len(records)} episodes are on this page; --episode N shows any other."
-    return _fill(
+    before, after = _frame(
         title=f"{config['policy']} on {config['env_id']}",
         summary=[*_summary(config, records), *([_node("p", "notice", note)] if note else [])],
-        items=items,
-        articles=articles,
+        items=[_list_item(record, env.source.task(row.index, row.task_seed)) for record, row in pairs],
     )
+    yield before
+    for number, (record, row) in enumerate(pairs):
+        if number:
+            yield "\n"
+        yield from _episode(record, initial_episode(row, env.source, env.settings), env.store, row)
+    yield after
+    env.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------- reading
 
 
+@dataclass(slots=True)
+class _Passage:
+    """Where a passage was shown and stored so far, as indices of replies."""
+
+    shown_at: int | None = None
+    stored_at: int | None = None
+    last_stored_at: int | None = None
+    in_view: bool = False  # before the last reply
+    entries: frozenset[str] = frozenset()  # ids of those that hold it
+
+
 class _Replay:
-    """A replayed episode; lists have an item for each reply, in order."""
+    """An episode as it is replayed; of a step nothing stays but what the page says after the steps."""
 
     def __init__(self, number: int, episode: Episode, store: MemoryStore, row: EpisodeRecord) -> None:
         self.number = number
         self.episode = episode
-        self.observations: list[Observation] = []  # before each reply
-        self.replies: list[str] = []
-        self.results: list[StepResult] = []
+        self._replies = replay(episode, store, row.episode_id)
         self.sizes = [0]  # entries in memory, before the first reply and after each
-        self.stored: list[str] = []  # text of memory and scratchpad after each reply
         self.resolved_at: list[int] = []  # for each question, the index of the reply that resolved it
-        observation = episode.observe()
-        for reply, result in replay(episode, store, row.episode_id):
-            self.observations.append(observation)
-            self.replies.append(reply)
-            self.results.append(result)
-            self.sizes.append(len(episode.memory))
-            self.stored.append(episode.stored_text())
-            self.resolved_at += [len(self.stored) - 1] * (len(episode.outcomes) - len(self.resolved_at))
-            observation = result.observation
+        self.evidence: list[list[_Passage]] = []  # for each question, its passages as they were then
+        self._passages: dict[str, _Passage] = {}
         numbers: dict[str, list[str]] = {}  # passage → numbers of the questions that it supports
         for number, question in enumerate(episode.task.questions, start=1):
             for passage in question.evidence:
                 numbers.setdefault(passage.text, []).append(str(number))
+                self._passages[passage.text] = _Passage()
         self._patterns = [
             (re.compile(r"\s+".join(map(re.escape, text.split()))), f"evidence of question {', '.join(questions)}")
             for text, questions in numbers.items()
         ]
+
+    def steps(self) -> Iterator[tuple[Observation, str, StepResult]]:
+        """Replays the episode: what was observed before each reply, the reply, and its result."""
+        observation = self.episode.observe()
+        for index, (reply, result) in enumerate(self._replies):
+            self.sizes.append(len(self.episode.memory))
+            for text, passage in self._passages.items():
+                self._follow(index, text, passage, observation, result)
+            for question in self.episode.task.questions[len(self.resolved_at) : len(self.episode.outcomes)]:
+                self.resolved_at.append(index)
+                self.evidence.append([replace(self._passages[passage.text]) for passage in question.evidence])
+            yield observation, reply, result
+            observation = result.observation
+
+    def _follow(self, index: int, text: str, passage: _Passage, observation: Observation, result: StepResult) -> None:
+        if passage.shown_at is None and holds(observation["chunk"], text):
+            passage.shown_at = index
+        for mutation in result.mutations:
+            if mutation.kind is not OperationKind.READ:
+                there = mutation.kind is not OperationKind.DELETE and holds(mutation.text, text)
+                passage.entries = (
+                    (passage.entries | {mutation.entry_id}) if there else passage.entries - {mutation.entry_id}
+                )
+        if passage.entries or holds(self.episode.scratchpad, text):
+            passage.stored_at = index if passage.stored_at is None else passage.stored_at
+            passage.last_stored_at = index
+        passage.in_view = holds(observation["scratchpad"] + "\n" + observation["retrieved"], text)
 
     def check(self, record: dict[str, Any]) -> None:
         """Checks that the replay ended as the episode's line of `episodes.jsonl` says."""
@@ -205,10 +244,15 @@ def _node(tag: str, css: str, *children: Child, **attributes: str) -> Element:
         if isinstance(child, Element):
             element.append(child)
         elif len(element):
-            element[-1].tail = (element[-1].tail or "") + legal_text(child)[0]
+            element[-1].tail = (element[-1].tail or "") + _legible(child)
         else:
-            element.text = (element.text or "") + legal_text(child)[0]
+            element.text = (element.text or "") + _legible(child)
     return element
+
+
+def _legible(text: str) -> str:
+    """Text without what no file can hold, and with what would reorder or hide other text as visible escapes."""
+    return printable(legal_text(text)[0])
 
 
 def _text(*children: Child) -> Element:
@@ -224,24 +268,26 @@ def _pairs(pairs: Sequence[tuple[str, str]]) -> Element:
     return _node("dl", "", *(_node("div", "", _node("dt", "", name), _node("dd", "", value)) for name, value in pairs))
 
 
-def _fill(title: str, summary: list[Element], items: list[Element], articles: list[Element]) -> str:
-    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+def _html(elements: Sequence[Element]) -> str:
+    return "\n".join(tostring(element, encoding="unicode", method="html") for element in elements)
 
-    def html(elements: Sequence[Element]) -> str:
-        return "\n".join(tostring(element, encoding="unicode", method="html") for element in elements)
+
+def _frame(title: str, summary: list[Element], items: list[Element]) -> tuple[str, str]:
+    """What of the page comes before the episodes, and after them."""
+    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 
     def digest(tag: str) -> str:
         (code,) = re.findall(f"<{tag}>(.*?)</{tag}>", template, flags=re.DOTALL)
         return f"'sha256-{base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()}'"
 
-    return Template(template).substitute(
+    before, after = (Template(part) for part in template.split("$articles"))
+    return before.substitute(
         policy=f"default-src 'none'; style-src {digest('style')}; script-src {digest('script')}",
-        title=html([_node("title", "", title)]),
-        heading=html([_node("h1", "", title)]),
-        summary=html(summary),
-        items=html(items),
-        articles=html(articles),
-    )
+        title=_html([_node("title", "", title)]),
+        heading=_html([_node("h1", "", title)]),
+        summary=_html(summary),
+        items=_html(items),
+    ), after.substitute()
 
 
 def _summary(config: dict[str, Any], records: Sequence[dict[str, Any]]) -> list[Element]:
@@ -286,29 +332,33 @@ def _em(em: float | None) -> Element:
     return _node("span", f"chip {_verdict(em)}", "EM –" if em is None else f"EM {em:.2g}")
 
 
-def _list_item(record: dict[str, Any], replayed: _Replay) -> Element:
+def _list_item(record: dict[str, Any], task: Task) -> Element:
     facts = f" #{record['episode']} · {record['steps']} steps · {record['stop_reason']}"
-    questions = " / ".join(question.text for question in replayed.episode.task.questions)
+    questions = " / ".join(question.text for question in task.questions)
     link = _node(
         "a", "", _em(record["reward"]), facts, _node("span", "question", questions), href=f"#e{record['episode']}"
     )
     return _node("li", _verdict(record["reward"]), link)
 
 
-def _episode(record: dict[str, Any], replayed: _Replay) -> Element:
-    episode = replayed.episode
+def _episode(record: dict[str, Any], episode: Episode, store: MemoryStore, row: EpisodeRecord) -> Iterator[str]:
+    """An episode on the page; its steps are text as soon as they are replayed, elements take ten times the memory."""
+    replayed = _Replay(record["episode"], episode, store, row)
+    steps = [_html([section]) for section in _steps(replayed)]
+    replayed.check(record)
     questions = [_question(replayed, index) for index in range(len(episode.outcomes))]
     entries = [
         _node("li", "op", _node("b", "", entry.id), _text(*replayed.mark_evidence(entry.text)))
         for entry in episode.memory.entries()
     ]
+    gap = Element("template")  # where the steps go: the page has no other
     article = _node(
         "article",
         "",
         _node("p", "dim", f"task {record['task_id']} · seed {record['seed']} · {len(episode.chunks)} chunks"),
         _node("ol", "asked", *(_node("li", "", question.text) for question in episode.task.questions)),
         *_sparkline(replayed.sizes),
-        *_steps(replayed),
+        gap,
         _node("h3", "", "Questions"),
         *questions,
         _details(f"Memory at the end · entries: {len(entries)}", _node("ul", "", *entries)),
@@ -317,7 +367,11 @@ def _episode(record: dict[str, Any], replayed: _Replay) -> Element:
     title = f" Episode {record['episode']} · {record['steps']} steps · {record['stop_reason']}"
     summary = _node("summary", "", _em(record["reward"]), title)
     # The id is on the inner element: a browser unfolds the elements around the target of a link.
-    return _node("details", f"episode {_verdict(record['reward'])}", summary, article)
+    whole = _node("details", f"episode {_verdict(record['reward'])}", summary, article)
+    before, after = _html([whole]).split(_html([gap]))
+    yield before
+    yield from steps
+    yield after
 
 
 def _sparkline(sizes: Sequence[int]) -> list[Element]:
@@ -338,33 +392,31 @@ def _sparkline(sizes: Sequence[int]) -> list[Element]:
     return [_node("figure", "", picture, _node("figcaption", "dim", caption))]
 
 
-def _steps(replayed: _Replay) -> list[Element]:
+def _steps(replayed: _Replay) -> Iterator[Element]:
     last_shown: dict[str, tuple[str, int]] = {}
     texts: dict[str, str] = {}  # of the entries in memory
-    sections = []
-    for index, (observation, result) in enumerate(zip(replayed.observations, replayed.results, strict=True)):
+    for index, (observation, reply, result) in enumerate(replayed.steps()):
         reading = observation["phase"] == Phase.READ
         faults = sum(item.fault is not None for item in result.results)
-        before, after = replayed.sizes[index : index + 2]
+        before, after = replayed.sizes[-2:]
         heading: list[Child] = [f"Step {index + 1} · {'reading' if reading else 'answering'}"]
         if faults:
             heading += [" ", _node("span", "chip fault", f"{faults} fault{'s' * (faults > 1)}")]
         heading += [_node("span", "dim", f" memory {before} → {after}" if before != after else f" memory {after}")]
-        sections.append(
-            _node(
-                "section",
-                "",
-                _node("h3", "", *heading),
-                _node("div", "sees", _node("h4", "", "Observation"), *_observation(replayed, index, last_shown)),
-                _node("div", "does", _node("h4", "", "Operations"), *_reply(replayed, index, texts)),
-                id=replayed.anchor(index),
-            )
+        seen = _observation(replayed, index, observation, last_shown)
+        yield _node(
+            "section",
+            "",
+            _node("h3", "", *heading),
+            _node("div", "sees", _node("h4", "", "Observation"), *seen),
+            _node("div", "does", _node("h4", "", "Operations"), *_reply(replayed, reply, result, texts)),
+            id=replayed.anchor(index),
         )
-    return sections
 
 
-def _observation(replayed: _Replay, index: int, last_shown: dict[str, tuple[str, int]]) -> list[Element]:
-    observation = replayed.observations[index]
+def _observation(
+    replayed: _Replay, index: int, observation: Observation, last_shown: dict[str, tuple[str, int]]
+) -> list[Element]:
     elements: list[Element] = []
     if observation["question"]:
         elements.append(_node("p", "asks", observation["question"]))
@@ -387,9 +439,9 @@ def _observation(replayed: _Replay, index: int, last_shown: dict[str, tuple[str,
     return elements
 
 
-def _reply(replayed: _Replay, index: int, texts: dict[str, str]) -> list[Element]:
+def _reply(replayed: _Replay, reply: str, result: StepResult, texts: dict[str, str]) -> list[Element]:
     """The operations in the order written, what each changed, and the reply itself. Updates `texts`."""
-    reply, result = legal_text(replayed.replies[index])[0], replayed.results[index]
+    reply = legal_text(reply)[0]
     written = get_dialect(replayed.episode.settings.dialect).parse(reply)
     first = sum(item.fault is Fault.ILLEGAL_TEXT for item in result.results)  # it precedes all operations
     mutations = iter(result.mutations)
@@ -444,30 +496,31 @@ def _question(replayed: _Replay, index: int) -> Element:
         f"outcome {_verdict(outcome.em)}",
         _node("h4", "", _em(outcome.em), f" {question.text} ", replayed.link(replayed.resolved_at[index])),
         _pairs(facts),
-        _node("ul", "", *(_evidence(replayed, passage, replayed.resolved_at[index]) for passage in question.evidence)),
+        _node("ul", "", *(_evidence(replayed, index, number) for number in range(len(question.evidence)))),
     )
 
 
-def _evidence(replayed: _Replay, passage: Evidence, last: int) -> Element:
-    """Where a passage was shown, stored and lost, up to the reply with the index `last`, which resolved its question."""
-    before, after = replayed.observations[: last + 1], replayed.stored[: last + 1]
-    shown_at = [index for index, observation in enumerate(before) if holds(observation["chunk"], passage.text)]
-    stored_at = [index for index, text in enumerate(after) if holds(text, passage.text)]
-    in_view = holds(before[last]["scratchpad"] + "\n" + before[last]["retrieved"], passage.text)
-    lost = bool(stored_at) and stored_at[-1] != last
+def _evidence(replayed: _Replay, index: int, number: int) -> Element:
+    """Where a passage of a question was shown, stored and lost, up to the reply that resolved the question."""
+    passage: Evidence = replayed.episode.task.questions[index].evidence[number]
+    seen = replayed.evidence[index][number]
 
     def stage(good: bool, *children: Child) -> Element:
         return _node("span", f"stage {'right' if good else 'wrong'}", *children)
 
+    shown = stage(False, "never shown in one piece")
+    if seen.shown_at is not None:
+        shown = stage(True, "shown in ", replayed.link(seen.shown_at))
     stored = stage(False, "never stored in these words")
-    if stored_at:
-        removed: list[Child] = [", removed in ", replayed.link(stored_at[-1] + 1)] if lost else []
-        stored = stage(not lost, "stored in ", replayed.link(stored_at[0]), *removed)
+    if seen.stored_at is not None and seen.last_stored_at is not None:
+        lost = seen.last_stored_at != replayed.resolved_at[index]
+        removed: list[Child] = [", removed in ", replayed.link(seen.last_stored_at + 1)] if lost else []
+        stored = stage(not lost, "stored in ", replayed.link(seen.stored_at), *removed)
     return _node(
         "li",
         "",
         _node("div", "", _node("b", "", passage.title), " ", _node("mark", "", passage.text)),
-        stage(True, "shown in ", replayed.link(shown_at[0])) if shown_at else stage(False, "never shown in one piece"),
+        shown,
         stored,
-        stage(in_view, "in view" if in_view else "not in view", " when resolved"),
+        stage(seen.in_view, "in view" if seen.in_view else "not in view", " when resolved"),
     )

@@ -1,5 +1,6 @@
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,10 @@ import pytest
 
 from atommem_env.cli import main as atommem
 from atommem_env.env import AtomMemEnv
-from atommem_env.errors import SettingError, StoreError
+from atommem_env.errors import DataError, PluginError, SettingError, StoreError
 from eval.options import EvalConfig
 from eval.run import evaluate
-from eval.viewer.trace import MOST_EPISODES, TraceConfig, main, trace_page
+from eval.viewer.trace import MOST_EPISODES, TraceConfig, main, page_parts
 
 VOID = {"meta", "input", "br", "link", "img", "hr"}
 
@@ -56,6 +57,10 @@ def run(folder: Path, policy: str = "random", **changes: Any) -> list[dict[str, 
     options = {"env_id": "AtomMem-Synthetic", "episodes": 3, "questions": 2, **changes}
     evaluate(EvalConfig(out=folder, policy=policy, **options))
     return [json.loads(line) for line in (folder / "episodes.jsonl").read_text().splitlines()]
+
+
+def trace_page(folder: Path, episode: int | None = None) -> str:
+    return "".join(page_parts(folder, episode))
 
 
 POLICIES = r"""
@@ -218,6 +223,95 @@ def test_a_folder_that_cannot_be_shown_says_what_to_do(tmp_path: Path) -> None:
     lines.write_text('{"episode": 0')  # killed in its first line
     with pytest.raises(SettingError, match="--resume"):
         trace_page(tmp_path / "moved")
+
+
+@pytest.mark.usefixtures("policies")
+def test_a_foreign_run_folder_runs_no_code_without_trust(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "foreign_module.py").write_text("raise SystemExit('this code ran')\n")
+    run(tmp_path / "run", episodes=1)
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    for change in (
+        {"env_id": "foreign_module:AtomMem-Synthetic"},
+        {"layout": "foreign_module:part"},
+        *(
+            {"options": {name: "foreign_module:part"}}
+            for name in ("source", "dialect", "reward", "embedder", "scoring")
+        ),
+        {"options": {"reward_terms": {"foreign_module:part": 0.1}}},
+        {"settings": config["settings"] | {"dialect": "foreign_module:part"}},
+    ):
+        path.write_text(json.dumps(config | change))
+        monkeypatch.setattr("sys.argv", ["atommem", "trace", str(tmp_path / "run")])
+        with pytest.raises(SystemExit) as ended:
+            atommem()
+        assert ended.value.code == 1
+        assert "names foreign_module, and importing a module runs its code" in capsys.readouterr().err
+        assert "foreign_module" not in sys.modules
+    path.write_text(json.dumps(config | {"env_id": "foreign_module:AtomMem-Synthetic"}))
+    with pytest.raises(PluginError, match="this code ran"):
+        [*page_parts(tmp_path / "run", trust=True)]
+
+
+def test_own_parts_are_shown_with_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "viewer_rewards.py").write_text("def brief(outcome):\n    return 1.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run(tmp_path / "run", episodes=1, reward="viewer_rewards:brief")
+    with pytest.raises(SettingError, match="viewer_rewards"):
+        trace_page(tmp_path / "run")
+    assert Page("".join(page_parts(tmp_path / "run", trust=True))).steps
+
+
+def test_controls_and_marks_of_direction_are_visible_on_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "def policy(observation):\n    return '<create_memory>a\\u202eb\\x1bc\\x00d</create_memory>'\n"
+    (tmp_path / "viewer_marks.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run(tmp_path / "run", "viewer_marks:policy", episodes=1)
+    html = trace_page(tmp_path / "run")
+    assert "a\\u202eb\\x1bc\ufffdd" in html
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", html)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="this system has no limit on the size of files")
+def test_a_full_disk_leaves_the_old_page(tmp_path: Path) -> None:
+    import resource
+
+    run(tmp_path / "run", episodes=1)
+    main(TraceConfig(run=tmp_path / "run"))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            main(TraceConfig(run=tmp_path / "run"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.filename == str(tmp_path / "run" / "trace.html")
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "episodes.jsonl", "summary.json"])
+def test_a_damaged_run_folder_is_an_error_that_names_the_file(tmp_path: Path, name: str) -> None:
+    run(tmp_path / "run", "silent", episodes=1, questions=1)
+    path = tmp_path / "run" / name
+    data = path.read_bytes()
+    assert trace_page(tmp_path / "run")
+    for content in (
+        b"",
+        b"[1]\n",
+        b"{}\n",
+        b"\xff\xfe\n",
+        data[: len(data) // 2] + b"\n",
+        data[::-1] + b"\n",
+        b'{"a": NaN}\n',
+    ):
+        path.write_bytes(content)
+        with pytest.raises((DataError, SettingError), match=str(tmp_path / "run")):
+            trace_page(tmp_path / "run")
 
 
 def test_an_embedder_that_is_not_installed_is_not_needed(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import atommem_env  # noqa: F401  # registers the environments
 from atommem_env.cli import main
 from atommem_env.store.memory_store import MemoryStore
 
-pytest.importorskip("lancedb")
+lancedb = pytest.importorskip("lancedb")
 pq = pytest.importorskip("pyarrow.parquet")
 
 REPLIES = (
@@ -103,6 +105,84 @@ def test_export_writes_the_same_rows_in_both_forms(store: Path, tmp_path: Path, 
     if what == "entries":
         assert [line["text"] for line in lines][-1] == "Ada lives in Oslo."
         assert len(lines[0]["vector"]) > 8
+
+
+HOSTILE = "<create_memory>\x1b]0;title\x07 \x9b31m \u202egnp.exe [bold]x[/bold] [/] [link=file:///]y[/link] \\</create_memory>"
+UNSAFE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]")
+
+
+def test_nothing_in_a_store_controls_the_terminal(tmp_path: Path, atommem) -> None:  # type: ignore[no-untyped-def]
+    folder = tmp_path / "a\u202e[red]b"
+    env = gym.make("AtomMem-Synthetic", store=folder)
+    env.reset(seed=0)
+    env.step(HOSTILE)
+    env.close()
+    (episode,) = (record.episode_id for record in MemoryStore(folder).episodes())
+    for table in ("episodes", "turns", "journal", "entries"):
+        values = {"episode_id": "id\x1b[31m"} | ({"task_id": "t\x1b[32m[b]"} if table == "episodes" else {})
+        lancedb.connect(folder).open_table(table).update(where="true", values=values)
+    for words in (
+        ("ls", folder),
+        ("show", folder, "id"),
+        ("at-step", folder, "id", 1),
+        ("search", folder, "title"),
+        ("show", folder, "\x1b"),
+        ("show", folder, episode),
+        ("export", folder, "--out", tmp_path / "\x1b[31m.jsonl"),
+    ):
+        status, output = atommem(*words)
+        assert not UNSAFE.search(output), output
+        if words[0] in ("at-step", "search"):
+            assert status == 0
+            assert "\\x1b]0;title\\x07 \\x9b31m \\u202egnp.exe [bold]x[/bold] [/] [link=file:///]y[/link] \\" in output
+    assert "t\\x1b[32m[b]" in atommem("ls", folder)[1]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="this system has no limit on the size of files")
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_a_full_disk_leaves_no_part_of_an_export(store: Path, tmp_path: Path, atommem, name: str) -> None:  # type: ignore[no-untyped-def]
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    try:
+        status, output = atommem("export", store, "--out", tmp_path / name, "--vectors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 1
+    assert "File too large" in output
+    assert output.count("\n") == 1
+    assert [*tmp_path.iterdir()] == []
+
+
+def damaged(data: bytes) -> dict[str, bytes | None]:
+    """What can become of a file; None: it is gone."""
+    return {"deleted": None, "truncated": data[: len(data) // 2], "garbled": data[::-1]}
+
+
+def test_damaged_files_are_errors_or_change_nothing(store: Path, tmp_path: Path, atommem) -> None:  # type: ignore[no-untyped-def]
+    episode = MemoryStore(store).episodes()[-1].episode_id
+    commands = (("ls",), ("show", episode))
+
+    def run() -> list[tuple[int, str]]:
+        return [atommem(name, tmp_path / "copy", *words) for name, *words in commands]
+
+    shutil.copytree(store, tmp_path / "copy")
+    whole = run()
+    assert [status for status, _ in whole] == [0, 0]
+    errors = 0
+    for path in [path for path in (tmp_path / "copy").rglob("*") if path.is_file()]:
+        data = path.read_bytes()
+        for content in damaged(data).values():
+            path.unlink() if content is None else path.write_bytes(content)
+            for right, (status, output) in zip(whole, run(), strict=True):
+                if (status, output) != right:
+                    assert status == 1
+                    assert str(tmp_path / "copy") in output
+                    errors += 1
+            path.write_bytes(data)
+    assert errors > 30
+    assert run() == whole
 
 
 def test_what_cannot_be_done_says_what_can(store: Path, tmp_path: Path, atommem) -> None:  # type: ignore[no-untyped-def]
