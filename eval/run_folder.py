@@ -31,7 +31,6 @@ if sys.platform != "win32":
 Record = dict[str, Any]
 _ABSENT = object()
 _SINCE_3 = ("data", "fingerprints")  # fields of config.json that came with schema 3
-_PARTS = ("source", "dialect", "reward", "embedder")  # options that can name a part as module:attribute
 _OUR_PACKAGES = ("atommem_env", *PACKAGES)
 _Kinds = dict[str, type | tuple[type, ...]]
 _NUMBER = (int, float)
@@ -265,13 +264,26 @@ def named_modules(config: Record) -> list[str]:
     >>> named_modules({"env_id": "mine:Env-v0", "layout": "terse", "options": {"embedder": "st:a", "reward": "own:short"}})
     ['mine', 'own']
     """
-    env_id, settings, options = str(config["env_id"]), config.get("settings", {}), config.get("options", {})
-    values = [config.get("layout"), *(part.get(name) for part in (options, settings) for name in _PARTS)]
-    modules = [value.partition(":")[0] for value in values if is_target(value)]
-    if ":" in env_id:
-        modules.append(env_id.rpartition(":")[0])
+    module, colon, _ = str(config.get("env_id", "")).partition(":")  # of gymnasium, which has hyphens
+    names = {module} if colon else set()
+    names |= {
+        text.partition(":")[0] for name in ("options", "settings", "layout") for text in _targets(config.get(name))
+    }
     ours = ("openai", "st", "vllm", "public_code")  # before a colon that names no attribute
-    return sorted({name for name in modules if name not in ours and name.partition(".")[0] not in _OUR_PACKAGES})
+    return sorted(name for name in names if name not in ours and name.partition(".")[0] not in _OUR_PACKAGES)
+
+
+def _targets(value: object) -> Iterator[str]:
+    """All texts of the form `module:attribute` in a value of JSON."""
+    if is_target(value):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _targets(item)
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _targets(name)
+            yield from _targets(item)
 
 
 def require_trusted(config: Record, path: Path, *, trust: bool) -> None:

@@ -294,7 +294,11 @@ def test_what_one_is_handed_runs_no_code_unless_it_is_trusted(tmp_path: Path, ow
         {"settings": {**before["settings"], "reward": "theirs:reward"}, "layout": "theirs:layout"},
     ):
         (run / "config.json").write_text(json.dumps(before | part))
-        for reader in (lambda path: next(page_parts(path)), verify, lambda path: judge(JudgeConfig(run=path, model="tiny"))):
+        for reader in (
+            lambda path: next(page_parts(path)),
+            verify,
+            lambda path: judge(JudgeConfig(run=path, model="tiny")),
+        ):
             with pytest.raises(SettingError, match="names theirs, and importing a module runs its code"):
                 reader(run)
         with pytest.raises(SettingError, match="say so by --trust"):
