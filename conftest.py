@@ -3,6 +3,12 @@
 import os
 from importlib.util import find_spec
 
+if find_spec("hypothesis"):
+    from hypothesis import settings
+
+    settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+    settings.load_profile("untimed")
+
 # A core each: on as many cores as there are workers, the threads of one would spin while they wait for the other's.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
