@@ -6,13 +6,15 @@ Needs `httpx`, which comes with the package `openai`.
 from __future__ import annotations
 
 import asyncio
+import ssl
 import zlib
+from functools import cache
 from typing import Any
 
 import httpx
 
-MAX_BYTES = 32 * 2**20  # of an answer, also once it is decompressed
-_KEPT = 100  # most connections; each waits for the next request
+MAX_BYTES = 16 * 2**20  # of an answer, also once it is decompressed
+_CONNECTIONS = 100  # most connections; each waits for the next request
 _DECODED = "content-encoding", "content-length", "transfer-encoding"  # headers of a body as it was sent
 
 
@@ -34,12 +36,9 @@ class BoundedClient(httpx.AsyncClient):
         OversizedBody, UnreadableBody, httpx.ReadTimeout: in `send`, as soon as it is known.
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(
-            follow_redirects=False,
-            limits=httpx.Limits(max_connections=_KEPT, max_keepalive_connections=_KEPT),
-            **options,
-        )
+    def __init__(self) -> None:
+        limits = httpx.Limits(max_connections=_CONNECTIONS, max_keepalive_connections=_CONNECTIONS)
+        super().__init__(follow_redirects=False, limits=limits, verify=_ssl_context())
         self.headers["Accept-Encoding"] = "identity"
 
     async def send(self, request: httpx.Request, *, stream: bool = False, **options: Any) -> httpx.Response:
@@ -60,6 +59,12 @@ class BoundedClient(httpx.AsyncClient):
             await response.aclose()
         headers = [(name, value) for name, value in response.headers.multi_items() if name.lower() not in _DECODED]
         return httpx.Response(response.status_code, headers=headers, content=bytes(body.content), request=request)
+
+
+@cache
+def _ssl_context() -> ssl.SSLContext:
+    """To read the certificates takes longer than a request does."""
+    return httpx.create_ssl_context()
 
 
 class _Body:

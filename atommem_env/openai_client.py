@@ -62,6 +62,12 @@ class Rejected(Exception):
         """Whether the request may be accepted in another form."""
         return self.status in (400, 415, 422)
 
+    def clause(self, what: str) -> str:
+        """What the service did, as a clause about it; `what` it was asked for."""
+        if self.status < 300:
+            return f"answered {what}, but {self.reason}"
+        return f"rejected {what} with status {self.status}: {self.reason}"
+
     def names(self, fields: Iterable[str]) -> frozenset[str]:
         """Those of a request's fields that it names."""
         return frozenset(named_in(self.said, fields))

@@ -261,7 +261,7 @@ class OpenAIModel:
         if is_refused(rejection.said) and rejection.status not in (401, 404):
             raise ReplyRefused(f"{self._who()} will not answer this prompt: {sentence(rejection.reason)}") from None
         if not rejection.is_of_form:
-            raise self._error(f"rejected the request with status {rejection.status}: {rejection.reason}") from None
+            raise self._error(rejection.clause("the request")) from None
 
     def _who(self) -> str:
         return f"The service of {self.name} at {self._service.address}"

@@ -213,7 +213,7 @@ class OpenAIEmbedder:
             raise self._error(str(error)) from None
 
     def _rejection_error(self, texts: Sequence[str], rejection: Rejected) -> EmbeddingError:
-        return self._error(f"rejected {_described(texts)} with status {rejection.status}: {rejection.reason}")
+        return self._error(rejection.clause(_described(texts)))
 
     def _error(self, what: str) -> EmbeddingError:
         return EmbeddingError(

@@ -111,7 +111,7 @@ def test_a_body_without_end_is_rejected_before_it_fills_the_memory(script: Scrip
     server.script = script
     tracemalloc.start()
     try:
-        with pytest.raises(Rejected, match="more than 33,554,432 bytes"):
+        with pytest.raises(Rejected, match="more than 16,777,216 bytes"):
             ask(server, timeout=20.0)
         most = tracemalloc.get_traced_memory()[1]
     finally:

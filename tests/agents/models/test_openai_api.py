@@ -525,10 +525,11 @@ def test_a_prompt_that_is_read_in_part_is_reported_once_and_counted(
     assert not truncated or "read 10 tokens of a prompt of 30,000 characters" in warnings[0]
 
 
-@pytest.mark.parametrize("hostile", ["wide", "deep", "page"])
+@pytest.mark.parametrize("hostile", ["wide", "wider", "deep", "page"])
 def test_an_answer_that_is_hostile_is_one_line_of_an_error(hostile: str, service: Service) -> None:
     service.distort = {
         "wide": lambda answer: {**answer, "choices": [{"message": {"content": None, "x": "y" * 9_000_000}}]},
+        "wider": lambda answer: {**answer, "x": "y" * 20_000_000},
         "deep": lambda answer: "[" * 1_000_000,
         "page": lambda answer: f"<html>{'welcome ' * 100_000}</html>",
     }[hostile]
