@@ -73,7 +73,8 @@ class MemoryStore:
     A `write` that has returned survives a kill of the process at any moment; `checkpoint` makes it survive a loss of power as
     well. Several processes can write to one folder at the same time, each with its own store (a store can be pickled). A
     process that was forked after LanceDB was used cannot use it: start processes with `spawn`. A store compacts its small
-    files now and then, and when it is closed; another program that holds a table open across that must open it again.
+    files now and then, and when it is closed; another program that holds a table open across that must open it again. Copy the
+    folder when no process writes to it: whether a copy made meanwhile is complete, `check` says, and what reads an episode.
 
     Args:
         folder: where the tables are.
@@ -209,7 +210,8 @@ class MemoryStore:
 
         While another process uses the folder nothing is removed: a commit adds a few kilobytes a table, and compaction copies
         each row a few times in all. The last process that closes its store, or `optimize` in one that is alone, removes them.
-        Nothing is compacted by a process whose clock is off by more than a day.
+        Nothing is removed where the system has no file locks, and nothing compacted by a process whose clock is off by more
+        than a day.
 
         Raises:
             StoreError: the folder cannot be written.

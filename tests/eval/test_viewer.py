@@ -1,6 +1,7 @@
 import json
 import re
 import sys
+import tracemalloc
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,17 @@ def test_the_same_run_gives_the_same_bytes_in_any_folder(tmp_path: Path) -> None
 def test_twenty_episodes_are_a_small_page(tmp_path: Path) -> None:
     run(tmp_path / "run", "perfect-rag", episodes=20, questions=1)
     assert len(trace_page(tmp_path / "run").encode()) < 1_000_000
+
+
+def test_a_long_episode_needs_no_more_memory_than_a_few_pages(tmp_path: Path) -> None:
+    run(tmp_path / "run", "perfect-rag", episodes=1, set=("num_docs=400", "chunk_tokens=48"))
+    tracemalloc.start()
+    try:
+        size = len(trace_page(tmp_path / "run"))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 10 * size  # 26 with the memory after each reply, which grows with the square of the replies
 
 
 def test_one_episode_alone_and_no_more_than_the_first_fifty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
