@@ -41,27 +41,29 @@ def measure(durability: str, copies: int, console: Console, seed: int = 0, longe
     """Copies a store that is written to, each time up to `longest` seconds later; prints what was not noticed."""
     rng = np.random.default_rng(seed)
     counts = dict.fromkeys(("complete", "rejected", "unnoticed"), 0)
-    with tempfile.TemporaryDirectory() as work, start_player(Path(work) / "store", durability, seed) as player:
-        reader = threading.Thread(target=read_acknowledged, args=(player,))  # without it the pipe would fill up
-        reader.start()
-        try:
-            for number in track(range(copies), durability, console=console, transient=True):
-                _wait(player, float(rng.uniform(0, longest)))
-                copy = Path(work) / str(number)
-                subprocess.run(["cp", "-r", f"{work}/store", copy], stderr=subprocess.DEVNULL, check=False)
-                store = MemoryStore(copy)
-                try:
-                    store.check()
-                except StoreError:
-                    counts["rejected"] += 1
-                    continue
-                problems = [*replay_last(store, store.episodes(), resume=False)]
-                counts["unnoticed" if problems else "complete"] += 1
-                for line in problems:
-                    console.print(f"{durability}, copy {number}: {line}", markup=False)
-        finally:
-            player.kill()
-            reader.join()
+    with tempfile.TemporaryDirectory() as work:
+        with start_player(Path(work) / "store", durability, seed) as player:
+            reader = threading.Thread(target=read_acknowledged, args=(player,))  # without it the pipe would fill up
+            reader.start()
+            try:
+                for number in range(copies):
+                    _wait(player, float(rng.uniform(0, longest)))
+                    words = ["cp", "-r", f"{work}/store", f"{work}/{number}"]  # files vanish as the store compacts them
+                    subprocess.run(words, stderr=subprocess.DEVNULL, check=False)
+            finally:
+                player.kill()
+                reader.join()
+        for number in track(range(copies), durability, console=console, transient=True):
+            store = MemoryStore(Path(work) / str(number))
+            try:
+                store.check()
+            except StoreError:
+                counts["rejected"] += 1
+                continue
+            problems = [*replay_last(store, store.episodes(), resume=False)]
+            counts["unnoticed" if problems else "complete"] += 1
+            for line in problems:
+                console.print(f"{durability}, copy {number}: {line}", markup=False)
     return Result(durability=durability, copies=copies, **counts)
 
 
