@@ -38,7 +38,7 @@ from eval.played_as import read_card
 from eval.players import LocalPlayer, Parts, PolicyLike
 from eval.run import evaluate as evaluate_config
 from eval.run import evaluate_async as evaluate_config_async
-from eval.run_folder import read_records, require_empty_dir, require_trusted
+from eval.run_folder import read_json, read_records, require_empty_dir, require_trusted
 
 EnvLike = str | gym.Env[Any, Any] | Task | Sequence[Task] | TaskSource
 _Config = TypeVar("_Config", bound=PlayConfig)
@@ -69,7 +69,7 @@ class Result:
                 f"{self.folder} has no finished run: expected summary.json in it; resume the run with "
                 "`atommem eval --resume`, or name another folder."
             )
-        self.summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        self.summary: dict[str, Any] = read_json(path)
 
     @property
     def em(self) -> float | None:
