@@ -39,7 +39,7 @@ def load_module(name: str) -> ModuleType:
         ShadowedPackage: it imports `agents`, `eval` or `train`, and finds a package that is not this project's.
     """
     for folder in filter(None, (os.environ.get(MODULES), str(Path.cwd()))):
-        if folder not in sys.path:
+        if folder not in sys.path[:2]:  # not only somewhere behind other folders
             sys.path.insert(0, folder)
     try:
         return importlib.import_module(name)

@@ -67,9 +67,9 @@ def a_ray_that_believes_in_four_gpus() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
-    """Two, for many runs; their working folder has the module `playing`."""
+    """Two, for many runs; their working folder has the module `ray_playing`."""
     folder, before = tmp_path_factory.mktemp("working"), Path.cwd()
-    (folder / "playing.py").write_text(POLICIES)
+    (folder / "ray_playing.py").write_text(POLICIES)
     os.environ.update({"ATOMMEM_TOLD": "this", "OPENAI_API_KEY": "secret"})
     os.chdir(folder)
     with Workers(2) as started:
@@ -79,7 +79,7 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
         del os.environ[name]
 
 
-def config(out: Path, policy: str = "playing:policy", **changes: Any) -> EvalConfig:
+def config(out: Path, policy: str = "ray_playing:policy", **changes: Any) -> EvalConfig:
     options = {"episodes": 8, "num_docs": 12, "questions": 2, "set": ("chunk_tokens=96",), "durability": "off"}
     return EvalConfig(env_id="AtomMem-Synthetic", policy=policy, out=out, **{**options, **changes})
 
@@ -116,7 +116,7 @@ def test_workers_write_what_one_process_writes(options: dict[str, Any], workers:
 def test_a_worker_has_its_share_of_gpus_the_commands_variables_and_episodes_in_flight(
     workers: Workers, tmp_path: Path
 ) -> None:
-    evaluate(config(tmp_path, "playing:telling", episodes=16, in_flight=3, questions=1), player=workers)
+    evaluate(config(tmp_path, "ray_playing:telling", episodes=16, in_flight=3, questions=1), player=workers)
     told = {record["questions"][0]["prediction"] for record in read_jsonl(tmp_path / "episodes.jsonl")}
     assert told == {str((3, gpus, "this", "secret")) for gpus in ("0,1", "2,3")}
 
@@ -125,36 +125,36 @@ def test_an_error_of_a_policy_is_the_same_error_with_its_note_and_the_workers_go
     workers: Workers, tmp_path: Path
 ) -> None:
     with pytest.raises(Exception, match="no more of this") as raised:
-        evaluate(config(tmp_path / "a", "playing:refusing"), player=workers)
-    from playing import Refused
+        evaluate(config(tmp_path / "a", "ray_playing:refusing"), player=workers)
+    from ray_playing import Refused
 
     assert type(raised.value) is Refused
-    assert "policy playing:refusing" in raised.value.__notes__[0]
+    assert "policy ray_playing:refusing" in raised.value.__notes__[0]
     assert written(tmp_path / "a") == b""
     assert evaluate(config(tmp_path / "b"), player=workers)["episodes"] == 8
 
 
 def test_the_episodes_of_a_worker_that_is_killed_are_played_by_another(workers: Workers, tmp_path: Path) -> None:
-    evaluate(config(tmp_path / "b", "playing:once", durability="episode"), player=workers)
+    evaluate(config(tmp_path / "b", "ray_playing:once", durability="episode"), player=workers)
     assert Path("killed").exists()
-    evaluate(config(tmp_path / "a", "playing:once"), player=workers)  # nobody is killed again
+    evaluate(config(tmp_path / "a", "ray_playing:once"), player=workers)  # nobody is killed again
     assert written(tmp_path / "b") == written(tmp_path / "a")
     assert len(MemoryStore(tmp_path / "b" / "memory").episodes()) == 8
 
 
 def test_an_episode_that_kills_every_worker_ends_the_run_and_resume_goes_on(workers: Workers, tmp_path: Path) -> None:
     Path("victim").write_text("no such question")
-    evaluate(config(tmp_path / "a", "playing:always"), player=workers)
+    evaluate(config(tmp_path / "a", "ray_playing:always"), player=workers)
     question = read_jsonl(tmp_path / "a" / "episodes.jsonl")[3]["questions"][0]["prediction"]
     Path("victim").write_text(question)
-    with pytest.raises(JobFailed, match="--resume goes on") as raised:
-        evaluate(config(tmp_path / "b", "playing:always", in_flight=1), player=workers)
+    with pytest.raises(JobFailed, match="resume the run with --resume") as raised:
+        evaluate(config(tmp_path / "b", "ray_playing:always", in_flight=1), player=workers)
     assert raised.value.__notes__ == ["at episode 3, as one before it"]
     kept = {record["episode"] for record in read_jsonl(tmp_path / "b" / "episodes.jsonl")}
     assert 3 not in kept
     assert len(kept) >= 6, "all others but one that the second worker may have been playing"
     Path("victim").write_text("no such question")
-    evaluate(config(tmp_path / "b", "playing:always", resume=True), player=workers)
+    evaluate(config(tmp_path / "b", "ray_playing:always", resume=True), player=workers)
     assert written(tmp_path / "b") == written(tmp_path / "a")
 
 
@@ -162,10 +162,10 @@ def test_a_recipe_is_played_by_the_same_workers(workers: Workers, tmp_path: Path
     recipe = tmp_path / "small.toml"
     recipe.write_text(
         'episodes = 4\n[env]\nnum_docs = 12\n[[environments]]\nenv_id = "AtomMem-Synthetic"\n'
-        '[[policies]]\npolicy = "oracle"\n[[policies]]\npolicy = "playing:refusing"\n'
-        '[[policies]]\npolicy = "playing:policy"\n'
+        '[[policies]]\npolicy = "oracle"\n[[policies]]\npolicy = "ray_playing:refusing"\n'
+        '[[policies]]\npolicy = "ray_playing:policy"\n'
     )
     runs = read_recipe(recipe, tmp_path / "runs")
-    failures = play_recipe(runs, player=workers)
-    assert [(run.policy, "no more of this" in told) for run, told in failures.items()] == [("playing:refusing", True)]
+    failures = play_recipe(runs, workers=workers)
+    assert [(run.policy, "no more of this" in told) for run, told in failures.items()] == [("ray_playing:refusing", True)]
     assert [run.done for run in runs] == [True, False, True]
