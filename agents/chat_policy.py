@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from agents.policy import Act
-from atommem_env.errors import PolicyError
+from atommem_env.errors import PolicyError, SettingError
 from atommem_env.prompts import Layout, get_layout
 from atommem_env.types import EpisodeSettings, Message, Observation, Reply, Task
 
@@ -47,6 +48,10 @@ class Sampling:
     temperature: float = 0.0  # 0 is greedy; the AtomMem paper evaluates at 0.7
     max_new_tokens: int = 256  # a longer reply is truncated
     thinking: bool = False  # whether a model that can think before it replies is to
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:  # nan neither; a service would be asked again without it
+            raise SettingError(f"temperature must be a finite number of at least 0, got {self.temperature}.")
 
 
 GREEDY = Sampling()

@@ -10,8 +10,8 @@ import pytest
 from playing import SPECS, make_driver
 
 from agents import load_policy
-from agents.chat_policy import ChatPolicy
-from atommem_env.errors import PolicyError
+from agents.chat_policy import ChatPolicy, Sampling
+from atommem_env.errors import PolicyError, SettingError
 from atommem_env.types import Message, Reply
 
 
@@ -57,3 +57,9 @@ def check(model: Any) -> None:
     driver = make_driver()
     for policy in (load_policy(model, driver.settings), load_policy("no-memory", driver.settings, model=model)):
         asyncio.run(driver.run(SPECS[:1], policy))
+
+
+@pytest.mark.parametrize("temperature", [-1.0, float("nan"), float("inf")])
+def test_a_temperature_that_no_model_has_is_rejected(temperature: float) -> None:
+    with pytest.raises(SettingError, match="temperature must be a finite number of at least 0"):
+        Sampling(temperature=temperature)

@@ -167,5 +167,7 @@ def test_a_recipe_is_played_by_the_same_workers(workers: Workers, tmp_path: Path
     )
     runs = read_recipe(recipe, tmp_path / "runs")
     failures = play_recipe(runs, workers=workers)
-    assert [(run.policy, "no more of this" in told) for run, told in failures.items()] == [("ray_playing:refusing", True)]
+    assert [(run.policy, "no more of this" in told) for run, told in failures.items()] == [
+        ("ray_playing:refusing", True)
+    ]
     assert [run.done for run in runs] == [True, False, True]

@@ -25,7 +25,7 @@ from agents.models.chat_tokenizer import ChatTokenizer
 from agents.models.openai_api import OpenAIModel
 from agents.models.vllm_model import VLLMModel
 from agents.rollout import Driver, EpisodeSpec
-from atommem_env.errors import EngineDied, ModelError, PromptTooLong
+from atommem_env.errors import EngineDied, ModelError, PromptTooLong, SettingError
 from atommem_env.types import Message, Reply, Rollout, StopReason
 
 NEW_TOKENS = 24
@@ -198,8 +198,8 @@ def test_transformers_vllm_and_its_service_give_the_same_replies(tiny: Path, ser
 def test_a_refusal_has_the_service_s_words(service: OpenAIModel, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelError, match="status 404: The model `other` does not exist"):
         ask(OpenAIModel("other"))
-    with pytest.raises(ModelError, match="temperature must be non-negative"):
-        ask(service, -1.0)
+    with pytest.raises(SettingError, match="temperature must be a finite number of at least 0, got -1"):
+        Sampling(temperature=-1.0)
 
 
 def test_a_service_that_is_killed_and_started_again_loses_no_reply(
