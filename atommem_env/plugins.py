@@ -8,13 +8,16 @@ import os
 import re
 import sys
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from traceback import extract_tb
 from types import ModuleType
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
-from atommem_env.errors import PluginError, ShadowedPackage
+from atommem_env.errors import PluginError, SettingError, ShadowedPackage
+
+T = TypeVar("T")
 
 MODULES = (
     "ATOMMEM_MODULES"  # variable with the folder that modules are looked for in after the working folder: on a cluster
@@ -86,6 +89,30 @@ def load_attribute(target: str) -> Any:
                 f"Module {module_name!r} ({where}) has no {attribute!r}{suggest(part, dir(found)) or '.'}"
             )
         found = getattr(found, part)
+    return found
+
+
+_load = cache(load_attribute)
+
+
+def find_function(given: str | T, known: Mapping[str, T], what: str, expected: str) -> T:
+    """The function that is called so in `known`, that `module:attribute` names, or `given` itself.
+
+    Args:
+        what, expected: for the message: what it is to be, and what can be given beside the names of `known`.
+
+    Raises:
+        SettingError: there is none of that name, or it cannot be called.
+        PluginError: `module:attribute` names nothing.
+    """
+    if isinstance(given, str) and given in known:
+        return known[given]
+    function: Any = _load(given) if is_target(given) else given
+    if isinstance(function, str) or not callable(function):
+        raise SettingError(
+            f"{what} must be one of {', '.join(known)}, {expected}, got {given!r}{suggest(str(given), known) or '.'}"
+        )
+    found: T = function
     return found
 
 

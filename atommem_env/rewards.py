@@ -21,13 +21,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
-from typing import Any
 
 import numpy as np
 
 from atommem_env.errors import SettingError
-from atommem_env.plugins import is_target, load_attribute, name_of, suggest
+from atommem_env.plugins import find_function, name_of
 from atommem_env.tokens import get_tokenizer
 from atommem_env.types import EpisodeSummary, Reward
 
@@ -57,19 +55,7 @@ def get_reward(reward: str | Reward) -> Reward:
         SettingError: there is no reward of that name, or it is not callable.
         PluginError: `module:attribute` names nothing.
     """
-    if isinstance(reward, str) and reward in REWARDS:
-        return REWARDS[reward]
-    function: Any = _load(reward) if isinstance(reward, str) and is_target(reward) else reward
-    if isinstance(function, str) or not callable(function):
-        raise SettingError(
-            f"reward must be one of {', '.join(REWARDS)}, module:attribute, or a function of an EpisodeSummary, got {reward!r}"
-            f"{suggest(str(reward), REWARDS) or '.'}"
-        )
-    loaded: Reward = function
-    return loaded
-
-
-_load = cache(load_attribute)
+    return find_function(reward, REWARDS, "reward", "module:attribute, or a function of an EpisodeSummary")
 
 
 def final_reward(summary: EpisodeSummary) -> float:

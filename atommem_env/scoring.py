@@ -14,11 +14,10 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache, partial
-from typing import Any
+from functools import partial
 
 from atommem_env.errors import DataError, SettingError
-from atommem_env.plugins import is_target, load_attribute, suggest
+from atommem_env.plugins import find_function
 from atommem_env.types import Score, ScoringRule, Task
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -58,19 +57,8 @@ def get_rule(rule: str | ScoringRule) -> ScoringRule:
         SettingError: there is no rule of that name, or it is not callable.
         PluginError: `module:attribute` names nothing.
     """
-    if isinstance(rule, str) and rule in RULES:
-        return RULES[rule]
-    function: Any = _load(rule) if isinstance(rule, str) and is_target(rule) else rule
-    if isinstance(function, str) or not callable(function):
-        raise SettingError(
-            f"A scoring rule must be one of {', '.join(RULES)}, module:attribute, or a function (prediction, golds) -> Score, "
-            f"got {rule!r}{suggest(str(rule), RULES) or '.'}"
-        )
-    loaded: ScoringRule = function
-    return loaded
-
-
-_load = cache(load_attribute)
+    expected = "module:attribute, or a function (prediction, golds) -> Score"
+    return find_function(rule, RULES, "A scoring rule", expected)
 
 
 def rule_of(task: Task) -> str | ScoringRule:

@@ -38,7 +38,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import re
 import traceback
 from collections import Counter, defaultdict
@@ -63,7 +62,7 @@ from eval.players import prepare_evaluation
 from eval.progress import step_progress
 from eval.report.tables import results_table
 from eval.run import evaluate
-from eval.run_folder import read_jsonl, require_same_config, require_trusted
+from eval.run_folder import read_json, read_jsonl, require_same_config, require_trusted
 from eval.toml_tables import RecipeFile, fields_of, read_recipe_file, read_table
 from eval.workers import Workers
 from eval.workload import NOTE, Workload, Workloads, check_config
@@ -359,9 +358,7 @@ def tables(runs: Sequence[PlannedRun], failures: dict[PlannedRun, str]) -> list[
             there = [run for run in seeds if run not in failures]
             if there:
                 records = [record for run in there for record in read_jsonl(run.config.out / "episodes.jsonl")]
-                privileged = json.loads((there[0].config.out / "summary.json").read_text(encoding="utf-8"))[
-                    "privileged"
-                ]
+                privileged = read_json(there[0].config.out / "summary.json")["privileged"]
                 missing = "" if there == seeds else f" ({len(there)} of {len(seeds)} seeds)"
                 rows.append({"label": policy + missing, "privileged": privileged, **summarise(records)})
             else:

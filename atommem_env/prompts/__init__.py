@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from typing import Any
 
-from atommem_env.errors import SettingError
-from atommem_env.plugins import is_target, load_attribute, suggest
+from atommem_env.plugins import find_function
 from atommem_env.prompts import public_code, shared_prefix, terse
 from atommem_env.types import EpisodeSettings, Message, Observation
 
@@ -28,16 +25,5 @@ def get_layout(layout: str | Layout) -> Layout:
         kind, _, path = layout.partition(":")
         if kind == "public_code":
             return public_code.read(path).messages
-        if layout in _LAYOUTS:
-            return _LAYOUTS[layout]
-    found: Any = _load(layout) if isinstance(layout, str) and is_target(layout) else layout
-    if isinstance(found, str) or not callable(found):
-        raise SettingError(
-            f"layout must be one of {', '.join(_LAYOUTS)}, public_code:PATH, module:attribute, or a function "
-            f"(observation, settings) -> messages, got {layout!r}{suggest(str(layout), _LAYOUTS) or '.'}"
-        )
-    given: Layout = found
-    return given
-
-
-_load = cache(load_attribute)
+    expected = "public_code:PATH, module:attribute, or a function (observation, settings) -> messages"
+    return find_function(layout, _LAYOUTS, "layout", expected)
